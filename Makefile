@@ -1,0 +1,109 @@
+# Everything a user or developer does, in a virtual environment of its own. `make help` lists it.
+#
+# PYTHON  the interpreter to start from; where it can import torch, that torch is used
+# TORCH   what to install where it cannot, e.g. TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# VENV    where the environment goes
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+NVCC ?= $(shell command -v nvcc)
+DEMO_TRAIN_FLAGS ?= --num_pts 24000 --iterations 4400
+
+RASTERIZER := submodules/diff-gaussian-rasterization
+KNN := submodules/simple-knn
+DEMO := output/demo
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/stamps
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# Files that git would keep in a submodule: what its installed copy depends on.
+sources_of = $(shell find $(1) \( -name build -o -name '*.egg-info' -o -name __pycache__ \) -prune -o \
+  -type f ! -name '*.md' ! -name '*.so' -print)
+CSRC := $(wildcard submodules/*/*/csrc submodules/*/*/csrc/*)
+CPP_FILES := $(sort $(foreach folder,$(CSRC),$(wildcard $(folder)/*.h $(folder)/*.cpp $(folder)/*.cu)))
+CUDA_OBJECTS := $(patsubst submodules/%.cu,build/cuda-check/%.o,$(filter %.cu,$(CPP_FILES)))
+
+.PHONY: help setup demo test lint format bench cuda-check clean
+.DELETE_ON_ERROR:
+
+help:  ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+# --- The environment: each stamp is made again when what it depends on is newer --------------------------------------
+
+setup: $(STAMPS)/rasterizer $(STAMPS)/knn $(STAMPS)/requirements  ## install all of it in $(VENV) (the others do so too)
+
+# A torch that is there is kept. If it lies in a virtual environment that PYTHON belongs to, no --system-site-packages
+# reaches it: a .pth file then names its folder.
+$(STAMPS)/torch:
+	@echo "setting up $(VENV)"
+	@if $(PYTHON) -c 'import torch' 2>/dev/null; then \
+	  test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV); \
+	  $(BIN)/python -c 'import torch' 2>/dev/null || \
+	    $(PYTHON) -c 'import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])' \
+	      > "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch.pth"; \
+	else \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	fi
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; $(PIP) $(TORCH); }
+	@$(PIP) setuptools wheel ninja
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/requirements: requirements.txt $(STAMPS)/torch
+	@echo "installing $<"
+	@$(PIP) -r $< && touch $@
+
+$(STAMPS)/requirements-dev: requirements-dev.txt $(STAMPS)/requirements
+	@echo "installing $<"
+	@$(PIP) -r $< && touch $@
+
+$(STAMPS)/rasterizer: $(call sources_of,$(RASTERIZER)) $(STAMPS)/torch
+	@echo "compiling and installing $(RASTERIZER) (a minute or two the first time)"
+	@$(PIP) --no-build-isolation $(RASTERIZER) && touch $@
+
+$(STAMPS)/knn: $(call sources_of,$(KNN)) $(STAMPS)/torch
+	@echo "installing $(KNN)"
+	@$(PIP) --no-build-isolation $(KNN) && touch $@
+
+# --- Using it ----------------------------------------------------------------------------------------------------------
+
+demo: setup  ## from a small MRI volume to interpolated frames, a mesh and a preview, in output/demo
+	$(BIN)/python prepare.py --frame 0 --force -o $(DEMO)/data \
+	  -i "$$($(BIN)/python -c 'import nibabel; print(nibabel.__path__[0])')/tests/data/example4d.nii.gz"
+	$(BIN)/python train.py -s $(DEMO)/data/img -m $(DEMO)/model $(DEMO_TRAIN_FLAGS)
+	$(BIN)/python render.py -m $(DEMO)/model --interp 4
+	$(BIN)/python slices_to_ply.py -i $(DEMO)/model -o $(DEMO)/mesh --inter 4
+	$(BIN)/python demo.py --data $(DEMO)/data --model $(DEMO)/model --mesh $(DEMO)/mesh/model.ply --out $(DEMO)
+
+bench: setup  ## measure speed and quality
+	$(BIN)/python benchmarks/run.py
+
+# --- Developing it -----------------------------------------------------------------------------------------------------
+
+test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; compiles the CUDA kernels where nvcc is
+	@$(BIN)/python -m pytest -q
+
+lint: setup $(STAMPS)/requirements-dev  ## style and types: ruff, clang-format, mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/mypy
+
+format: $(STAMPS)/requirements-dev  ## rewrite the files in the style that lint checks
+	$(BIN)/ruff check --fix --exit-zero --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+cuda-check: $(if $(NVCC),$(CUDA_OBJECTS),no-nvcc)  ## compile every CUDA kernel; needs nvcc, neither a GPU nor torch
+
+build/cuda-check/%.o: submodules/%.cu $(filter %.h,$(CPP_FILES))
+	@mkdir -p $(@D)
+	$(NVCC) -c -O3 -std=c++17 -I $(firstword $(subst /cuda/, ,$<)) -gencode arch=compute_75,code=sm_75 \
+	  -gencode arch=compute_90,code=sm_90 $< -o $@
+
+.PHONY: no-nvcc
+no-nvcc:
+	@echo "cuda-check: no nvcc on the PATH: install the CUDA toolkit, or name it with NVCC=..." >&2; exit 1
+
+clean:  ## remove the environment and what was built (output/ stays)
+	rm -rf $(VENV) build .pytest_cache .ruff_cache .mypy_cache .hypothesis submodules/*/build submodules/*/*.egg-info

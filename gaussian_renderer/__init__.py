@@ -1,0 +1,111 @@
+"""Cut the model at times and splat the cuts: the one way from a model to images, in training and rendering."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from scene.cameras import Camera
+from scene.gaussian_model import IMAGE, GaussianModel
+
+ACTIVE = 1
+"""Bit of the activity mask: delta(t) > 0.1, and visible."""
+ACTIVE_SEGMENTATION = 2
+"""Bit of the activity mask: the same, and both scales at time t above 1e-6; the test of segmentation renders."""
+
+RASTERIZERS = {"compiled": "diff_gaussian_rasterization", "oracle": "gaussian_renderer.oracle"}
+
+
+@dataclass(frozen=True)
+class Render:
+    """One image to draw: which of the views, with the colours and opacities of which head, by which activity test."""
+
+    view: int
+    head: str = IMAGE
+    test: int = ACTIVE
+
+
+@dataclass(frozen=True)
+class Renders:
+    images: Tensor  # (R, C, H, W)
+    screen: Tensor | None  # (heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control
+    radii: Tensor  # (V, N) int32 px, 0 where not visible
+    active: Tensor  # (V, N) uint8, bits ACTIVE and ACTIVE_SEGMENTATION
+
+
+def rasterizer(name: str) -> ModuleType:
+    """The module with ``fold`` and ``blend``: "compiled", or "oracle", which needs no compiler."""
+    return importlib.import_module(RASTERIZERS[name])
+
+
+def render(
+    model: GaussianModel,
+    camera: Camera,
+    positions: Sequence[float],
+    mirrored: Sequence[bool],
+    renders: Sequence[Render],
+    background: Tensor,
+    backend: str = "compiled",
+    screen_gradients: bool = False,
+) -> Renders:
+    """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
+
+    background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
+    of ``screen`` are in the order of their first render.
+    """
+    ops = rasterizer(backend)
+    heads = tuple(dict.fromkeys(r.head for r in renders))
+    p = model.params
+    signs = torch.tensor([-1.0 if flip else 1.0 for flip in mirrored]).to(model.device, non_blocking=True)
+    means2d, conics, radii, active = ops.fold(
+        p["xyz"],
+        p["w1"],
+        p["m"][:, 0],
+        p["sigma"][:, 0, 0],
+        p["scaling"],
+        p["rotation"][:, 0],
+        model.times(positions),
+        signs,
+        camera.pixels_per_unit,
+        camera.width,
+        camera.height,
+    )
+    screen = None
+    if screen_gradients:
+        screen = torch.zeros(len(heads), *means2d.shape, device=model.device, requires_grad=True)
+    images, _ = ops.blend(
+        means2d,
+        conics,
+        active,
+        model.opacities(heads),
+        model.colours(heads, camera),
+        background.expand(len(renders), -1),
+        [r.view for r in renders],
+        [heads.index(r.head) for r in renders],
+        [r.test for r in renders],
+        camera.width,
+        camera.height,
+        screen,
+    )
+    return Renders(images, screen, radii, active)
+
+
+@torch.no_grad()
+def render_frames(
+    model: GaussianModel,
+    camera: Camera,
+    positions: Sequence[float],
+    background: Tensor,
+    head: str = IMAGE,
+    test: int = ACTIVE,
+    backend: str = "compiled",
+) -> Tensor:
+    """Images (V, C, H, W) in [0, 1] at ``positions``, original side, without gradients."""
+    renders = [Render(v, head, test) for v in range(len(positions))]
+    images = render(model, camera, positions, [False] * len(positions), renders, background, backend).images
+    return images.clamp(0, 1)

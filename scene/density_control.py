@@ -1,0 +1,143 @@
+"""Adaptive density control: which Gaussians are cloned, split and pruned, and the surgery on model and optimizer.
+
+Apart from the model on purpose: :func:`take_rows` is the one place that exchanges per-Gaussian tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from arguments import OptimisationOptions
+from scene.cameras import Camera
+from scene.gaussian_model import GaussianModel
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class DensityControl:
+    """Statistics of the Gaussians since the last density step, and the step itself.
+
+    statistics: max_radii2D (N,) px; xyz_gradient_accum (N, 1), sums of |dL/d(screen position)| in NDC units;
+        m_gradient_accum (N, 1), sums of |dL/d m_raw|; denom and m_denom (N, 1), how often each was added to.
+    """
+
+    def __init__(self, model: GaussianModel, statistics: dict[str, Tensor] | None = None) -> None:
+        self.statistics = dict(statistics) if statistics else _zeros(len(model), model.device)
+
+    def observe(self, radii: Tensor, visible: Tensor, screen_gradients: Tensor, m_gradients: Tensor, camera: Camera) -> None:
+        """Adds one iteration's views of one head.
+
+        radii: (V, N) px. visible: (V, N) bool. screen_gradients: (V, N, 2), dL/d(centre in px). m_gradients: (N, 1).
+        A Gaussian counts once if any view sees it, with its largest radius and its largest gradient over the views.
+        """
+        s = self.statistics
+        seen = visible.any(0)  # (N,)
+        ndc = screen_gradients * screen_gradients.new_tensor([camera.width / 2, camera.height / 2])
+        largest = ndc.norm(dim=2).amax(0)  # (N,)
+        s["max_radii2D"] = torch.maximum(s["max_radii2D"], (radii * visible).amax(0).to(s["max_radii2D"].dtype))
+        for name, value in (("xyz_gradient_accum", largest), ("m_gradient_accum", m_gradients[:, 0].abs())):
+            s[name] += (value * seen)[:, None]
+        for name in ("denom", "m_denom"):
+            s[name] += seen[:, None]
+
+    def step(
+        self,
+        model: GaussianModel,
+        optimizer: torch.optim.Adam,
+        iteration: int,
+        options: OptimisationOptions,
+        extent: float,
+        generator: torch.Generator,
+    ) -> None:
+        """One density step: clone, then split, then prune; the statistics start anew.
+
+        New Gaussians go to the end: kept ones, clones, first children, second children.
+        """
+        s, p = self.statistics, model.params
+        gradient = (s["xyz_gradient_accum"] / s["denom"].clamp_min(1))[:, 0]
+        m_gradient = (s["m_gradient_accum"] / s["m_denom"].clamp_min(1))[:, 0]
+        by_position = gradient >= options.densify_grad_threshold
+        by_time = m_gradient >= options.densify_grad_threshold
+        small = model.scales().amax(1) <= options.percent_dense * extent
+        spreads = model.spreads()
+        clone = (by_position & small) | (by_time & (spreads <= options.split_sigma))
+        split = (by_position & ~small) | (by_time & (spreads >= options.split_sigma))
+
+        parents = split.nonzero()[:, 0]
+        kept, clones = (~split).nonzero()[:, 0], clone.nonzero()[:, 0]
+        children = parents.repeat(options.split_children)
+        rows = torch.cat([kept, clones, children])  # source row of each new Gaussian
+        fresh = torch.arange(len(rows), device=rows.device) >= len(kept)
+
+        offsets = _draw(p["scaling"][children], p["rotation"][children], generator)
+        first_child = len(kept) + len(clones)
+        xyz, scaling = p["xyz"].detach()[rows], p["scaling"].detach()[rows]
+        xyz[first_child:] += offsets
+        scaling[first_child:] -= torch.log(scaling.new_tensor(options.split_shrink))
+
+        opacity = model.opacities(model.heads).detach().amax(0)[rows]  # pruned where every head's is low
+        prune = opacity < options.prune_opacity
+        if iteration > options.prune_scale_from_iter:
+            prune |= torch.exp(scaling[:, [0, 2]]).amax(1) > options.prune_scale
+        keep = (~prune).nonzero()[:, 0]
+        take_rows(model, optimizer, rows[keep], fresh[keep], {"xyz": xyz[keep], "scaling": scaling[keep]})
+        self.statistics = _zeros(len(model), model.device)
+
+
+def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:
+    """Opacities of all heads become min(opacity, ``value``), and their moments zero."""
+    limit = torch.logit(torch.tensor(value)).item()
+    for name in [n for n in model.params if n.startswith("opacity")]:
+        parameter = model.params[name]
+        _replace(model, optimizer, name, parameter.detach().clamp_max(limit), lambda moment: torch.zeros_like(moment))
+
+
+def take_rows(
+    model: GaussianModel, optimizer: torch.optim.Adam, rows: Tensor, fresh: Tensor, values: dict[str, Tensor]
+) -> None:
+    """Rebuilds every per-Gaussian tensor from ``rows`` (M,), in step with its moments.
+
+    Moments of ``fresh`` (M,) rows start at 0; ``values`` replace what the rows of a parameter would be. The new
+    parameters have no gradient, so the optimizer takes no step on them in the iteration of the exchange.
+    """
+
+    def moments(moment: Tensor) -> Tensor:
+        return moment[rows] * ~fresh.view(-1, *[1] * (moment.ndim - 1))
+
+    for name, parameter in list(model.params.items()):
+        _replace(model, optimizer, name, values.get(name, parameter.detach()[rows]), moments)
+
+
+def _replace(model: GaussianModel, optimizer: torch.optim.Adam, name: str, value: Tensor, moments) -> None:
+    old = model.params[name]
+    new = nn.Parameter(value, requires_grad=old.requires_grad)
+    for group in optimizer.param_groups:
+        for i, parameter in enumerate(group["params"]):
+            if parameter is old:
+                group["params"][i] = new
+    if old in optimizer.state:
+        state = optimizer.state.pop(old)
+        for key in _MOMENTS:
+            state[key] = moments(state[key])
+        optimizer.state[new] = state
+    model.params[name] = new
+
+
+def _draw(scaling: Tensor, rotation: Tensor, generator: torch.Generator) -> Tensor:
+    """Offsets (M, 3) from Gaussians' centres, distributed as the Gaussians are: y stays 0."""
+    normal = torch.randn(len(scaling), 2, generator=generator).to(scaling.device)
+    along = normal * torch.exp(scaling[:, [0, 2]])  # (M, 2)
+    angle = 2 * torch.pi * torch.sigmoid(rotation[:, 0])
+    cos, sin = torch.cos(angle), torch.sin(angle)
+    # The axes of a rotation about +y in a right-handed frame: (cos, 0, -sin) and (sin, 0, cos).
+    x = cos * along[:, 0] + sin * along[:, 1]
+    z = -sin * along[:, 0] + cos * along[:, 1]
+    return torch.stack([x, torch.zeros_like(x), z], 1).detach()
+
+
+def _zeros(n: int, device: torch.device) -> dict[str, Tensor]:
+    names: Sequence[str] = ("xyz_gradient_accum", "denom", "m_gradient_accum", "m_denom")
+    return {"max_radii2D": torch.zeros(n, device=device)} | {name: torch.zeros(n, 1, device=device) for name in names}

@@ -1,0 +1,265 @@
+"""The input: a sequence of 2-D frames of one size, read once and kept at the depth it was stored with."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from utils.errors import UserError
+from utils.files import atomic_folder
+from utils.images import READABLE, WRITABLE, image_files, read_image, to_unit, write_image
+
+WIDEST = 1600  # pixels; resolution -1 scales wider frames down to this
+DIVISORS = (1, 2, 4, 8)  # values of `resolution` that divide; others are a width in pixels
+
+# A sequence takes the widest type of its frames, in this order.
+_DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
+_BITS = {torch.uint8: 8, torch.int16: 16, torch.float32: 32}
+
+
+@dataclass(frozen=True, eq=False)
+class Frames:
+    """K frames, compact in memory; call it to get some of them as floats.
+
+    levels: (K, C, H, W), or (K, C + 1, H, W) with alpha last, where C is 1 for grey and 3 for colour. uint8
+        levels are kept as they are, and floats in [0, 1] too. A uint16 level v is kept as the int16
+        v - 32768: two bytes, in a type that every device and PyTorch version can index, unlike torch.uint16.
+    names, numbers: of the files, in order.
+    """
+
+    levels: Tensor
+    names: list[str]
+    numbers: list[int]
+    has_alpha: bool = False
+    device: torch.device | str = "cpu"
+    """Where frames are handed out; `levels.device` is where they are kept."""
+
+    @classmethod
+    def read(
+        cls,
+        folder: str | os.PathLike[str],
+        resolution: int = -1,
+        device: torch.device | str = "cpu",
+        data_device: torch.device | str | None = None,
+        say: Callable[[str], object] = print,
+    ) -> Frames:
+        """Read all image files of `folder`, in the order of the number that ends their names.
+
+        resolution: 1, 2, 4, 8 divide the size, another positive number is a width in pixels, -1 leaves frames
+            up to WIDEST as they are.
+        device: where frames are handed out. data_device: where they are kept (None: there too).
+        say: gets one line for each thing that the user should know, such as a gap in the numbering.
+
+        RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout goes.
+        Raises `UserError`: no folder, no frames, no or equal numbers, different sizes, unreadable files.
+        """
+        files = frame_files(folder)
+        _report_gaps([_number(file) for file in files], say)
+        planes: list[np.ndarray] = []
+        alphas: list[np.ndarray | None] = []
+        for file in files:
+            array = read_image(file)
+            height, width = array.shape[:2]
+            if not planes:
+                first = height, width
+                size = _resized(height, width, resolution)
+                if resolution == -1 and size != first:
+                    say(f"frames are {width} wide: scaled to {size[1]} (--resolution {width} leaves them)")
+            elif (height, width) != first:
+                raise UserError(
+                    f"frames differ in size (width x height): {files[0]} is {first[1]} x {first[0]}, "
+                    f"{file.name} is {width} x {height}; make them equal"
+                )
+            colours, alpha = _resize(*_split(array), size)
+            planes.append(colours)
+            alphas.append(alpha)
+
+        data_device = torch.device(device if data_device is None else data_device)
+        device = torch.device(device)
+        levels = torch.from_numpy(_stack(planes, alphas)).to(data_device)
+        if data_device.type == "cpu" and device.type == "cuda":
+            levels = levels.pin_memory()  # copies need not wait for the host then
+        has_alpha = any(alpha is not None for alpha in alphas)
+        return cls(
+            levels, [file.name for file in files], [_number(file) for file in files], has_alpha, device
+        )
+
+    def __len__(self) -> int:
+        return self.levels.shape[0]
+
+    @property
+    def channels(self) -> int:
+        """C: 1 for grey, 3 for colour; alpha does not count."""
+        return self.levels.shape[1] - self.has_alpha
+
+    @property
+    def height(self) -> int:
+        return self.levels.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.levels.shape[3]
+
+    @property
+    def bits(self) -> int:
+        """8 or 16 bits a channel; 32 for floats."""
+        return _BITS[self.levels.dtype]
+
+    def __call__(
+        self, indices: int | Sequence[int], mirrored: bool = False, background: Tensor | None = None
+    ) -> Tensor:
+        """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`; no waiting for the device.
+
+        mirrored: flip them left-right, as the mirror camera sees them.
+        background: (C,) in [0, 1], what transparent frames lie on; None is black.
+        """
+        indices = [indices] if isinstance(indices, int) else indices
+        for k in indices:
+            if not 0 <= k < len(self):  # a frame before the first is never the last one
+                raise IndexError(f"frame {k} of {len(self)}")
+        # One copy each: an index tensor would have to go to the device first.
+        frames = torch.stack([self.levels[k].to(self.device, non_blocking=True) for k in indices])
+        if frames.dtype == torch.uint8:
+            frames = frames.float() / 255
+        elif frames.dtype == torch.int16:
+            frames = (frames.float() + 32768) / 65535
+        if self.has_alpha:
+            frames, alpha = frames[:, :-1], frames[:, -1:]
+            frames = frames * alpha
+            if background is not None:
+                frames = frames + (1 - alpha) * background.view(1, -1, 1, 1)
+        return frames.flip(-1) if mirrored else frames
+
+
+def frame_files(folder: str | os.PathLike[str]) -> list[Path]:
+    """The image files of `folder` in the order of the number that ends their names.
+
+    Raises `UserError` where there are none, where a name has no number, and where two have the same.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"{folder} is not a folder: the frames belong there, as 0000.png, 0001.png, ...")
+    files = image_files(folder)
+    if not files:
+        raise UserError(
+            f"{folder} holds no frames: put 0000.png, 0001.png, ... there ({', '.join(READABLE)})"
+        )
+    by_number: dict[int, Path] = {}
+    for file in files:
+        other = by_number.setdefault(_number(file), file)
+        if other is not file:
+            raise UserError(f"{other} and {file.name} have the same number: remove or rename one of them")
+    return [by_number[number] for number in sorted(by_number)]
+
+
+def write_mirror(
+    folder: str | os.PathLike[str], mirror: str | os.PathLike[str], say: Callable[[str], object] = print
+) -> None:
+    """Write the left-right flipped frames of `folder` to `mirror`, unless that is there.
+
+    It is a part of the published layout that other programs may look for. Nothing here reads it, so where it
+    cannot be written, that is said and no more.
+    """
+    if os.path.lexists(mirror):
+        return
+    try:
+        with atomic_folder(mirror) as temporary:
+            for file in frame_files(folder):
+                array = read_image(file)
+                name = file.name if file.suffix.lower() in WRITABLE else f"{file.stem}.png"
+                write_image(temporary / name, to_unit(array[:, ::-1]), 8 if array.dtype == np.uint8 else 16)
+    except OSError as error:
+        say(f"{mirror} cannot be written ({error.strerror}): going on, as only other programs need it")
+
+
+def _number(file: Path) -> int:
+    groups = re.findall(r"[0-9]+", file.stem)
+    if not groups:
+        raise UserError(f"{file} has no number in its name: frames are ordered by it, as in 0000.png")
+    return int(groups[-1])
+
+
+def _report_gaps(numbers: list[int], say: Callable[[str], object]) -> None:
+    for before, after in pairwise(numbers):
+        if after != before + 1:
+            say(
+                f"frame numbers have gaps (the first after {before}): the order is used, "
+                "and frames count as evenly spaced"
+            )
+            return
+
+
+def _resized(height: int, width: int, resolution: int) -> tuple[int, int]:
+    """The frames' (height, width) under the option `resolution`."""
+    if resolution in DIVISORS:
+        return max(1, round(height / resolution)), max(1, round(width / resolution))
+    target = min(width, WIDEST) if resolution == -1 else resolution
+    return max(1, round(height * target / width)), target
+
+
+def _split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+    """(H, W), (H, W, 3) or (H, W, 4) -> colours (1 or 3, H, W), as few as do, and alpha (H, W) or None."""
+    alpha = array[:, :, 3] if array.shape[2:] == (4,) else None
+    if alpha is not None and (alpha == _full(alpha.dtype)).all():
+        alpha = None
+    colours = array[None] if array.ndim == 2 else np.moveaxis(array[:, :, :3], 2, 0)
+    if (colours == colours[:1]).all():
+        colours = colours[:1]
+    return np.ascontiguousarray(colours), alpha
+
+
+def _resize(
+    colours: np.ndarray, alpha: np.ndarray | None, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Antialiased bicubic to (height, width) in the same type: all of its levels count, 16 bits too."""
+    if colours.shape[1:] == size:
+        return colours, alpha
+    full = _full(colours.dtype)
+    values = torch.from_numpy(colours.astype(np.float32) / np.float32(full))
+    if alpha is not None:  # transparent pixels have no colour to give to their neighbours
+        opacity = torch.from_numpy(alpha.astype(np.float32) / np.float32(full))
+        values = torch.cat((values * opacity, opacity[None]))
+    values = interpolate(values[None], size, mode="bicubic", antialias=True)[0].clamp(0, 1)
+
+    def stored(values: Tensor) -> np.ndarray:
+        levels = values.numpy()
+        return levels if full == 1 else np.rint(levels * full).astype(colours.dtype)
+
+    if alpha is None:
+        return stored(values), None
+    opacity = values[-1]
+    return stored((values[:-1] / opacity.clamp(min=1e-6)).clamp(0, 1)), stored(opacity)
+
+
+def _full(dtype: np.dtype) -> int:
+    return 1 if dtype == np.float32 else int(np.iinfo(dtype).max)
+
+
+def _stack(planes: list[np.ndarray], alphas: list[np.ndarray | None]) -> np.ndarray:
+    """The frames as one array (K, C [+ 1], H, W) in the type that `Frames.levels` describes."""
+    dtype = max((plane.dtype for plane in planes), key=_DTYPES.index)
+    channels = max(plane.shape[0] for plane in planes)
+    has_alpha = any(alpha is not None for alpha in alphas)
+    levels = np.empty((len(planes), channels + has_alpha, *planes[0].shape[1:]), dtype)
+    for frame, plane, alpha in zip(levels, planes, alphas, strict=True):
+        frame[:channels] = _convert(plane, dtype)
+        if has_alpha:
+            frame[channels] = _full(dtype) if alpha is None else _convert(alpha, dtype)
+    return (levels ^ np.uint16(0x8000)).view(np.int16) if dtype == np.uint16 else levels
+
+
+def _convert(levels: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Levels in a type at least as wide, where full scale stays full scale."""
+    if levels.dtype == dtype:
+        return levels
+    if dtype == np.float32:
+        return to_unit(levels)
+    return levels.astype(dtype) * np.uint16(_full(dtype) // _full(levels.dtype))

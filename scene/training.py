@@ -1,0 +1,212 @@
+"""Everything a training run consists of: made from options, resumed from a checkpoint, saved as one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from arguments import TrainOptions, resolve_device, write_cfg_args
+from scene.cameras import Camera
+from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from scene.density_control import DensityControl
+from scene.frames import Frames, write_mirror
+from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer
+from scene.pipelines import Sampler, Task, tasks
+from scene.point_cloud import write_point_cloud, write_points
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.spherical_harmonics import to_colour
+
+FRAMES_FILE = "frames.json"  # the geometry of the frames, where prepare.py wrote one
+
+
+@dataclass
+class Training:
+    """A run between two iterations."""
+
+    options: TrainOptions
+    camera: Camera
+    tasks: list[Task]
+    model: GaussianModel
+    optimizer: torch.optim.Adam
+    control: DensityControl
+    sampler: Sampler
+    generator: torch.Generator  # on the CPU; all that is random comes from it
+    background: Tensor  # (C,)
+    iteration: int = 0
+
+    @classmethod
+    def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
+        """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
+        device = resolve_device(options.device)
+        frames, masks = _read_frames(options, device, say)
+        saved = load_checkpoint(options.start_checkpoint, device) if options.start_checkpoint else None
+        camera = Camera(frames.width, frames.height, options.distance)
+        generator = torch.Generator().manual_seed(options.seed)
+        channels = saved.channels if saved else max(f.channels for f in (frames, masks) if f is not None)
+        background = torch.full((channels,), 1.0 if options.white_background else 0.0)
+        if options.random_background:
+            background = torch.rand(channels, generator=generator)
+
+        if saved is None:
+            model = GaussianModel.random(options, camera, len(frames), channels, generator, device)
+        else:
+            _check_fits(options, saved, frames)
+            model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+        needs_head = options.pipeline == "joint" or options.seg_head_only
+        if needs_head and SEGMENTATION not in model.heads:
+            model.add_segmentation_head()
+        optimizer = make_optimizer(model, options, head_only=options.seg_head_only)
+        training = cls(
+            options,
+            camera,
+            tasks(options, frames, masks),
+            model,
+            optimizer,
+            DensityControl(model),
+            Sampler(len(frames), 2 if options.camera == "mirror" else 1, options, generator),
+            generator,
+            background.to(device),
+        )
+        if saved is not None:
+            training._resume(saved, say)
+        return training
+
+    def _resume(self, saved: Checkpoint, say: Callable[[str], object]) -> None:
+        """Goes on where ``saved`` stopped, if it was optimising the same parameters; else takes its weights only."""
+        wanted = [group["name"] for group in self.optimizer.param_groups]
+        there = [group.get("name") for group in saved.optimizer["param_groups"]] if saved.optimizer else []
+        if wanted != there:
+            added = "" if saved.has_seg_head or len(self.model.heads) == 1 else " and a new segmentation head"
+            say(
+                f"{self.options.start_checkpoint}: its weights{added}, with a fresh optimizer, from iteration 0 "
+                "(it was not optimising these parameters)"
+            )
+            return
+        groups = self.optimizer.state_dict()["param_groups"]  # rates come from the options
+        assert saved.optimizer is not None
+        self.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
+        if "m_denom" in saved.statistics:
+            self.control = DensityControl(self.model, saved.statistics)
+        if "random" in saved.extras:
+            self.generator.set_state(saved.extras["random"])
+            self.background = saved.extras["background"].to(self.model.device)
+        self.iteration = saved.iteration
+        say(f"resuming {self.options.start_checkpoint} at iteration {saved.iteration}")
+
+    # ---- files -------------------------------------------------------------------------------------------------------
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.options.model_path)
+
+    def write_inputs(self) -> None:
+        """What describes the run: ``cfg_args``, ``cameras.json``, ``input.ply`` and the frames' geometry."""
+        frames = self.tasks[0].frames
+        write_cfg_args(self.folder / "cfg_args", self.options)
+        with atomic_write(self.folder / "cameras.json") as temporary:
+            temporary.write_text(json.dumps(self.camera.entries(frames.names)), encoding="utf-8")
+        colours = to_colour(self.model.params["f_dc"].detach()[:, 0]).expand(-1, 3)
+        write_points(self.folder / "input.ply", self.model.params["xyz"].detach(), colours)
+        geometry = Path(self.options.source_path).resolve().parent / FRAMES_FILE
+        if geometry.is_file():
+            with atomic_write(self.folder / FRAMES_FILE) as temporary:
+                shutil.copyfile(geometry, temporary)
+
+    def save_point_cloud(self) -> None:
+        path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
+        write_point_cloud(path, self.model.params, self.model.time_func)
+
+    def save_checkpoint(self) -> None:
+        frames = self.tasks[0].frames
+        extras = {
+            "width": self.camera.width,
+            "height": self.camera.height,
+            "distance": self.camera.distance,
+            "bits": frames.bits,
+            "names": frames.names,
+            "pipeline": self.options.pipeline,
+            "background": self.background.cpu(),
+            "random": self.generator.get_state(),
+        }
+        checkpoint = Checkpoint(
+            self.iteration,
+            {name: parameter.detach() for name, parameter in self.model.params.items()},
+            self.model.time_func.detach(),
+            self.model.active_sh_degree,
+            self.camera.extent,
+            self.control.statistics,
+            self.optimizer.state_dict(),
+            extras,
+        )
+        save_checkpoint(self.folder / f"chkpnt{self.iteration}.pth", checkpoint)
+
+    def save_xyz(self) -> None:
+        with atomic_write(self.folder / "xyz" / f"{self.iteration}.pt") as temporary:
+            torch.save(self.model.params["xyz"].detach().cpu(), temporary)
+
+
+def _read_frames(
+    options: TrainOptions, device: torch.device, say: Callable[[str], object]
+) -> tuple[Frames, Frames | None]:
+    """The frames of ``-s`` and, for joint training, the masks that belong to them."""
+    data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
+
+    def read(root: str) -> Frames:
+        folder = options.folder_of(root)
+        frames = Frames.read(folder, options.resolution, device, data_device, say)
+        if options.camera == "mirror":
+            write_mirror(folder, Path(root) / "mirror", say)
+        return frames
+
+    frames = read(options.source_path)
+    if options.pipeline != "joint":
+        return frames, None
+    assert options.seg_source_path is not None
+    masks = read(options.seg_source_path)
+    where = f"{options.seg_source_path} against {options.source_path}"
+    if len(masks) != len(frames):
+        raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
+    for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
+        if frame != mask:
+            raise UserError(f"{where}: frame number {frame} meets mask number {mask}; number them alike")
+    if (masks.width, masks.height) != (frames.width, frames.height):
+        raise UserError(
+            f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
+        )
+    return frames, masks
+
+
+def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:
+    """Do the checkpoint's model and these frames belong together?"""
+    path = options.start_checkpoint
+    if saved.num_frames != len(frames):
+        raise UserError(
+            f"{path} was trained on {saved.num_frames} frames, {options.source_path} has {len(frames)}: "
+            "give the frames that it was trained on"
+        )
+    size = saved.extras.get("width", frames.width), saved.extras.get("height", frames.height)
+    if size != (frames.width, frames.height):
+        raise UserError(
+            f"{path} was trained on frames of {size[0]} x {size[1]} pixels, these are {frames.width} x "
+            f"{frames.height}: check -s and --resolution"
+        )
+    if max(frames.channels, saved.channels) != saved.channels:
+        raise UserError(f"{path} is a grey model, and the frames of {options.source_path} are coloured")
+
+
+def fresh_folder(path: str | os.PathLike[str]) -> Path:
+    """Makes the output folder. Raises `UserError` where that cannot be."""
+    folder = Path(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"-m {folder}: a file of that name is in the way") from error
+    return folder

@@ -1,0 +1,224 @@
+"""The compiled operators of this package: found, or compiled on first use, and loaded into torch.
+
+A library is named after all that went into it (sources, flags, torch, CUDA or not), so one that was made for another
+torch, or of other sources, is never loaded: under the name looked for it is not there. The places, in this order:
+
+1. beside this file, where an install that sees torch (`pip install --no-build-isolation`) compiles it;
+2. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
+
+The environment variable MEDGS_FORCE_CPU=1 leaves the CUDA kernels out; TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
+This file is the same in both packages (a test compares them), and setup.py reads it too: it imports torch late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parent
+NAME = PACKAGE.name
+CSRC = PACKAGE / "csrc"
+
+# -fno-math-errno lets the compiler inline sqrt and its kind; results stay IEEE. Apple's clang has no OpenMP.
+CXX_FLAGS = ["-O3", "-fno-math-errno"] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+NVCC_FLAGS = ["-O3"]
+CUDA_DEFINES = ["-DWITH_CUDA"]
+
+
+@functools.cache
+def load(instead: str = "run with --rasterizer oracle, the slow form in plain PyTorch") -> str:
+    """Make the operators known to torch, once; later calls return at once.
+
+    Args:
+        instead: what a user who cannot compile may do; the end of the error message.
+
+    Returns:
+        What they were compiled for: "cpu", or CUDA's version as in "cu130". Also "cpu" where there is nothing to
+        compile for it.
+
+    Raises:
+        ImportError: a compiler or ninja is missing, or compiling failed; the text says what to do.
+    """
+    import torch
+
+    target = torch_target()
+    library = installed_library(target)
+    if not library.exists():
+        target = build_target()
+        library = installed_library(target)
+    if not library.exists() and sources(target):
+        try:
+            library = _cached_library(target)
+        except ImportError as error:
+            raise ImportError(f"{error}, or {instead}") from error.__cause__
+    if library.exists():
+        torch.ops.load_library(str(library))
+    return target
+
+
+def torch_target() -> str:
+    """What the torch at hand could run: "cpu", or CUDA's version as in "cu130"."""
+    import torch
+
+    if torch.version.cuda is None or os.environ.get("MEDGS_FORCE_CPU", "0") not in ("", "0"):
+        return "cpu"
+    return "cu" + torch.version.cuda.replace(".", "")
+
+
+def build_target() -> str:
+    """What can be compiled here: the same, but "cpu" where torch finds no CUDA toolkit with nvcc."""
+    target = torch_target()
+    if target != "cpu":
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        if not CUDA_HOME or not Path(CUDA_HOME, "bin", "nvcc").exists():
+            return "cpu"
+    return target
+
+
+def sources(target: str) -> list[Path]:
+    """The files to compile."""
+    patterns = ["cpu/*.cpp"] + ([] if target == "cpu" else ["cuda/*.cpp", "cuda/*.cu"])
+    return sorted(path for pattern in patterns for path in CSRC.glob(pattern))
+
+
+def library_name(target: str) -> str:
+    """A name no library of other sources, other flags or another torch has."""
+    import torch
+
+    parts = [torch.__version__, str(torch.version.git_version), sys.platform, platform.machine()]
+    digest = hashlib.sha256("\0".join([*parts, *CXX_FLAGS, *NVCC_FLAGS]).encode())
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+        digest.update(b"\0" + path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return f"_ops_{target}_{digest.hexdigest()[:16]}"
+
+
+def installed_library(target: str) -> Path:
+    """Where an install that sees torch puts the library."""
+    return PACKAGE / f"{library_name(target)}.so"
+
+
+@contextlib.contextmanager
+def build_environment(target: str) -> Iterator[None]:
+    """For torch's build tools: finds ninja where no virtual environment is activated, and chooses GPUs to compile for.
+
+    The latter are the visible ones, as always with torch. Where none is visible, as in a container's build or on a
+    cluster's front end, torch would refuse or guess: then all current ones, with PTX for those to come.
+    """
+    import torch
+
+    changes = {}
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        changes["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    if target != "cpu" and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
+        volta = [] if int(target[2:-1]) >= 13 else ["7.0"]  # CUDA 13 dropped it
+        changes["TORCH_CUDA_ARCH_LIST"] = ";".join([*volta, "7.5", "8.0", "8.6", "8.9", "9.0+PTX"])
+    before = {name: os.environ.get(name) for name in changes}
+    os.environ.update(changes)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _cached_library(target: str) -> Path:
+    """The library in torch's extension cache, compiled now if it is not there."""
+    import torch
+    from filelock import FileLock
+    from torch.utils import cpp_extension
+
+    name = library_name(target)
+    if target != "cpu":  # a cache may be shared by machines whose GPUs differ
+        visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        name += "".join(f"_sm{major}{minor}" for major, minor in sorted(visible))
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    folder = root / NAME
+    library = folder / f"{name}.so"
+    if library.exists():
+        return library
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{name}.lock"):
+        if not library.exists():  # else another process compiled it while this one waited
+            _compile(target, name, library)
+    return library
+
+
+def _compile(target: str, name: str, library: Path) -> None:
+    import torch
+    from torch.utils import cpp_extension
+
+    build = library.with_suffix(".build")
+    shutil.rmtree(build, ignore_errors=True)  # half a build, of a process that was stopped
+    build.mkdir()
+    with build_environment(target):
+        if problem := _missing_tool():
+            raise ImportError(f"{NAME} has to be compiled once for torch {torch.__version__}, and {problem}")
+        files = sources(target)
+        print(
+            f"{NAME}: compiling for torch {torch.__version__} ({_describe(target)}), once, about {_seconds(files)} s",
+            file=sys.stderr,
+            flush=True,
+        )
+        try:
+            cpp_extension.load(
+                name=name,
+                sources=[str(path) for path in files],
+                extra_cflags=CXX_FLAGS + ([] if target == "cpu" else CUDA_DEFINES),
+                extra_cuda_cflags=NVCC_FLAGS + CUDA_DEFINES,
+                extra_ldflags=[flag for flag in CXX_FLAGS if flag == "-fopenmp"],
+                extra_include_paths=[str(CSRC)],
+                build_directory=str(build),
+                with_cuda=target != "cpu",
+                is_python_module=False,
+            )
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            log = library.with_suffix(".log")
+            log.write_text(str(error))
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+            reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
+            raise ImportError(f"compiling {NAME} failed: {reason} (all of it in {log}); mend that") from error
+    # Under its name only once whole. torch has loaded it already: the same file again is no second load.
+    os.replace(build / f"{name}.so", library)
+    shutil.rmtree(build)
+
+
+def _missing_tool() -> str | None:
+    from torch.utils.cpp_extension import is_ninja_available
+
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    if shutil.which(compiler) is None:
+        return (
+            f"there is no C++ compiler ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
+            "conda install cxx-compiler)"
+        )
+    if not is_ninja_available():
+        return "there is no ninja: pip3 install ninja"
+    return None
+
+
+def _describe(target: str) -> str:
+    import torch
+
+    if target != "cpu":
+        return f"CPU and CUDA {torch.version.cuda}"
+    return "CPU" if torch_target() == "cpu" else "CPU alone: no nvcc found, set CUDA_HOME"
+
+
+def _seconds(files: list[Path]) -> int:
+    """A rough guess from a common machine's seconds for a file, most of them spent in torch's and CUDA's headers."""
+    work = sum(30 if path.suffix == ".cu" else 12 for path in files)
+    return max(work // min(os.cpu_count() or 1, len(files)), 20)

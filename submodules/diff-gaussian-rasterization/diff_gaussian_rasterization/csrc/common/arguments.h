@@ -1,0 +1,56 @@
+// What the kernels of `fold` and `blend` take, on the CPU and on CUDA: raw pointers of one device, and sizes.
+#pragma once
+
+#include <cstdint>
+
+namespace medgs {
+
+/// Numbers in the record that `blend_backward` writes for one pair of Gaussian and tile: five moments and one sum of
+/// w = dL/d(-q/2) over the tile's pixels, (sum w dx, w dy, w dx^2, w dx dy, w dy^2, w), then dL/dcolour; at least 8,
+/// which are reduced together.
+template <int C>
+constexpr int kRecordSize = C <= 2 ? 8 : 6 + C;
+inline int record_size(int64_t channels) { return channels <= 2 ? 8 : 6 + int(channels); }
+
+constexpr int kMaxRenders = 64;  // renders and views in one call
+
+template <class S>
+struct FoldArguments {
+  int64_t gaussians, views, degree;                          // N, V, P
+  const S *xyz, *w1, *m, *sigma, *scaling, *rotation;        // (N,3) (N,2P) (N) (N) (N,3) (N), raw
+  const S *times, *signs;                                    // (V) (V)
+  S pixels_per_unit;
+  int64_t width, height;
+  // forward
+  S *means2d, *conics;                                       // (V,N,2) px, (V,N,3)
+  int32_t* radii;                                            // (V,N) px
+  uint8_t* active;                                           // (V,N) bits
+  // backward
+  const int32_t* forward_radii;                              // (V,N)
+  const S *v_means2d, *v_conics;                             // (V,N,2) (V,N,3)
+  S *v_xyz, *v_w1, *v_m, *v_sigma, *v_scaling, *v_rotation;  // as the parameters
+  S* v_times;                                                // (chunks, V): partial sums, one row a chunk
+  int64_t chunk;                                             // Gaussians in a chunk
+};
+
+template <class S>
+struct BlendArguments {
+  int64_t gaussians, view_count, renders, channels, width, height, tiles_x, tiles_y;
+  const int64_t *views, *heads, *bits;                       // (R) each, on the host: see `blend` in ops.py
+  const bool* check_bits;                                    // (R): do some pairs of the view lack the render's bit?
+  const S *means2d, *conics;                                 // (V,N,2) (V,N,3)
+  const uint8_t* active;                                     // (V,N)
+  const S *opacities, *colours;                              // (heads,N) (heads,N,C)
+  const S* backgrounds;                                      // (R,C)
+  const int32_t* tile_offsets;                               // (V, tiles + 1): each tile's range of pairs
+  const int32_t *pair_gaussians, *pair_slots;                // (pairs): front to back within a tile
+  S *images, *transmittance;                                 // (R,C,H,W) (R,H,W)
+  int32_t* stops;                                            // (R,H,W): pairs of its tile that a pixel consumed
+  // backward
+  const S *v_images, *v_transmittance;                       // (R,C,H,W) (R,H,W)
+  const int64_t* render_slots;                               // (R): where the records of the render's slot 0 would be
+  const int32_t* gaussian_offsets;                           // (V N + 1): the slots of each Gaussian of each view
+  S* records;                                                // (sum of pairs over renders, record_size(C))
+};
+
+}  // namespace medgs

@@ -1,0 +1,38 @@
+// The CPU kernels, and the table of them for the instruction set of this machine.
+#pragma once
+
+#include "../common/arguments.h"
+
+namespace medgs {
+
+/// Sizes of the tile that one vectorised loop blends: 16 pixels, in registers for the whole list of the tile.
+constexpr int kTile = 4;
+
+template <class S>
+struct Kernels {
+  const char* name;
+  void (*fold)(const FoldArguments<S>&, int threads);
+  void (*fold_backward)(const FoldArguments<S>&, int threads);
+  void (*blend)(const BlendArguments<S>&, int threads);
+  void (*blend_backward)(const BlendArguments<S>&, int threads);
+};
+
+/// The fastest kernels that this processor runs; the environment variable MEDGS_CPU_KERNELS names another set
+/// (portable, avx2, avx512), for tests and measurements.
+template <class S>
+const Kernels<S>& kernels();
+
+namespace generic {
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
+}  // namespace generic
+namespace avx2 {
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
+}  // namespace avx2
+namespace avx512 {
+extern const Kernels<float> kernels_float;
+extern const Kernels<double> kernels_double;
+}  // namespace avx512
+
+}  // namespace medgs

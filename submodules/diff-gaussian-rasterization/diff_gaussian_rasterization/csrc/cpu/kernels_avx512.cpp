@@ -1,0 +1,22 @@
+// The kernels for processors with AVX-512 F, BW, DQ and VL.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__) && defined(__GNUC__)
+#include <immintrin.h>
+#endif
+// The target starts after the standard headers, which must stay code for any processor.
+#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,prefer-vector-width=512")
+#endif
+#define MEDGS_ISA avx512
+#define MEDGS_VECTOR_BYTES 64
+#include "kernels_body.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

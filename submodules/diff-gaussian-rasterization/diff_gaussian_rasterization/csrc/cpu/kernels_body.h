@@ -1,0 +1,353 @@
+// The CPU kernels, compiled once per instruction set (kernels_*.cpp set MEDGS_ISA, MEDGS_VECTOR_BYTES and the target).
+// Raw pointers only: a template of the standard library instantiated here could be merged with another file's copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../common/constants.h"
+#include "kernels.h"
+#include "simd.h"
+// after simd.h, whose math:: it uses
+#include "../common/folding.h"
+
+namespace medgs {
+namespace MEDGS_ISA {
+
+// ---- fold: W Gaussians at once, one a lane -------------------------------------------------------------------------
+
+/// Lane l takes `base[(first + l) * stride]`; lanes past the end repeat the last Gaussian.
+template <class S>
+MEDGS_INLINE Vec<S> gather(const S* base, int64_t first, int64_t last, int64_t stride) {
+  Vec<S> v;
+  for (int l = 0; l < kLanes<S>; ++l) v[l] = base[(first + l < last ? first + l : last) * stride];
+  return v;
+}
+
+template <class S>
+MEDGS_INLINE FoldedGaussian<Vec<S>> load_gaussians(const FoldArguments<S>& in, int64_t first, int64_t last, Vec<S>* path) {
+  for (int64_t k = 0; k < 2 * in.degree; ++k) path[k] = gather(in.w1 + k, first, last, 2 * in.degree);
+  return activate<Vec<S>, S>(gather(in.xyz, first, last, 3), gather(in.xyz + 2, first, last, 3), gather(in.m, first, last, 1),
+                             gather(in.sigma, first, last, 1), gather(in.scaling, first, last, 3),
+                             gather(in.scaling + 2, first, last, 3), gather(in.rotation, first, last, 1));
+}
+
+template <class S>
+void fold(const FoldArguments<S>& in, int threads) {
+  constexpr int W = kLanes<S>;
+  const S width = S(in.width), height = S(in.height);
+  const S grid_width = S((in.width + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
+  const S grid_height = S((in.height + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
+  const int64_t blocks = (in.gaussians + W - 1) / W;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t first = block * W, last = in.gaussians - 1;
+    const int lanes = int(in.gaussians - first < W ? in.gaussians - first : W);
+    Vec<S> w[2 * kMaxDegree];
+    const auto g = load_gaussians(in, first, last, w);
+    const auto path = [&](int j, int axis) { return w[2 * j + axis]; };
+    for (int64_t view = 0; view < in.views; ++view) {
+      const auto c = cut<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view], in.pixels_per_unit, width, height);
+      const auto active = (c.time_weight > S(kMinTimeWeight)) & touches_tiles(c, grid_width, grid_height);
+      const auto segmented = active & (c.scale_x > S(kMinSegmentationScale)) & (c.scale_z > S(kMinSegmentationScale));
+      const int64_t row = view * in.gaussians + first;
+      for (int l = 0; l < lanes; ++l) {
+        S* mean = in.means2d + 2 * (row + l);
+        S* conic = in.conics + 3 * (row + l);
+        mean[0] = c.u[l];
+        mean[1] = c.v[l];
+        conic[0] = c.a[l];
+        conic[1] = c.b[l];
+        conic[2] = c.c[l];
+        in.radii[row + l] = active[l] ? int32_t(c.radius[l] < S(kMaxRadius) ? c.radius[l] : S(kMaxRadius)) : 0;
+        in.active[row + l] = (active[l] ? kActive : 0) | (segmented[l] ? kActiveSegmentation : 0);
+      }
+    }
+  }
+}
+
+template <class S>
+void fold_backward(const FoldArguments<S>& in, int threads) {
+  constexpr int W = kLanes<S>;
+  const int64_t chunks = (in.gaussians + in.chunk - 1) / in.chunk;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    S* v_times = in.v_times + chunk * in.views;
+    for (int64_t view = 0; view < in.views; ++view) v_times[view] = 0;
+    const int64_t end = (chunk + 1) * in.chunk < in.gaussians ? (chunk + 1) * in.chunk : in.gaussians;
+    for (int64_t first = chunk * in.chunk; first < end; first += W) {
+      const int lanes = int(end - first < W ? end - first : W);
+      Vec<S> w[2 * kMaxDegree], v_w[2 * kMaxDegree];
+      const auto g = load_gaussians(in, first, end - 1, w);
+      for (int64_t k = 0; k < 2 * in.degree; ++k) v_w[k] = Vec<S>{};
+      FoldedGradient<Vec<S>> v{};
+      const auto path = [&](int j, int axis) { return w[2 * j + axis]; };
+      for (int64_t view = 0; view < in.views; ++view) {
+        const int64_t row = view * in.gaussians + first;
+        // A dropped Gaussian gets zeros for its incoming gradients, so its lane adds nothing; its own numbers may be
+        // infinite there, which is why the products are masked once more below.
+        Vec<S> u{}, y{}, a{}, b{}, c{};
+        Mask<S> seen{};
+        for (int l = 0; l < lanes; ++l) {
+          if (in.forward_radii[row + l] <= 0) continue;
+          seen[l] = -1;
+          u[l] = in.v_means2d[2 * (row + l)];
+          y[l] = in.v_means2d[2 * (row + l) + 1];
+          a[l] = in.v_conics[3 * (row + l)];
+          b[l] = in.v_conics[3 * (row + l) + 1];
+          c[l] = in.v_conics[3 * (row + l) + 2];
+        }
+        if (!any(seen)) continue;
+        FoldedGradient<Vec<S>> share{};
+        const auto masked = [&](Vec<S> x) { return seen ? x : Vec<S>{}; };
+        const auto path_gradient = [&](int j, int axis, Vec<S> x) { v_w[2 * j + axis] += masked(x); };
+        const auto v_time = cut_backward<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view], in.pixels_per_unit,
+                                                    u, y, a, b, c, share, path_gradient);
+        v.x += masked(share.x);
+        v.z += masked(share.z);
+        v.m += masked(share.m);
+        v.sigma += masked(share.sigma);
+        v.scale_x += masked(share.scale_x);
+        v.scale_z += masked(share.scale_z);
+        v.rotation += masked(share.rotation);
+        v_times[view] += sum<S>(masked(v_time));
+      }
+      finish<Vec<S>, S>(g, v);
+      for (int l = 0; l < lanes; ++l) {
+        const int64_t n = first + l;
+        in.v_xyz[3 * n] = v.x[l];
+        in.v_xyz[3 * n + 1] = 0;
+        in.v_xyz[3 * n + 2] = v.z[l];
+        in.v_scaling[3 * n] = v.scale_x[l];
+        in.v_scaling[3 * n + 1] = 0;
+        in.v_scaling[3 * n + 2] = v.scale_z[l];
+        in.v_m[n] = v.m[l];
+        in.v_sigma[n] = v.sigma[l];
+        in.v_rotation[n] = v.rotation[l];
+        for (int64_t k = 0; k < 2 * in.degree; ++k) in.v_w1[2 * in.degree * n + k] = v_w[k][l];
+      }
+    }
+  }
+}
+
+// ---- blend: the 16 pixels of a tile at once, one a lane --------------------------------------------------------------
+
+constexpr int kPixels = kTile * kTile;
+template <class S>
+constexpr int kParts = kPixels / kLanes<S>;  // vectors that hold one number of every pixel of the tile
+
+/// One number of each pixel of a tile.
+template <class V, int K>
+struct Pixels {
+  V part[K];
+};
+
+template <class S>
+struct TileFrame {
+  Vec<S> x[kParts<S>], y[kParts<S>];  // pixel centres
+  Mask<S> inside[kParts<S>];          // pixels of the image (the last tiles may hang over)
+  int64_t x0, y0;
+  int columns, rows;
+
+  MEDGS_INLINE TileFrame(int64_t tile, const BlendArguments<S>& in) {
+    x0 = tile % in.tiles_x * kTile;
+    y0 = tile / in.tiles_x * kTile;
+    columns = int(in.width - x0 < kTile ? in.width - x0 : kTile);
+    rows = int(in.height - y0 < kTile ? in.height - y0 : kTile);
+    for (int i = 0; i < kPixels; ++i) {
+      const int k = i / kLanes<S>, l = i % kLanes<S>;
+      x[k][l] = S(x0 + i % kTile);
+      y[k][l] = S(y0 + i / kTile);
+      inside[k][l] = (i % kTile < columns && i / kTile < rows) ? -1 : 0;
+    }
+  }
+
+  /// Pixel i of the tile in an image of the given start.
+  MEDGS_INLINE int64_t at(int i, int64_t width) const { return (y0 + i / kTile) * width + x0 + i % kTile; }
+};
+
+/// What one Gaussian gives one vector of pixels.
+template <class S>
+struct Contribution {
+  Vec<S> dx, dy, raw, alpha;  // offsets from the centre, opacity * exp(-q / 2) before and after the clamp
+  Mask<S> hit;                // q >= 0 and alpha >= 1/255
+};
+
+template <class S>
+MEDGS_INLINE Contribution<S> contribution(Vec<S> x, Vec<S> y, const S* mean, const S* conic, S opacity) {
+  Contribution<S> c;
+  c.dx = x - mean[0];
+  c.dy = y - mean[1];
+  const Vec<S> power = S(-0.5) * (conic[0] * c.dx * c.dx + conic[2] * c.dy * c.dy) - conic[1] * c.dx * c.dy;
+  c.raw = opacity * math::exp(power);
+  c.alpha = c.raw > S(kMaxAlpha) ? Vec<S>{} + S(kMaxAlpha) : c.raw;
+  c.hit = (power <= S(0)) & (c.alpha >= S(kMinAlpha));
+  return c;
+}
+
+/// Runs `body(pair, gaussian, mean, conic, opacity, colour)` front to back over a tile's pairs until it returns false.
+template <class S, class Body>
+MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int64_t tile, const Body& body) {
+  const int64_t view = in.views[render], tiles = in.tiles_x * in.tiles_y;
+  const int32_t* offsets = in.tile_offsets + view * (tiles + 1) + tile;
+  const S* means = in.means2d + 2 * view * in.gaussians;
+  const S* conics = in.conics + 3 * view * in.gaussians;
+  const S* opacities = in.opacities + in.heads[render] * in.gaussians;
+  const S* colours = in.colours + in.heads[render] * in.gaussians * in.channels;
+  const uint8_t* active = in.active + view * in.gaussians;
+  const uint8_t bit = uint8_t(in.bits[render]);
+  const bool check = in.check_bits[render];
+  for (int64_t pair = offsets[0]; pair < offsets[1]; ++pair) {
+    const int64_t n = in.pair_gaussians[pair];
+    const bool drawn = !check || (active[n] & bit);
+    if (!body(pair, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.channels)) break;
+  }
+}
+
+template <class S, int C>
+void blend_channels(const BlendArguments<S>& in, int threads) {
+  constexpr int K = kParts<S>;
+  const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
+  for (int64_t job = 0; job < in.renders * tiles; ++job) {
+    const int64_t render = job / tiles, tile = job % tiles;
+    const TileFrame<S> frame(tile, in);
+    Vec<S> image[C][K], transmittance[K];
+    Mask<S> running[K], stop[K];
+    const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
+    for (int k = 0; k < K; ++k) {
+      transmittance[k] = Vec<S>{} + S(1);
+      running[k] = frame.inside[k];
+      stop[k] = Mask<S>{};
+      for (int c = 0; c < C; ++c) image[c][k] = Vec<S>{};
+    }
+    for_each_pair(in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+      if (!drawn) return true;
+      bool saturated = false;
+      for (int k = 0; k < K; ++k) {
+        const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+        const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
+        const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
+        running[k] &= ~ends;
+        const Mask<S> used = running[k] & g.hit;
+        const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+        for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
+        transmittance[k] = used ? next : transmittance[k];
+        stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
+        saturated |= any(ends);
+      }
+      if (!saturated) return true;
+      for (int k = 0; k < K; ++k)
+        if (any(running[k])) return true;
+      return false;
+    });
+    for (int i = 0; i < kPixels; ++i) {
+      const int k = i / kLanes<S>, l = i % kLanes<S>;
+      if (!frame.inside[k][l]) continue;
+      const int64_t at = frame.at(i, in.width);
+      in.transmittance[render * area + at] = transmittance[k][l];
+      in.stops[render * area + at] = int32_t(stop[k][l]);
+      for (int c = 0; c < C; ++c)
+        in.images[(render * C + c) * area + at] = image[c][k][l] + transmittance[k][l] * in.backgrounds[render * C + c];
+    }
+  }
+}
+
+/// Front to back again, with what is still behind a pixel in one number: S = g . (image - drawn so far), g the
+/// pixel's gradient. Then dL/dalpha = T (g . colour) - S / (1 - alpha), for any number of channels, and the final
+/// transmittance enters S as one more channel. Each pair writes one record of its own, that the caller sums per
+/// Gaussian: no atomics, and the same bits whatever the number of threads.
+template <class S, int C>
+void blend_backward_channels(const BlendArguments<S>& in, int threads) {
+  constexpr int K = kParts<S>, R = kRecordSize<C>;
+  const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
+  for (int64_t job = 0; job < in.renders * tiles; ++job) {
+    const int64_t render = job / tiles, tile = job % tiles;
+    const TileFrame<S> frame(tile, in);
+    Vec<S> v_image[C][K], transmittance[K], behind[K];
+    Mask<S> stop[K];
+    int64_t deepest = 0;
+    for (int i = 0; i < kPixels; ++i) {
+      const int k = i / kLanes<S>, l = i % kLanes<S>;
+      stop[k][l] = 0;
+      behind[k][l] = 0;
+      transmittance[k][l] = 1;
+      for (int c = 0; c < C; ++c) v_image[c][k][l] = 0;
+      if (!frame.inside[k][l]) continue;
+      const int64_t at = frame.at(i, in.width);
+      S rest = in.v_transmittance[render * area + at] * in.transmittance[render * area + at];
+      for (int c = 0; c < C; ++c) {
+        v_image[c][k][l] = in.v_images[(render * C + c) * area + at];
+        rest += v_image[c][k][l] * in.images[(render * C + c) * area + at];
+      }
+      behind[k][l] = rest;
+      stop[k][l] = in.stops[render * area + at];
+      deepest = in.stops[render * area + at] > deepest ? in.stops[render * area + at] : deepest;
+    }
+    const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
+    for_each_pair(in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+      S* record = in.records + (in.render_slots[render] + in.pair_slots[pair]) * R;
+      Vec<S> total[R];
+      Mask<S> touched{};
+      if (drawn && pair - start < deepest) {
+        for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
+        for (int k = 0; k < K; ++k) {
+          const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+          const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
+          touched |= used;
+          const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+          Vec<S> v_weight{};
+          for (int c = 0; c < C; ++c) {
+            v_weight += colour[c] * v_image[c][k];
+            total[6 + c] += weight * v_image[c][k];
+          }
+          behind[k] -= weight * v_weight;
+          const Vec<S> v_alpha = transmittance[k] * v_weight - behind[k] / (S(1) - g.alpha);
+          transmittance[k] = used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
+          // The gradient of alpha is 0 where it is clamped; d alpha / d power = alpha.
+          const Vec<S> v_power = (used & (g.raw <= S(kMaxAlpha))) ? v_alpha * g.raw : Vec<S>{};
+          const Vec<S> vx = v_power * g.dx, vy = v_power * g.dy;
+          total[0] += vx;
+          total[1] += vy;
+          total[2] += vx * g.dx;
+          total[3] += vx * g.dy;
+          total[4] += vy * g.dy;
+          total[5] += v_power;
+        }
+      }
+      if (!any(touched)) {
+        for (int r = 0; r < R; ++r) record[r] = 0;
+        return true;
+      }
+      for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
+      sum8<S>(total, record);
+      return true;
+    });
+  }
+}
+
+template <class S>
+void blend(const BlendArguments<S>& in, int threads) {
+  if (in.channels == 1) return blend_channels<S, 1>(in, threads);
+  if (in.channels == 2) return blend_channels<S, 2>(in, threads);
+  if (in.channels == 3) return blend_channels<S, 3>(in, threads);
+  blend_channels<S, 4>(in, threads);
+}
+
+template <class S>
+void blend_backward(const BlendArguments<S>& in, int threads) {
+  if (in.channels == 1) return blend_backward_channels<S, 1>(in, threads);
+  if (in.channels == 2) return blend_backward_channels<S, 2>(in, threads);
+  if (in.channels == 3) return blend_backward_channels<S, 3>(in, threads);
+  blend_backward_channels<S, 4>(in, threads);
+}
+
+#define MEDGS_STRING_OF(x) #x
+#define MEDGS_STRING(x) MEDGS_STRING_OF(x)
+const Kernels<float> kernels_float = {MEDGS_STRING(MEDGS_ISA), fold<float>, fold_backward<float>, blend<float>, blend_backward<float>};
+const Kernels<double> kernels_double = {MEDGS_STRING(MEDGS_ISA), fold<double>, fold_backward<double>, blend<double>,
+                                        blend_backward<double>};
+
+}  // namespace MEDGS_ISA
+}  // namespace medgs

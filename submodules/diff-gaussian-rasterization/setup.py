@@ -1,0 +1,72 @@
+"""Installs diff_gaussian_rasterization: compiled now where torch can be imported, else at its first import."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+NAME = "diff_gaussian_rasterization"
+DESCRIPTION = (
+    "Differentiable Gaussian splatting on CPU and CUDA: planes cut from a time sequence, and 3-D scenes"
+)
+REQUIRES = ["torch>=2.4", "numpy", "ninja", "setuptools", "filelock"]
+
+os.chdir(Path(__file__).resolve().parent)  # the paths below are relative, as setuptools wants them
+_spec = importlib.util.spec_from_file_location("_library", f"{NAME}/_library.py")
+_library = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_library)
+
+
+class FreshBuildPy(build_py):
+    """Starts from an empty folder: else a source file deleted here would be installed from an older build."""
+
+    def run(self) -> None:
+        shutil.rmtree(Path(self.build_lib, NAME), ignore_errors=True)
+        super().run()
+
+
+def compiled_part(target: str) -> dict:
+    """The arguments of setup() that compile the operators and name the library as _library.py looks for it."""
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class BuildLibrary(BuildExtension):
+        def get_ext_filename(self, ext_name: str) -> str:
+            return os.path.join(*ext_name.split(".")[:-1], _library.installed_library(target).name)
+
+    cuda = [] if target == "cpu" else _library.CUDA_DEFINES
+    flags = {"cxx": [*_library.CXX_FLAGS, *cuda], "nvcc": [*_library.NVCC_FLAGS, *cuda]}
+    extension = (CUDAExtension if cuda else CppExtension)(
+        f"{NAME}._ops",
+        [os.path.relpath(path) for path in _library.sources(target)],
+        include_dirs=[os.path.abspath(f"{NAME}/csrc")],
+        extra_compile_args=flags if cuda else flags["cxx"],
+        extra_link_args=[flag for flag in _library.CXX_FLAGS if flag == "-fopenmp"],
+    )
+    return {"ext_modules": [extension], "cmdclass": {"build_py": FreshBuildPy, "build_ext": BuildLibrary}}
+
+
+try:
+    target = _library.build_target()
+except ModuleNotFoundError:  # no torch here: pip's build isolation
+    target = None
+compiling = target is not None and bool(_library.sources(target))
+with _library.build_environment(target) if compiling else contextlib.nullcontext():
+    setup(
+        name=NAME,
+        version="1.0.0",
+        description=DESCRIPTION,
+        license="Apache-2.0",
+        python_requires=">=3.10",
+        install_requires=REQUIRES,
+        packages=[NAME],
+        package_data={
+            NAME: [str(p.relative_to(_library.PACKAGE)) for p in sorted(_library.CSRC.rglob("*.*"))]
+        },
+        **(compiled_part(target) if compiling else {"cmdclass": {"build_py": FreshBuildPy}}),
+    )

@@ -1,0 +1,162 @@
+"""The compiled operators: found, or compiled once, never a stale one; and what a user reads when that fails.
+
+Most tests run the loader on a toy package, whose one source is plain C++ and compiles in a second.
+"""
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SUBMODULES = {
+    "diff_gaussian_rasterization": ROOT / "submodules/diff-gaussian-rasterization",
+    "simple_knn": ROOT / "submodules/simple-knn",
+}
+LOADER = SUBMODULES["simple_knn"] / "simple_knn/_library.py"
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "c++").split()[0]) is None, reason="needs a C++ compiler"
+)
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package with the loader and one source, and an extension cache of its own; compiled for the CPU."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("MEDGS_FORCE_CPU", "1")
+    package = tmp_path / "toy"
+    (package / "csrc/cpu").mkdir(parents=True)
+    # The path makes every test's source its own: torch builds a name only once in a process.
+    (package / "csrc/cpu/answer.cpp").write_text(f'// {tmp_path}\nextern "C" int answer() {{ return 42; }}\n')
+    shutil.copy(LOADER, package)
+    return package
+
+
+def loader_of(package: Path) -> ModuleType:
+    """The loader as a fresh process would see it: nothing loaded yet."""
+    spec = importlib.util.spec_from_file_location("toy_library", package / "_library.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*command: str | Path, **environment: str) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        [str(part) for part in command],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_both_packages_have_the_same_loader() -> None:
+    copies = {(folder / name / "_library.py").read_bytes() for name, folder in SUBMODULES.items()}
+    assert len(copies) == 1
+
+
+@needs_compiler
+def test_compiles_once_and_says_so(toy: Path, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    assert loader_of(toy).load() == "cpu"
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"toy: compiling for torch {torch.__version__} (CPU), once, about ")
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    made = library.stat().st_mtime_ns
+
+    assert loader_of(toy).load() == "cpu"
+    assert capfd.readouterr().err == ""
+    assert library.stat().st_mtime_ns == made
+
+
+@needs_compiler
+def test_changed_source_is_compiled_again(toy: Path, tmp_path: Path) -> None:
+    loader_of(toy).load()
+    with (toy / "csrc/cpu/answer.cpp").open("a") as source:
+        source.write('extern "C" int question() { return 6 * 9; }\n')
+    loader_of(toy).load()
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 2
+
+
+def test_library_of_another_torch_has_another_name(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader = loader_of(toy)
+    here = loader.installed_library("cpu")
+    assert here != loader.installed_library("cu130")
+    monkeypatch.setattr(torch, "__version__", "2.4.0")
+    assert here != loader.installed_library("cpu")
+
+
+@needs_compiler
+def test_library_made_at_install_is_preferred(toy: Path, tmp_path: Path) -> None:
+    loader_of(toy).load()
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    loader = loader_of(toy)
+    shutil.copy(library, loader.installed_library("cpu"))
+    shutil.rmtree(tmp_path / "cache")
+    loader.load()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_missing_compiler_is_named_with_a_way_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ImportError, match=r"no C\+\+ compiler \(no-such-compiler\).*--rasterizer oracle"):
+        loader_of(toy).load()
+
+
+@needs_compiler
+def test_compiler_error_is_quoted_and_logged(toy: Path, tmp_path: Path) -> None:
+    (toy / "csrc/cpu/answer.cpp").write_text("#error not today\n")
+    with pytest.raises(ImportError, match=r"#error not today.*--rasterizer oracle"):
+        loader_of(toy).load()
+    (log,) = (tmp_path / "cache").rglob("*.log")
+    assert "not today" in log.read_text()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_processes_that_start_together_compile_once(toy: Path, tmp_path: Path) -> None:
+    (toy / "__init__.py").touch()
+    command = [sys.executable, "-c", "from toy import _library; _library.load()"]
+    started = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    said = [process.communicate()[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0, 0], said
+    assert sum("compiling" in text for text in said) == 1
+
+
+PROBE = """
+import torch, diff_gaussian_rasterization
+print(diff_gaussian_rasterization.__file__, torch.ops.diff_gaussian_rasterization.blend)
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("isolation", [True, False], ids=["isolated", "no-build-isolation"])
+def test_pip_installs_the_rasterizer(isolation: bool, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(
+        SUBMODULES["diff_gaussian_rasterization"],
+        source,
+        ignore=shutil.ignore_patterns("build", "*.egg-info", "*.so", "__pycache__"),
+    )
+    site = tmp_path / "site"
+    flags = [] if isolation else ["--no-build-isolation"]
+    run(sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", *flags, "--target", site, source)
+    built = [path.name for path in (site / "diff_gaussian_rasterization").glob("*.so")]
+    assert len(built) == (0 if isolation else 1)
+
+    cache = tmp_path / "cache"
+    done = run(sys.executable, "-c", PROBE, PYTHONPATH=str(site), TORCH_EXTENSIONS_DIR=str(cache))
+    assert str(site) in done.stdout
+    assert len(list(cache.rglob("*.so"))) == (1 if isolation else 0)

@@ -1,0 +1,129 @@
+#!/usr/bin/env python3
+"""Trains a Folded-Gaussian model on a sequence of frames (img), on masks (seg), or on both (joint).
+
+    python train.py -s DATA_ROOT -m OUTPUT
+
+DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every option.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from arguments import train_options
+from gaussian_renderer import render
+from scene.density_control import reset_opacity
+from scene.gaussian_model import set_rates
+from scene.pipelines import loss_terms, requested_renders, screen_gradients, total_loss
+from scene.training import Training, fresh_folder
+from utils.errors import UserError, run
+from utils.reports import Report
+
+XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
+
+
+def train(training: Training) -> None:
+    """The loop. Pipelines differ in ``training.tasks`` only."""
+    options, camera, tasks = training.options, training.camera, training.tasks
+    report = Report(training, training.iteration)
+    for iteration in range(training.iteration + 1, options.iterations + 1):
+        model, optimizer = training.model, training.optimizer
+        training.iteration = iteration
+        last = iteration == options.iterations
+        set_rates(model, optimizer, iteration, options, camera.extent)
+
+        regularised = iteration >= options.ibfr_from_iter and any(task.terms.get("ibfr") for task in tasks)
+        batch = training.sampler.draw(in_between=regularised)
+        requested = requested_renders(tasks, batch)
+        controlled = iteration < options.densify_until_iter and not options.seg_head_only
+        renders = render(
+            model,
+            camera,
+            batch.positions,
+            [batch.mirrored] * len(batch.positions),
+            [r for task in requested for r in task],
+            training.background,
+            options.rasterizer,
+            screen_gradients=controlled,
+        )
+        images = renders.images.split([len(task) for task in requested])
+        terms, targets = zip(
+            *(
+                loss_terms(
+                    task, x, batch, training.background, model.spreads(), training.sampler.num_views, iteration, options
+                )
+                for task, x in zip(tasks, images, strict=True)
+            ),
+            strict=True,
+        )
+        loss = total_loss(tasks, terms)
+        loss.backward()
+
+        with torch.no_grad():
+            if controlled:
+                control_density(training, screen_gradients(tasks, renders, len(batch.frames)))
+            if not last:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        real = len(batch.frames)
+        report.iteration(iteration, tasks, loss, terms, images[0][:real], targets[0], training)
+        if iteration in options.test_iterations or last:
+            report.evaluation(training)
+        if iteration in options.save_iterations or last:
+            training.save_point_cloud()
+        if iteration in options.checkpoint_iterations or last:
+            training.save_checkpoint()
+        if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
+            training.save_xyz()
+    report.close()
+
+
+def control_density(training: Training, views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+    """Statistics, then the density step and the opacity reset where they are due (method: 3DGS, MedGS section 3.4)."""
+    options, model, iteration = training.options, training.model, training.iteration
+    m_gradients = model.params["m"].grad
+    for radii, visible, gradients in views:
+        training.control.observe(radii, visible, gradients, m_gradients, training.camera)
+    if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
+        training.control.step(
+            model, training.optimizer, iteration, options, training.camera.extent, training.generator
+        )
+        if len(model) == 0:
+            raise UserError(
+                f"iteration {iteration}: every Gaussian was pruned; lower --prune_opacity or the learning rates"
+            )
+    at_start = options.white_background and iteration == options.densify_from_iter
+    if iteration % options.opacity_reset_interval == 0 or at_start:
+        reset_opacity(model, training.optimizer, options.opacity_reset_value)
+
+
+def main() -> None:
+    options = train_options()
+    torch.manual_seed(options.seed)
+    torch.autograd.set_detect_anomaly(options.detect_anomaly)
+
+    def say(message: str) -> None:
+        if not options.quiet:
+            print(message, flush=True)
+
+    training = Training.start(options, say)
+    frames = training.tasks[0].frames
+    if training.iteration >= options.iterations:
+        raise UserError(
+            f"{options.start_checkpoint} is already at iteration {training.iteration}: give more --iterations"
+        )
+    fresh_folder(options.model_path)
+    training.write_inputs()
+    say(f"output: {options.model_path}")
+    say(
+        f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "
+        f"{'grey' if frames.channels == 1 else 'colour'}; on {training.model.device}"
+    )
+    say(f"Gaussians: {len(training.model)}")
+    train(training)
+    say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,238 @@
+"""Where frames lie in the patient: one typed object, kept from the volume to the mesh.
+
+Conventions. Voxel (i, j, k) of a volume is `volume[i, j, k]`; its affine maps indices to RAS+ millimetres, voxel
+centres on integers (NIfTI, nibabel). Frame index (column, row, frame) is pixel `frames[frame][row, column]`.
+Everything inside this project is RAS; `swap_ras_lps` is the only place where that changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+FILE_NAME = "frames.json"
+_VERSION = 1
+
+Affine = tuple[tuple[float, float, float, float], ...]  # 4 rows
+
+
+def swap_ras_lps(points: np.ndarray) -> np.ndarray:
+    """Points (..., 3) in RAS millimetres to LPS, or back: x and y change sign. DICOM, ITK, Slicer's files are LPS."""
+    return points * np.array([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a stack of frames was cut from its source, and where it lies. Written to `frames.json`.
+
+    Frames show anatomy upright (radiological convention): columns and rows grow towards the patient's left, posterior
+    or inferior, whichever their axis runs along. That takes a transpose and flips, which are recorded here and are
+    part of the affine, so nothing is lost. The order of frames is the order of the source's slices.
+    """
+
+    axes: tuple[int, int, int]
+    """Source axes along which (column, row, frame) run."""
+    flips: tuple[bool, bool]
+    """Whether (column, row) run against their source axis."""
+    size: tuple[int, int]
+    """Columns and rows of a frame, pixels."""
+    affine: Affine | None
+    """(column, row, frame) indices to RAS millimetres; None where the source does not say (a folder of images)."""
+    slices: tuple[int, ...]
+    """Source slice of each frame."""
+    slice_count: int
+    """Slices of the source, those left out included."""
+    positions: tuple[float, ...]
+    """Place of each frame along the frame axis, from the source's first slice: mm, or slices without an affine."""
+    window: tuple[float, float]
+    """Source intensities that became 0 and 1."""
+    bits: int
+    """Bits of a stored pixel, 8 or 16."""
+    source: str
+    """File or folder name of the source."""
+    volume: int | None = None
+    """Which volume of a 4-D source."""
+
+    @property
+    def axis(self) -> int:
+        """The source axis that the frames cut."""
+        return self.axes[2]
+
+    @property
+    def matrix(self) -> np.ndarray | None:
+        """The affine as a (4, 4) float64 array."""
+        return None if self.affine is None else np.array(self.affine, np.float64)
+
+    @property
+    def spacing(self) -> tuple[float, float, float] | None:
+        """Millimetres from one (column, row, frame) to the next."""
+        return None if self.matrix is None else voxel_sizes(self.matrix)
+
+    def for_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray | None:
+        """The affine of (column, row, sub-frame) of renders: `sub_frames` per frame, `size` columns and rows.
+
+        Renders of a model that was trained at another resolution cover the same field of view. Raises UserError when
+        no single factor leads from the frames' size to `size`, because then they show something else.
+        """
+        if self.affine is None:
+            return None
+        factors = np.array(self.size) / np.array(size)  # frame pixels per render pixel
+        # Sizes are rounded to whole pixels, so each factor is known to one part in its side.
+        if abs(factors[0] / factors[1] - 1) > 1 / min(size) + 1e-9:
+            raise UserError(
+                f"renders of {size[0]} x {size[1]} pixels do not come from frames of {self.size[0]} x {self.size[1]}"
+                f" ({self.source}): give the geometry that belongs to them"
+            )
+        step = np.diag([*factors, 1 / sub_frames, 1.0])
+        step[:2, 3] = (factors - 1) / 2  # pixel centres are on integers, and the outer pixel edges coincide
+        return self.matrix @ step
+
+    def to_json(self) -> str:
+        """Every field, a line each, and what follows from them (axis, spacing) for people and other programs."""
+        fields = {"version": _VERSION, "axis": self.axis, "spacing": self.spacing, **asdict(self)}
+        return "{\n" + ",\n".join(f' "{name}": {json.dumps(value)}' for name, value in fields.items()) + "\n}"
+
+    @classmethod
+    def from_json(cls, text: str) -> Geometry:
+        """The geometry that `to_json` wrote, exactly. Raises ValueError for anything else."""
+        try:
+            fields = json.loads(text)
+            if fields["version"] != _VERSION:
+                raise ValueError(
+                    f"its version is {fields['version']}, and this program reads version {_VERSION}"
+                )
+            known = {name: _tuples(fields[name]) for name in cls.__dataclass_fields__}
+            geometry = cls(**known)
+            if len(geometry.slices) != len(geometry.positions) or not geometry.slices:
+                raise ValueError("slices and positions disagree")
+            if geometry.affine is not None:
+                check_affine(np.array(geometry.affine, np.float64))
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a field is missing or of another kind ({error})") from error
+        return geometry
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write frames.json."""
+        with atomic_write(path) as temporary:
+            temporary.write_text(self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Geometry:
+        """Read frames.json. Raises UserError that names the file."""
+        try:
+            return cls.from_json(Path(path).read_text())
+        except FileNotFoundError:
+            raise UserError(f"{path} does not exist") from None
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path} is not a frames.json of prepare.py: {error}") from error
+
+    @classmethod
+    def find(cls, folder: str | os.PathLike[str]) -> Geometry | None:
+        """The frames.json of a data root or of its parent (`prepare.py -o OUT` writes OUT/frames.json and OUT/img)."""
+        for place in (Path(folder), Path(folder).absolute().parent):
+            if (place / FILE_NAME).is_file():
+                return cls.load(place / FILE_NAME)
+        return None
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Which way a volume is cut into frames."""
+
+    axes: tuple[int, int, int]  # source axes of (column, row, frame)
+    flips: tuple[bool, bool]  # whether (column, row) run against theirs
+
+    def frames(self, volume: np.ndarray) -> np.ndarray:
+        """volume (I, J, K) or (I, J, K, channels) as a view (frame, row, column[, channels])."""
+        columns, rows, frames = self.axes
+        stack = volume.transpose(frames, rows, columns, *range(3, volume.ndim))
+        steps = [-1 if flip else 1 for flip in self.flips]
+        return stack[:, :: steps[1], :: steps[0]]
+
+    def matrix(self, shape: tuple[int, ...], keep_every: int = 1) -> np.ndarray:
+        """(column, row, frame) indices to voxel indices (i, j, k) of a volume of `shape`, as a (4, 4) array."""
+        to_voxels = np.zeros((4, 4))
+        to_voxels[3, 3] = 1
+        for index, (axis, flip) in enumerate(zip(self.axes, (*self.flips, False), strict=True)):
+            to_voxels[axis, index] = -1 if flip else 1
+            to_voxels[axis, 3] = shape[axis] - 1 if flip else 0
+        to_voxels[:, 2] *= keep_every
+        return to_voxels
+
+
+def upright_cut(affine: np.ndarray | None, axis: int) -> Cut:
+    """Cut across source axis `axis` so that columns and rows grow towards left, posterior or inferior.
+
+    Axial and coronal frames have left along the columns, sagittal ones posterior; the other direction goes down. Each
+    source axis counts as the patient axis that it runs closest to, so oblique volumes are cut along their own grid.
+    Without an affine nothing is known about the patient: columns and rows are the remaining axes in their order.
+    """
+    first, second = (other for other in range(3) if other != axis)
+    if affine is None:
+        return Cut((first, second, axis), (False, False))
+    patient = _patient_axes(
+        affine
+    )  # source axis -> 0 (left-right), 1 (posterior-anterior), 2 (inferior-superior)
+    column, row = sorted((first, second), key=lambda source: patient[source])
+    flips = tuple(
+        bool(affine[patient[source], source] > 0) for source in (column, row)
+    )  # R, A or S grow: turn round
+    return Cut((column, row, axis), (flips[0], flips[1]))
+
+
+def cut_geometry(
+    cut: Cut, affine: np.ndarray | None, shape: tuple[int, ...], keep_every: int = 1, **fields: Any
+) -> Geometry:
+    """The Geometry of every `keep_every`-th frame of a volume of `shape` with `affine`, cut by `cut`.
+
+    fields: window, bits, source, volume.
+    """
+    slice_count = shape[cut.axes[2]]
+    slices = tuple(range(0, slice_count, keep_every))
+    step = 1.0 if affine is None else voxel_sizes(affine)[cut.axes[2]]
+    matrix = None if affine is None else affine @ cut.matrix(shape, keep_every)
+    return Geometry(
+        axes=cut.axes,
+        flips=cut.flips,
+        size=(shape[cut.axes[0]], shape[cut.axes[1]]),
+        affine=None if matrix is None else _tuples(matrix.tolist()),
+        slices=slices,
+        slice_count=slice_count,
+        positions=tuple(index * step for index in slices),
+        **fields,
+    )
+
+
+def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
+    """Millimetres along each index axis."""
+    x, y, z = np.linalg.norm(affine[:3, :3], axis=0).tolist()
+    return x, y, z
+
+
+def check_affine(affine: np.ndarray) -> None:
+    """Raise ValueError unless the affine is (4, 4), finite and maps a voxel to a solid of some volume."""
+    if affine.shape != (4, 4) or not np.isfinite(affine).all():
+        raise ValueError("its affine is not a 4 x 4 matrix of numbers")
+    sizes = np.prod(voxel_sizes(affine))
+    if sizes == 0 or abs(np.linalg.det(affine[:3, :3])) < 1e-6 * sizes:
+        raise ValueError("its affine is singular: voxels would have no volume")
+
+
+def _patient_axes(affine: np.ndarray) -> tuple[int, int, int]:
+    """For each source axis the patient axis (0, 1, 2 = x, y, z of RAS) it runs along, each used once."""
+    directions = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))  # [patient, source] cosines
+    orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))
+    return max(orders, key=lambda order: sum(directions[order[source], source] for source in range(3)))
+
+
+def _tuples(value: Any) -> Any:
+    """Lists of JSON as the tuples they were."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

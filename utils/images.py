@@ -1,0 +1,262 @@
+"""Image files in and out at their own depth: 8 or 16 bits, grey, RGB or RGBA, and float arrays (.npy, .tif)."""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import tifffile
+from PIL import Image, UnidentifiedImageError
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+# A PNG of a few kB can claim any size. 8192 x 8192 is beyond every scanner's frame and 1 GiB as float RGBA.
+MAX_PIXELS = 8192 * 8192
+Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard: a warning on stderr first, and no file name
+
+READABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
+WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
+
+_AnyPath = TypeVar("_AnyPath", str, Path)
+
+
+def natural_order(paths: Iterable[_AnyPath]) -> list[_AnyPath]:
+    """Paths sorted by the numbers in their file names: 2.png before 10.png, 00003_2.png before 00003_10.png."""
+
+    def key(path: _AnyPath) -> tuple[list[tuple[int, int, str]], str]:
+        name = os.path.basename(path)
+        parts = re.split(r"([0-9]+)", os.path.splitext(name)[0])
+        # The two kinds of part never meet in a comparison of values: the leading 0 or 1 tells them apart first.
+        return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in parts if part], name
+
+    return sorted(paths, key=key)
+
+
+def image_files(folder: str | os.PathLike[str], extensions: Iterable[str] = READABLE) -> list[Path]:
+    """The image files of a folder in natural order; hidden files and other kinds are left out."""
+    wanted = {extension.lower() for extension in extensions}
+    try:
+        return natural_order(
+            path
+            for path in Path(folder).iterdir()
+            if path.suffix.lower() in wanted and not path.name.startswith(".") and path.is_file()
+        )
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is not a folder") from None
+
+
+def read_image(path: str | os.PathLike[str]) -> np.ndarray:
+    """One frame as (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA: uint8, uint16, or float32 as stored.
+
+    Palettes become the colours they stand for, 1-bit images 0 and 255, grey with transparency RGBA. Raises UserError
+    for a missing or damaged file, a kind of image that is not a frame, and more than MAX_PIXELS.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    try:
+        if suffix == ".npy":
+            array = _read_npy(path)
+        elif suffix in (".tif", ".tiff"):
+            array = _read_tiff(path)
+        else:
+            array = _read_pillow(path)
+    except UserError:
+        raise
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist") from None
+    except PermissionError:
+        raise UserError(f"{path} may not be read: check its permissions") from None
+    except Exception as error:  # each decoder has exceptions of its own for damaged bytes
+        reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"damaged ({error})"
+        raise UserError(f"{path} cannot be read: {reason}") from error
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise UserError(
+            f"{path} holds an array of shape {array.shape}: a frame is (H, W), (H, W, 3) or (H, W, 4)"
+        )
+    if array.size == 0:
+        raise UserError(f"{path} is empty: its shape is {array.shape}")
+    return (
+        array if array.flags.writeable else array.copy()
+    )  # torch.from_numpy warns about Pillow's own buffers
+
+
+def to_unit(array: np.ndarray) -> np.ndarray:
+    """Stored values to float32 in [0, 1] by their type's full range; floats are taken to be there already."""
+    if array.dtype == np.bool_:
+        return array.astype(np.float32)
+    if np.issubdtype(array.dtype, np.unsignedinteger):
+        return array.astype(np.float32) / np.float32(np.iinfo(array.dtype).max)
+    if np.issubdtype(array.dtype, np.floating):
+        return array.astype(np.float32)
+    raise TypeError(f"no full range for {array.dtype}: images are unsigned integers, booleans or floats")
+
+
+def to_grey(array: np.ndarray) -> np.ndarray:
+    """(H, W), (H, W, 3) or (H, W, 4) to (H, W), float32 in [0, 1]: the mean of the colours, alpha left out."""
+    unit = to_unit(array)
+    return unit if unit.ndim == 2 else unit[:, :, :3].mean(axis=2)
+
+
+def write_image(path: str | os.PathLike[str], array: np.ndarray, bits: int = 8) -> None:
+    """Write floats in [0, 1], (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), by the suffix of `path`.
+
+    .png and .tif round to `bits` (8 or 16), .jpg to 8; .npy keeps float32, whatever `bits`. Values outside [0, 1]
+    are clamped, NaN becomes 0. The file is complete or not there.
+    """
+    path = Path(path)
+    suffix = path.suffix.lower()
+    array = np.asarray(array)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ValueError(f"an image is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}")
+    if suffix not in WRITABLE:
+        raise UserError(
+            f"images are written as {', '.join(WRITABLE)}, not as {suffix or 'a file without a suffix'}"
+        )
+    if suffix in (".jpg", ".jpeg") and (bits != 8 or array.shape[2:] == (4,)):
+        raise UserError(
+            f"{path}: JPEG holds 8-bit grey or RGB; write .png or .tif for 16 bits or transparency"
+        )
+    if bits not in (8, 16):
+        raise ValueError(f"bits is 8 or 16, not {bits}")
+
+    values = np.clip(np.nan_to_num(np.asarray(array, np.float64), nan=0.0), 0.0, 1.0)
+    with atomic_write(path, sync=False) as temporary:
+        if suffix == ".npy":
+            np.save(temporary, values.astype(np.float32))
+            return
+        levels = np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
+        if suffix in (".tif", ".tiff"):
+            extra = ["unassalpha"] if levels.shape[2:] == (4,) else None
+            photometric = "minisblack" if levels.ndim == 2 else "rgb"
+            tifffile.imwrite(
+                temporary, levels, photometric=photometric, extrasamples=extra, compression="zlib"
+            )
+        elif bits == 16 and levels.ndim == 3:
+            temporary.write_bytes(_encode_png16(levels))  # Pillow has no 16-bit colour
+        elif suffix == ".png":
+            Image.fromarray(levels).save(temporary, format="PNG")
+        else:
+            Image.fromarray(levels).save(temporary, format="JPEG", quality=95)
+
+
+def _check_pixels(path: Path, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
+        raise UserError(
+            f"{path} is {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: make it smaller"
+        )
+
+
+def _read_npy(path: Path) -> np.ndarray:
+    array = np.load(
+        path, mmap_mode="r", allow_pickle=False
+    )  # a header only: sizes are checked before any reading
+    if array.ndim >= 2:
+        _check_pixels(path, array.shape[1], array.shape[0])
+    return _frame_type(path, np.array(array))
+
+
+def _read_tiff(path: Path) -> np.ndarray:
+    with tifffile.TiffFile(path) as file:
+        if len(file.pages) != 1:
+            raise UserError(f"{path} holds {len(file.pages)} pages: write each frame into a file of its own")
+        page = file.pages.first
+        _check_pixels(path, page.imagewidth, page.imagelength)
+        photometric, planar = page.photometric, page.planarconfig
+        try:
+            array = page.asarray()
+        except ValueError as error:
+            if "imagecodecs" not in str(error):
+                raise
+            return _read_pillow(path)  # LZW, JPEG and fax codes, which Pillow brings along
+        if photometric == tifffile.PHOTOMETRIC.PALETTE:
+            return (page.colormap[:, array] // 257).astype(np.uint8).transpose(1, 2, 0)
+    if planar == tifffile.PLANARCONFIG.SEPARATE and array.ndim == 3:
+        array = array.transpose(1, 2, 0)
+    if array.dtype == np.bool_:
+        array = array.astype(np.uint8) * np.uint8(255)
+    if photometric == tifffile.PHOTOMETRIC.MINISWHITE:
+        array = np.invert(array)
+    if array.ndim == 3 and array.shape[2] == 2:
+        array = array[:, :, (0, 0, 0, 1)]
+    return _frame_type(path, array)
+
+
+def _frame_type(path: Path, array: np.ndarray) -> np.ndarray:
+    if array.dtype == np.bool_:
+        return array.astype(np.uint8) * np.uint8(255)
+    if array.dtype in (np.uint8, np.uint16):
+        return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("="))
+    if np.issubdtype(array.dtype, np.floating):
+        if not np.isfinite(array).all() or array.min(initial=0) < 0 or array.max(initial=0) > 1:
+            raise UserError(f"{path} holds floats outside [0, 1]: scale them into it first")
+        return array.astype(np.float32)
+    raise UserError(f"{path} holds {array.dtype}: frames are uint8, uint16 or floats in [0, 1]")
+
+
+def _read_pillow(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        _check_pixels(path, *image.size)
+        if getattr(image, "n_frames", 1) > 1:
+            raise UserError(f"{path} holds {image.n_frames} images: write each frame into a file of its own")
+        raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else ""
+        if raw_mode in ("RGB;16B", "RGBA;16B", "LA;16B"):
+            return _read_png16(path, raw_mode)
+        if image.mode.startswith("I"):
+            array = np.asarray(image)
+            if array.min() < 0 or array.max() > 65535:
+                raise UserError(f"{path} has 32-bit pixels: frames have 8 or 16 bits")
+            return array.astype(np.uint16)
+        if "transparency" in image.info or image.mode in ("LA", "PA", "La", "RGBa"):
+            return np.asarray(image.convert("RGBA"))
+        if image.mode == "P":
+            colours = np.asarray(image.convert("RGB"))
+            grey = (colours == colours[:, :, :1]).all()
+            return np.ascontiguousarray(colours[:, :, 0]) if grey else colours
+        if image.mode == "1":
+            return np.asarray(image.convert("L"))
+        return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+
+
+def _read_png16(path: Path, raw_mode: str) -> np.ndarray:
+    """A 16-bit colour PNG, of which Pillow keeps 8 bits: asked for the other byte order, it keeps the other 8."""
+
+    def decode(mode: str) -> np.ndarray:
+        with Image.open(path) as image:
+            tile = image.tile[0]
+            image.tile = [tile._replace(args=mode) if hasattr(tile, "_replace") else (*tile[:3], mode)]
+            return np.asarray(image).astype(np.uint16)
+
+    if raw_mode == "LA;16B":
+        quads = decode("RGBA")  # the same four bytes a pixel: grey high, grey low, alpha high, alpha low
+        grey, alpha = quads[:, :, 0] << 8 | quads[:, :, 1], quads[:, :, 2] << 8 | quads[:, :, 3]
+        return np.stack((grey, grey, grey, alpha), axis=2)
+    return decode(raw_mode) << 8 | decode(raw_mode.replace("16B", "16L"))
+
+
+def _encode_png16(levels: np.ndarray) -> bytes:
+    """A 16-bit RGB or RGBA PNG of levels (H, W, 3 or 4) uint16, rows stored as differences to the row above."""
+    height, width, channels = levels.shape
+    rows = levels.astype(">u2").view(np.uint8).reshape(height, -1)
+    filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
+    filtered[:, 0] = 2  # the filter "up"
+    filtered[:, 1:] = np.diff(
+        rows, axis=0, prepend=np.zeros_like(rows[:1])
+    )  # wraps modulo 256, as the format wants
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 16, {3: 2, 4: 6}[channels], 0, 0, 0)
+    data = zlib.compress(filtered.tobytes(), 6)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
