@@ -29,6 +29,7 @@ from utils.images import image_files, read_image, to_grey
 from utils.meshes import MILLIMETRES, VOXELS, otsu, signed_volume, surface, write_ply
 from utils.volumes import nifti_grid
 
+NOT_CASES = ("mirror",)  # the flipped copies that training leaves beside original/
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 PUBLISHED_INTER = 8
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
@@ -112,8 +113,12 @@ def _cases(folder: Path, extension: str) -> list[Case]:
     rendered = _renders(folder, extension)
     if rendered:
         return [Case(name, folder, rendered)]
+    if any(folder.glob("chkpnt*.pth")):
+        raise UserError(f"{folder} is a model without renders: run render.py -m {folder} first")
     children = sorted(
-        child for child in folder.iterdir() if child.is_dir() and not child.name.startswith(".")
+        child
+        for child in folder.iterdir()
+        if child.is_dir() and not child.name.startswith(".") and child.name not in NOT_CASES
     )
     cases = [
         Case(child.name, child, _renders(child, extension) or _loose(child, extension)) for child in children

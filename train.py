@@ -11,10 +11,10 @@ from __future__ import annotations
 import torch
 
 from arguments import train_options
-from gaussian_renderer import render
+from gaussian_renderer import Renders, render
 from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
-from scene.pipelines import loss_terms, requested_renders, screen_gradients, total_loss
+from scene.pipelines import loss_terms, requested_renders, split, total_loss
 from scene.training import Training, fresh_folder
 from utils.errors import UserError, run
 from utils.reports import Report
@@ -30,7 +30,7 @@ def train(training: Training) -> None:
         model, optimizer = training.model, training.optimizer
         training.iteration = iteration
         last = iteration == options.iterations
-        set_rates(model, optimizer, iteration, options, camera.extent)
+        set_rates(model, optimizer, iteration, options, training.extent)
 
         regularised = iteration >= options.ibfr_from_iter and any(task.terms.get("ibfr") for task in tasks)
         batch = training.sampler.draw(in_between=regularised)
@@ -46,11 +46,19 @@ def train(training: Training) -> None:
             options.rasterizer,
             screen_gradients=controlled,
         )
-        images = renders.images.split([len(task) for task in requested])
+        images = split(renders.images, [len(task) for task in requested])
         terms, targets = zip(
             *(
                 loss_terms(
-                    task, x, batch, training.background, model.spreads(), training.sampler.num_views, iteration, options
+                    task,
+                    x,
+                    batch,
+                    training.background,
+                    model.params["sigma"].flatten(),
+                    training.sampler.num_views,
+                    iteration,
+                    options,
+                    options.rasterizer,
                 )
                 for task, x in zip(tasks, images, strict=True)
             ),
@@ -58,10 +66,12 @@ def train(training: Training) -> None:
         )
         loss = total_loss(tasks, terms)
         loss.backward()
+        if options.debug or 0 <= options.debug_from <= iteration:
+            check_finite(training, loss)
 
         with torch.no_grad():
             if controlled:
-                control_density(training, screen_gradients(tasks, renders, len(batch.frames)))
+                control_density(training, renders, len(batch.frames))
             if not last:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -79,15 +89,22 @@ def train(training: Training) -> None:
     report.close()
 
 
-def control_density(training: Training, views: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
-    """Statistics, then the density step and the opacity reset where they are due (method: 3DGS, MedGS section 3.4)."""
+def control_density(training: Training, renders: Renders, real: int) -> None:
+    """Statistics over the ``real`` views, then the density step and the opacity reset where they are due."""
     options, model, iteration = training.options, training.model, training.iteration
-    m_gradients = model.params["m"].grad
-    for radii, visible, gradients in views:
-        training.control.observe(radii, visible, gradients, m_gradients, training.camera)
+    for head, task in enumerate(training.tasks):
+        training.control.observe(
+            renders.radii[:real],
+            renders.active[:real],
+            task.test,
+            renders.screen.grad[head, :real],
+            model.params["m"].grad,
+            training.camera,
+            options.rasterizer,
+        )
     if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
         training.control.step(
-            model, training.optimizer, iteration, options, training.camera.extent, training.generator
+            model, training.optimizer, iteration, options, training.extent, training.generator
         )
         if len(model) == 0:
             raise UserError(
@@ -96,6 +113,14 @@ def control_density(training: Training, views: list[tuple[torch.Tensor, torch.Te
     at_start = options.white_background and iteration == options.densify_from_iter
     if iteration % options.opacity_reset_interval == 0 or at_start:
         reset_opacity(model, training.optimizer, options.opacity_reset_value)
+
+
+def check_finite(training: Training, loss: torch.Tensor) -> None:
+    """Raises `UserError` naming the iteration's first value that is not finite: the loss, or a gradient."""
+    values = {"loss": loss} | {f"gradient of {name}": p.grad for name, p in training.model.params.items()}
+    for name, value in values.items():
+        if value is not None and not bool(value.isfinite().all()):
+            raise UserError(f"iteration {training.iteration}: the {name} is not finite; lower the learning rates")
 
 
 def main() -> None:

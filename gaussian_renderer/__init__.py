@@ -12,6 +12,7 @@ from torch import Tensor
 
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, GaussianModel
+from utils.errors import UserError
 
 ACTIVE = 1
 """Bit of the activity mask: delta(t) > 0.1, and visible."""
@@ -39,8 +40,11 @@ class Renders:
 
 
 def rasterizer(name: str) -> ModuleType:
-    """The module with ``fold`` and ``blend``: "compiled", or "oracle", which needs no compiler."""
-    return importlib.import_module(RASTERIZERS[name])
+    """The module with ``fold``, ``blend`` and what else a step needs: "compiled", or "oracle", without a compiler."""
+    try:
+        return importlib.import_module(RASTERIZERS[name])
+    except ImportError as error:  # its text says what is missing and what to do
+        raise UserError(str(error)) from error
 
 
 def render(
@@ -65,10 +69,10 @@ def render(
     means2d, conics, radii, active = ops.fold(
         p["xyz"],
         p["w1"],
-        p["m"][:, 0],
-        p["sigma"][:, 0, 0],
+        p["m"].flatten(),
+        p["sigma"].flatten(),
         p["scaling"],
-        p["rotation"][:, 0],
+        p["rotation"].flatten(),
         model.times(positions),
         signs,
         camera.pixels_per_unit,
@@ -82,8 +86,8 @@ def render(
         means2d,
         conics,
         active,
-        model.opacities(heads),
-        model.colours(heads, camera),
+        model.raw_opacities(heads),
+        model.raw_colours(heads, camera),
         background.expand(len(renders), -1),
         [r.view for r in renders],
         [heads.index(r.head) for r in renders],
@@ -91,6 +95,7 @@ def render(
         camera.width,
         camera.height,
         screen,
+        raw=True,
     )
     return Renders(images, screen, radii, active)
 

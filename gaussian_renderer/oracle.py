@@ -7,10 +7,13 @@ every Gaussian, autograd gives the gradients. For tests, and for tiny inputs on 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from utils import losses
+from utils.spherical_harmonics import to_colour
 
 MIN_ALPHA = 1 / 255
 MAX_ALPHA = 0.99
@@ -99,8 +102,11 @@ def blend(
     width: int,
     height: int,
     screen: Tensor | None = None,  # (heads, V, N, 2)
+    raw: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Contract of ``diff_gaussian_rasterization.blend``."""
+    if raw:
+        opacities, colours = torch.sigmoid(opacities), to_colour(colours)
     x = torch.arange(width, dtype=means2d.dtype, device=means2d.device).repeat(height)  # (H W,)
     y = torch.arange(height, dtype=means2d.dtype, device=means2d.device).repeat_interleave(width)
     images, transmittances = [], []
@@ -118,3 +124,40 @@ def blend(
         images.append(image.reshape(-1, height, width))
         transmittances.append(remaining.reshape(height, width))
     return torch.stack(images), torch.stack(transmittances)
+
+
+def similarity(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Contract of ``diff_gaussian_rasterization.similarity``."""
+    return losses.l1(images, targets), losses.ssim(images, targets)
+
+
+def sigma_outside(raw: Tensor, low: float, high: float) -> Tensor:
+    """Contract of ``diff_gaussian_rasterization.sigma_outside``."""
+    return losses.sigma_outside(torch.exp(raw), low, high)
+
+
+def observe(
+    radii: Tensor,  # (V, N)
+    active: Tensor,  # (V, N)
+    screen_gradients: Tensor,  # (V, N, 2)
+    m_gradients: Tensor,  # (N, 1)
+    bit: int,
+    width: int,
+    height: int,
+    statistics: Mapping[str, Tensor],
+) -> None:
+    """Contract of ``diff_gaussian_rasterization.observe``."""
+    visible = (active & bit) != 0
+    seen = visible.any(0)[:, None]  # (N, 1)
+    ndc = screen_gradients * screen_gradients.new_tensor([width / 2, height / 2])
+    largest = (ndc.norm(dim=2) * visible).amax(0)[:, None]  # (N, 1)
+    s = statistics
+    torch.maximum(s["max_radii2D"], (radii * visible).amax(0), out=s["max_radii2D"])
+    s["xyz_gradient_accum"] += largest * seen
+    s["m_gradient_accum"] += m_gradients.abs() * seen
+    s["denom"] += seen
+    s["m_denom"] += seen
+
+
+Adam = torch.optim.Adam
+"""Contract of ``diff_gaussian_rasterization.Adam``."""

@@ -5,12 +5,13 @@ Apart from the model on purpose: :func:`take_rows` is the one place that exchang
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from arguments import OptimisationOptions
+from gaussian_renderer import rasterizer
 from scene.cameras import Camera
 from scene.gaussian_model import GaussianModel
 
@@ -27,21 +28,25 @@ class DensityControl:
     def __init__(self, model: GaussianModel, statistics: dict[str, Tensor] | None = None) -> None:
         self.statistics = dict(statistics) if statistics else _zeros(len(model), model.device)
 
-    def observe(self, radii: Tensor, visible: Tensor, screen_gradients: Tensor, m_gradients: Tensor, camera: Camera) -> None:
+    def observe(
+        self,
+        radii: Tensor,
+        active: Tensor,
+        test: int,
+        screen_gradients: Tensor,
+        m_gradients: Tensor,
+        camera: Camera,
+        backend: str = "compiled",
+    ) -> None:
         """Adds one iteration's views of one head.
 
-        radii: (V, N) px. visible: (V, N) bool. screen_gradients: (V, N, 2), dL/d(centre in px). m_gradients: (N, 1).
-        A Gaussian counts once if any view sees it, with its largest radius and its largest gradient over the views.
+        radii: (V, N) px. active: (V, N), the bit ``test`` makes a Gaussian visible. screen_gradients: (V, N, 2),
+        dL/d(centre in px). m_gradients: (N, 1). A Gaussian counts once if any view sees it, with its largest radius
+        and its largest gradient over the views.
         """
-        s = self.statistics
-        seen = visible.any(0)  # (N,)
-        ndc = screen_gradients * screen_gradients.new_tensor([camera.width / 2, camera.height / 2])
-        largest = ndc.norm(dim=2).amax(0)  # (N,)
-        s["max_radii2D"] = torch.maximum(s["max_radii2D"], (radii * visible).amax(0).to(s["max_radii2D"].dtype))
-        for name, value in (("xyz_gradient_accum", largest), ("m_gradient_accum", m_gradients[:, 0].abs())):
-            s[name] += (value * seen)[:, None]
-        for name in ("denom", "m_denom"):
-            s[name] += seen[:, None]
+        rasterizer(backend).observe(
+            radii, active, screen_gradients, m_gradients, test, camera.width, camera.height, self.statistics
+        )
 
     def step(
         self,
@@ -111,7 +116,13 @@ def take_rows(
         _replace(model, optimizer, name, values.get(name, parameter.detach()[rows]), moments)
 
 
-def _replace(model: GaussianModel, optimizer: torch.optim.Adam, name: str, value: Tensor, moments) -> None:
+def _replace(
+    model: GaussianModel,
+    optimizer: torch.optim.Adam,
+    name: str,
+    value: Tensor,
+    moments: Callable[[Tensor], Tensor],
+) -> None:
     old = model.params[name]
     new = nn.Parameter(value, requires_grad=old.requires_grad)
     for group in optimizer.param_groups:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from arguments import ModelOptions, OptimisationOptions
 from scene.cameras import Camera
-from utils.spherical_harmonics import basis, from_colour, to_colour
+from utils.spherical_harmonics import C0, basis, from_colour
 
 IMAGE, SEGMENTATION = "img", "seg"
 """Names of the heads. Plain segmentation training uses the image head; a segmentation head is its copy beside it."""
@@ -132,9 +132,9 @@ class GaussianModel:
 
         t = t_k + (t_{k+1} - t_k) * fraction. The last frame reaches towards t = 1.
         """
-        index = [min(int(math.floor(p)), self.num_frames - 1) for p in positions]
+        index = [min(math.floor(p), self.num_frames - 1) for p in positions]
         fraction = [p - k for p, k in zip(positions, index, strict=True)]
-        durations = self.time_func
+        durations: Tensor = self.time_func
         if self.uses_dff:
             durations = torch.cat([torch.softmax(durations[:, 0], 0), durations.new_zeros(1)])
         ends = torch.cat([durations.new_zeros(1), torch.cumsum(durations, 0)])  # (K + 1,)
@@ -145,21 +145,26 @@ class GaussianModel:
 
     def opacities(self, heads: Sequence[str]) -> Tensor:
         """(heads, N) in (0, 1)."""
-        return torch.stack([torch.sigmoid(self.params["opacity" + _SUFFIX[h]][:, 0]) for h in heads])
+        return torch.sigmoid(self.raw_opacities(heads))
 
-    def colours(self, heads: Sequence[str], camera: Camera) -> Tensor:
-        """(heads, N, C), at least 0; the direction of the harmonics is from the camera to the raw (x, 0, z)."""
-        out = []
+    def raw_opacities(self, heads: Sequence[str]) -> Tensor:
+        """(heads, N), logits."""
+        return _stack([self.params["opacity" + _SUFFIX[head]].flatten() for head in heads])
+
+    def raw_colours(self, heads: Sequence[str], camera: Camera) -> Tensor:
+        """(heads, N, C): x of the colour max(0, C0 x + 0.5). The harmonics above degree 0 are seen from the camera in
+        the direction of the raw (x, 0, z)."""
+        if self.active_sh_degree == 0:
+            return _stack([self.params["f_dc" + _SUFFIX[head]].flatten(1) for head in heads])
+        offset = self.params["xyz"] * self.params["xyz"].new_tensor([1, 0, 1])
+        offset = offset - camera.position(device=self.device)
+        harmonics = basis(offset / offset.norm(dim=1, keepdim=True), self.active_sh_degree)  # (N, K)
+        colours = []
         for head in heads:
             f_dc, f_rest = (self.params[name + _SUFFIX[head]] for name in ("f_dc", "f_rest"))
-            colour, rest = f_dc[:, 0], None  # (N, C)
-            if self.active_sh_degree > 0:
-                offset = self.params["xyz"] * self.params["xyz"].new_tensor([1, 0, 1])
-                offset = offset - camera.position(device=self.device)
-                harmonics = basis(offset / offset.norm(dim=1, keepdim=True), self.active_sh_degree)
-                rest = torch.einsum("nk,nkc->nc", harmonics, f_rest[:, : harmonics.shape[1]])
-            out.append(to_colour(colour, rest))
-        return torch.stack(out)
+            rest = torch.einsum("nk,nkc->nc", harmonics, f_rest[:, : harmonics.shape[1]])
+            colours.append(f_dc[:, 0] + rest / C0)
+        return _stack(colours)
 
     def scales(self) -> Tensor:
         """(N, 2), along the Gaussian's own two axes in the plane, at t = m; plane units."""
@@ -170,17 +175,27 @@ class GaussianModel:
         return torch.exp(self.params["sigma"][:, 0, 0])
 
 
+def _stack(heads: list[Tensor]) -> Tensor:
+    return heads[0][None] if len(heads) == 1 else torch.stack(heads)
+
+
 def head_parameters(head: str) -> tuple[str, ...]:
     """The parameters of one head."""
     return tuple(name + _SUFFIX[head] for name in ("f_dc", "f_rest", "opacity"))
 
 
-def make_optimizer(model: GaussianModel, options: OptimisationOptions, head_only: bool = False) -> torch.optim.Adam:
-    """Adam with one named group a parameter, in the order of the published checkpoint; xyz's rate is set by
-    :func:`set_rates`. With ``head_only``, the one group of the segmentation head and everything else frozen."""
+def make_optimizer(
+    model: GaussianModel,
+    options: OptimisationOptions,
+    head_only: bool = False,
+    kind: type[torch.optim.Adam] = torch.optim.Adam,
+) -> torch.optim.Adam:
+    """Adam (a ``kind`` of it) with one named group a parameter, in the order of the published checkpoint; xyz's rate
+    is set by :func:`set_rates`. With ``head_only``, the one group of the segmentation head, and all else frozen."""
     if head_only:
         for name, parameter in model.params.items():
             parameter.requires_grad_(name in head_parameters(SEGMENTATION))
+        model.time_func.requires_grad_(False)
         names = ("opacity_seg", "f_dc_seg", "f_rest_seg")
         groups = [
             {"params": [model.params[name] for name in names], "lr": options.seg_head_lr, "name": "seg_head"}
@@ -205,7 +220,7 @@ def make_optimizer(model: GaussianModel, options: OptimisationOptions, head_only
                 {"params": [model.params[f"{name}_seg"]], "lr": rates[name], "name": f"{name}_seg"}
                 for name in ("f_dc", "f_rest", "opacity")
             ]
-    return torch.optim.Adam(groups, lr=0.0, eps=options.adam_eps, fused=True)
+    return kind(groups, lr=0.0, eps=options.adam_eps)
 
 
 def set_rates(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from arguments import OptimisationOptions, TrainOptions
-from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, Renders
+from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, rasterizer
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION
 from utils import losses
@@ -32,6 +32,10 @@ class Task:
 
     def render(self, view: int) -> Render:
         return Render(view, self.head, self.test)
+
+    def targets(self, indices: Sequence[int], background: Tensor, mirrored: bool = False) -> Tensor:
+        """Frames ``indices`` (B, C, H, W) with the channels of ``background`` (C,): grey ones suit a colour model."""
+        return self.frames(indices, mirrored, background).expand(-1, len(background), -1, -1)
 
 
 def tasks(options: TrainOptions, frames: Frames, masks: Frames | None = None) -> list[Task]:
@@ -112,42 +116,44 @@ def loss_terms(
     images: Tensor,  # (views, C, H, W): the task's share of the renders
     batch: Batch,
     background: Tensor,  # (C,)
-    spreads: Tensor,  # (N,), active sigma
+    raw_sigma: Tensor,  # (N,), logs of the spreads in time
     num_views: int,
     iteration: int,
     options: OptimisationOptions,
+    backend: str = "compiled",
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Each term of the task that applies at ``iteration``, unweighted; and the frames that its real views showed."""
+    ops = rasterizer(backend)
     real = len(batch.frames)
-    targets = task.frames(batch.frames, batch.mirrored, background)
-    terms = {"l1": losses.l1(images[:real], targets)}
+    targets = task.targets(batch.frames, background, batch.mirrored)
+    at_frames, between = split(images, [real, len(images) - real])
     if task.terms.get("ssim"):
-        terms["ssim"] = 1 - losses.ssim(images[:real], targets)
+        l1, ssim = ops.similarity(at_frames, targets)
+        terms = {"l1": l1, "ssim": 1 - ssim}
+    else:
+        terms = {"l1": losses.l1(at_frames, targets)}
     if task.terms.get("ibfr") and batch.between:
-        neighbours = [k + step for k, _ in batch.between for step in (0, 1)]
-        pairs = task.frames(neighbours, batch.mirrored, background).unflatten(0, (-1, 2))
+        ends = targets
+        if real == 1:  # a batch of one frame has no neighbour of its own to blend with
+            ends = task.targets([k + step for k, _ in batch.between for step in (0, 1)], background, batch.mirrored)
         alphas = torch.tensor([alpha for _, alpha in batch.between]).to(images.device, non_blocking=True)
-        blends = torch.lerp(pairs[:, 0], pairs[:, 1], alphas.view(-1, 1, 1, 1))
-        terms["ibfr"] = losses.l1(images[real:], blends)
+        blends = torch.lerp(ends[:-1], ends[1:], alphas.view(-1, 1, 1, 1))
+        terms["ibfr"] = losses.l1(between, blends)
     if task.terms.get("sigma") and iteration < options.sigma_until_iter:
-        terms["sigma"] = losses.sigma_outside(spreads, options.sigma_low_views / num_views, options.sigma_high)
+        low = options.sigma_low_views / num_views
+        terms["sigma"] = ops.sigma_outside(raw_sigma, low, options.sigma_high)
     return terms, targets
+
+
+def split(images: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
+    """``images.split(sizes)``; where one part is all of them, it is they themselves: no gradients to put together."""
+    if len(images) in sizes:
+        return [images if size else images[:0].detach() for size in sizes]
+    return images.split(list(sizes))
 
 
 def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """The weighted sum of all terms of all tasks."""
-    parts = [
-        task.weight * task.terms[name] * value
-        for task, values in zip(tasks, terms, strict=True)
-        for name, value in values.items()
-    ]
-    return torch.stack(parts).sum()
-
-
-def screen_gradients(tasks: Sequence[Task], renders: Renders, real: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """For each task, over its ``real`` views: radii (V, N), visible (V, N) and dL/d(centre in px) (V, N, 2)."""
-    assert renders.screen is not None and renders.screen.grad is not None
-    radii, active = renders.radii[:real], renders.active[:real]
-    return [
-        (radii, (active & task.test) != 0, renders.screen.grad[head, :real]) for head, task in enumerate(tasks)
-    ]
+    weights = [task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values]
+    values = torch.stack([value for named in terms for value in named.values()])
+    return values @ torch.tensor(weights).to(values.device, non_blocking=True)

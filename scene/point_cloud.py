@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ _MAX_HEADER = 4 << 20  # bytes; a column for each of 50 thousand frames fits
 _LOGITS = "time_func holds logits of learned frame times"  # a comment that tells (K - 1, 1) from (K,)
 
 
-def write_point_cloud(path: str | os.PathLike[str], params: dict[str, Tensor], time_func: Tensor) -> None:
+def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor], time_func: Tensor) -> None:
     """Write the raw parameters (named and shaped as in `Checkpoint.params`) and `time_func` to `path`."""
     values = {name: value.detach().float().cpu() for name, value in params.items()}
     xyz = values["xyz"]

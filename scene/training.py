@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from arguments import TrainOptions, resolve_device, write_cfg_args
+from gaussian_renderer import rasterizer
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.density_control import DensityControl
@@ -22,9 +22,8 @@ from scene.pipelines import Sampler, Task, tasks
 from scene.point_cloud import write_point_cloud, write_points
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.geometry import FILE_NAME, Geometry
 from utils.spherical_harmonics import to_colour
-
-FRAMES_FILE = "frames.json"  # the geometry of the frames, where prepare.py wrote one
 
 
 @dataclass
@@ -60,10 +59,11 @@ class Training:
         else:
             _check_fits(options, saved, frames)
             model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+            options = _with_model_of(options, model)
         needs_head = options.pipeline == "joint" or options.seg_head_only
         if needs_head and SEGMENTATION not in model.heads:
             model.add_segmentation_head()
-        optimizer = make_optimizer(model, options, head_only=options.seg_head_only)
+        optimizer = make_optimizer(model, options, options.seg_head_only, rasterizer(options.rasterizer).Adam)
         training = cls(
             options,
             camera,
@@ -101,6 +101,11 @@ class Training:
         self.iteration = saved.iteration
         say(f"resuming {self.options.start_checkpoint} at iteration {saved.iteration}")
 
+    @property
+    def extent(self) -> float:
+        """E: what learning rates and density control are relative to, plane units."""
+        return self.options.extent_per_distance * self.camera.distance
+
     # ---- files -------------------------------------------------------------------------------------------------------
 
     @property
@@ -115,10 +120,8 @@ class Training:
             temporary.write_text(json.dumps(self.camera.entries(frames.names)), encoding="utf-8")
         colours = to_colour(self.model.params["f_dc"].detach()[:, 0]).expand(-1, 3)
         write_points(self.folder / "input.ply", self.model.params["xyz"].detach(), colours)
-        geometry = Path(self.options.source_path).resolve().parent / FRAMES_FILE
-        if geometry.is_file():
-            with atomic_write(self.folder / FRAMES_FILE) as temporary:
-                shutil.copyfile(geometry, temporary)
+        if geometry := Geometry.find(self.options.source_path):
+            geometry.save(self.folder / FILE_NAME)
 
     def save_point_cloud(self) -> None:
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
@@ -141,7 +144,7 @@ class Training:
             {name: parameter.detach() for name, parameter in self.model.params.items()},
             self.model.time_func.detach(),
             self.model.active_sh_degree,
-            self.camera.extent,
+            self.extent,
             self.control.statistics,
             self.optimizer.state_dict(),
             extras,
@@ -198,8 +201,31 @@ def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> Non
             f"{path} was trained on frames of {size[0]} x {size[1]} pixels, these are {frames.width} x "
             f"{frames.height}: check -s and --resolution"
         )
+    if saved.extras.get("distance", options.distance) != options.distance:
+        raise UserError(f"{path} was trained with --distance {saved.extras['distance']}: give it again")
     if max(frames.channels, saved.channels) != saved.channels:
         raise UserError(f"{path} is a grey model, and the frames of {options.source_path} are coloured")
+
+
+def _with_model_of(options: TrainOptions, model: GaussianModel) -> TrainOptions:
+    """``options`` whose model is the one of the checkpoint, so that what is saved of the run is true.
+
+    Raises `UserError` where the command line asks for another.
+    """
+    actual = replace(
+        options,
+        poly_degree=model.poly_degree,
+        sh_degree=model.sh_degree,
+        use_dff=model.uses_dff,
+        num_pts=len(model),
+    )
+    for name in options.given & {"poly_degree", "sh_degree", "use_dff"}:
+        wanted, there = getattr(options, name), getattr(actual, name)
+        if wanted != there:
+            raise UserError(
+                f"--{name} {wanted}: the model of {options.start_checkpoint} has {there}; leave it out"
+            )
+    return actual
 
 
 def fresh_folder(path: str | os.PathLike[str]) -> Path:

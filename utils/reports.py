@@ -55,7 +55,7 @@ def evaluate(training: Training, task: Task, sample: int | None = None) -> tuple
             task.test,
             training.options.rasterizer,
         )
-        targets = task.frames(index, background=training.background)
+        targets = task.targets(index, training.background)
         l1.append((images - targets).abs().flatten(1).mean(1))
         scores.append(psnr(images, targets))
         pairs.append((images >= 0.5, targets >= 0.5))
@@ -99,7 +99,8 @@ class Report:
         shown = float(loss.detach())
         self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
         batch_psnr = float(psnr(images.detach(), targets).mean())
-        self.bar.set_postfix(loss=f"{self.smoothed:.5f}", PSNR=f"{batch_psnr:.2f}", points=len(training.model), refresh=False)
+        figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
+        self.bar.set_postfix(figures, refresh=False)
         if self.writer is None:
             return
         now = time.perf_counter()
@@ -123,15 +124,19 @@ class Report:
             scores, image = evaluate(training, task, middle)
             out[task.name] = scores
             also = f", Dice {scores.dice:.4f}" if task.name == "seg" else ""
-            self.say(f"[{iteration}] {task.name}: L1 {scores.l1:.5f}, PSNR {scores.mean_psnr:.2f} dB{also} on {len(task.frames)} frames")
+            self.say(
+                f"[{iteration}] {task.name}: L1 {scores.l1:.5f}, PSNR {scores.mean_psnr:.2f} dB{also} "
+                f"on {len(task.frames)} frames"
+            )
             plot_psnr(self.folder / "plots" / f"{task.name}_{iteration}.png", task.name, iteration, scores.psnr)
-            if self.writer is not None:
+            if self.writer is not None and image is not None:
                 self.writer.add_scalar(f"{task.name}/l1", scores.l1, iteration)
                 self.writer.add_scalar(f"{task.name}/psnr", scores.mean_psnr, iteration)
                 if task.name == "seg":
                     self.writer.add_scalar("seg/dice", scores.dice, iteration)
-                target = task.frames(middle, background=training.background)[0]
-                self.writer.add_images(f"{task.name}/render_and_frame", torch.stack([image.cpu(), target.cpu()]), iteration)
+                target = task.targets([middle], training.background)[0]
+                pair = torch.stack([image.cpu(), target.cpu()])
+                self.writer.add_images(f"{task.name}/render_and_frame", pair, iteration)
         return out
 
     def close(self) -> None:

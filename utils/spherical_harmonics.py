@@ -9,10 +9,9 @@ C0 = 0.28209479177387814
 """The harmonic of degree 0, the same in every direction: 1 / (2 sqrt(pi))."""
 
 
-def to_colour(f_dc: Tensor, rest: Tensor | None = None) -> Tensor:
-    """Coefficients of degree 0, and the sum over the other degrees -> colours of at least 0."""
-    colour = C0 * f_dc + 0.5
-    return (colour if rest is None else colour + rest).clamp_min(0)
+def to_colour(coefficients: Tensor) -> Tensor:
+    """Coefficients of degree 0 -> colours of at least 0."""
+    return (C0 * coefficients + 0.5).clamp_min(0)
 
 
 def from_colour(colour: float) -> float:

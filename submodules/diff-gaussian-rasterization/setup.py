@@ -59,7 +59,7 @@ compiling = target is not None and bool(_library.sources(target))
 with _library.build_environment(target) if compiling else contextlib.nullcontext():
     setup(
         name=NAME,
-        version="1.0.0",
+        version="0.1.0",
         description=DESCRIPTION,
         license="Apache-2.0",
         python_requires=">=3.10",

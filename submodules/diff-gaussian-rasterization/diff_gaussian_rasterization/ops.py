@@ -6,7 +6,7 @@ The general rasteriser of :mod:`.general` ends in the same ``blend``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -71,6 +71,7 @@ def blend(
     width: int,
     height: int,
     screen: Tensor | None = None,
+    raw: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Draws R renders of V views, front to back by index (Kerbl et al. 2023, equation 3).
 
@@ -86,14 +87,87 @@ def blend(
         backgrounds: (R, C), seen through what transmittance is left.
         screen: (heads, V, N, 2), never read: its gradient is each head's own share of that of ``means2d``, which
             density control asks for.
+        raw: ``opacities`` are logits, and ``colours`` coefficients x of max(0, C0 x + 0.5), C0 = 0.28209.
 
     Returns:
         images (R, C, height, width) and the transmittance left at each pixel (R, height, width). Gradients flow to
         means2d, conics, opacities, colours and backgrounds.
     """
     renders = list(views), list(heads), list(bits)
-    out = _ops.blend(means2d, conics, active, opacities, colours, backgrounds, screen, *renders, width, height)
+    out = _ops.blend(means2d, conics, active, opacities, colours, backgrounds, screen, *renders, width, height, raw)
     return out[0], out[1]
+
+
+def similarity(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean absolute difference, and mean structural similarity (Wang et al. 2004: an 11 x 11 Gaussian window of sigma
+    1.5, zero padding, C1 = 0.01^2, C2 = 0.03^2), in one pass. (B, C, H, W) each -> two scalars; gradients to images.
+    """
+    l1, ssim, _ = _ops.similarity(images, targets, images.requires_grad)
+    return l1, ssim
+
+
+def sigma_outside(raw: Tensor, low: float, high: float) -> Tensor:
+    """Mean of (low - sigma) over the Gaussians with sigma < low, plus mean of (sigma - high) over those with sigma >
+    high; a side without Gaussians adds 0. raw: (N,), logs of sigma -> scalar; gradient to raw.
+    """
+    return _ops.sigma_outside(raw, low, high)[0]
+
+
+def observe(
+    radii: Tensor,
+    active: Tensor,
+    screen_gradients: Tensor,
+    m_gradients: Tensor,
+    bit: int,
+    width: int,
+    height: int,
+    statistics: Mapping[str, Tensor],
+) -> None:
+    """Adds V views to the statistics of density control, in place.
+
+    A Gaussian that any view sees (``active`` has ``bit``) counts once: with its largest radius, the largest norm over
+    the views of its screen gradient in NDC units, and |m_gradients|.
+
+    Args:
+        radii (V, N) int32 px; active (V, N) uint8; screen_gradients (V, N, 2) by px; m_gradients (N, 1).
+        width, height: of the images, px.
+        statistics: max_radii2D (N,), xyz_gradient_accum, m_gradient_accum, denom and m_denom (N, 1).
+    """
+    names = ("max_radii2D", "xyz_gradient_accum", "m_gradient_accum", "denom", "m_denom")
+    _ops.observe(
+        radii, active, screen_gradients, m_gradients, bit, width / 2, height / 2, *(statistics[n] for n in names)
+    )
+
+
+class Adam(torch.optim.Adam):
+    """torch.optim.Adam, same state and same state_dict, whose step is one call for all parameters."""
+
+    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        lists: dict[tuple, list[list]] = {}
+        for group in self.param_groups:
+            constants = (*group["betas"], group["eps"])
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["step"] = torch.zeros((), dtype=torch.float32)
+                    state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                    state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
+                row = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"]
+                for column, value in zip(lists.setdefault(constants, [[] for _ in row]), row, strict=True):
+                    column.append(value)
+        for constants, columns in lists.items():
+            _ops.adam_step(*columns, *constants)
+        return loss
 
 
 # ---- shapes, for torch.compile and opcheck ---------------------------------------------------------------------------
@@ -116,7 +190,7 @@ def _(v_means2d, v_conics, radii, xyz, w1, m, sigma, scaling, rotation, times, s
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::blend")
-def _(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height):
+def _(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height, raw):
     v, n, _ = means2d.shape
     r, c = len(views), colours.shape[2]
     pairs = torch.library.get_ctx().new_dynamic_size()
@@ -153,21 +227,49 @@ def _(
     bits,
     width,
     height,
+    raw,
 ):
     v_means2d = means2d.new_empty(opacities.shape[0], *means2d.shape)
     return v_means2d, *(torch.empty_like(p) for p in (conics, opacities, colours))
 
 
+@torch.library.register_fake("diff_gaussian_rasterization::similarity")
+def _(images, targets, with_gradient):
+    return images.new_empty(()), images.new_empty(()), images.new_empty(images.shape if with_gradient else (0,))
+
+
+@torch.library.register_fake("diff_gaussian_rasterization::sigma_outside")
+def _(raw, low, high):
+    return raw.new_empty(()), torch.empty_like(raw)
+
+
+@torch.library.register_fake("diff_gaussian_rasterization::observe")
+def _(*_):
+    return None
+
+
+@torch.library.register_fake("diff_gaussian_rasterization::adam_step")
+def _(*_):
+    return None
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
+# Gradients of outputs that nothing used come as None: filling the larger ones with zeros would cost more than some
+# kernels do.
+
+
 def _fold_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:8], output[2])
     ctx.image = inputs[8:]
 
 
 def _fold_backward(ctx, v_means2d, v_conics, _v_radii, _v_active):
     *inputs, radii = ctx.saved_tensors
+    if v_means2d is None and v_conics is None:
+        return (None,) * 11
     v, n = radii.shape
     v_means2d = inputs[0].new_zeros(v, n, 2) if v_means2d is None else v_means2d
     v_conics = inputs[0].new_zeros(v, n, 3) if v_conics is None else v_conics
@@ -179,12 +281,15 @@ torch.library.register_autograd("diff_gaussian_rasterization::fold", _fold_backw
 
 
 def _blend_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
     ctx.renders = inputs[7:]
 
 
 def _blend_backward(ctx, v_images, v_transmittance, *_):
     *inputs, images, transmittance, stops, tile_offsets, gaussians, slots, offsets = ctx.saved_tensors
+    if v_images is None and v_transmittance is None:
+        return (None,) * 13
     v_images = torch.zeros_like(images) if v_images is None else v_images
     v_transmittance = torch.zeros_like(transmittance) if v_transmittance is None else v_transmittance
     state = (images, transmittance, stops, tile_offsets, gaussians, slots, offsets)
@@ -196,7 +301,43 @@ def _blend_backward(ctx, v_images, v_transmittance, *_):
         v_backgrounds = (v_images * transmittance[:, None]).sum((2, 3))
     v_screen = v_means2d if ctx.needs_input_grad[6] else None
     v_means2d = v_means2d[0] if len(v_means2d) == 1 else v_means2d.sum(0)
-    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 5
+    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 6
 
 
 torch.library.register_autograd("diff_gaussian_rasterization::blend", _blend_backward, setup_context=_blend_setup)
+
+
+def _similarity_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2], output[2])
+
+
+def _similarity_backward(ctx, v_l1, v_ssim, _):
+    images, targets, gradient = ctx.saved_tensors
+    v_images = None
+    if v_l1 is not None:
+        v_images = (images - targets).sign_().mul_(v_l1 / images.numel())
+    if v_ssim is not None:
+        share = gradient * (v_ssim / images.numel())
+        v_images = share if v_images is None else v_images.add_(share)
+    return v_images, None, None
+
+
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::similarity", _similarity_backward, setup_context=_similarity_setup
+)
+
+
+def _sigma_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
+
+
+def _sigma_backward(ctx, v_loss, _):
+    (gradient,) = ctx.saved_tensors
+    return None if v_loss is None else gradient * v_loss, None, None
+
+
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::sigma_outside", _sigma_backward, setup_context=_sigma_setup
+)

@@ -53,4 +53,56 @@ struct BlendArguments {
   S* records;                                                // (sum of pairs over renders, record_size(C))
 };
 
+/// L1 and structural similarity of images and what they should be, and the gradient of the latter.
+constexpr int kWindow = 11;  // taps of the Gaussian window (Wang et al. 2004)
+constexpr int kHalo = kWindow / 2;
+
+template <class S>
+struct SimilarityArguments {
+  int64_t planes, width, height;       // B C planes of one image each
+  const S *images, *targets;           // (planes, height, width)
+  S window[kWindow];                   // one axis of the separable window, of sum 1
+  S c1, c2;                            // the constants that keep the quotients finite
+  S* maps;                             // (3, planes, height, width): dSSIM/d(mean x, mean x^2, mean xy); scratch
+  S* sums;                             // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
+  S* gradient;                         // (planes, height, width): d(sum of SSIM)/d images, or null
+};
+
+/// One tensor of an Adam step, with its rate over 1 - beta1^t, and 1 / sqrt(1 - beta2^t).
+template <class S>
+struct AdamTensor {
+  int64_t size;
+  S *parameter, *first_moment, *second_moment;
+  const S* gradient;
+  S rate, correction;
+};
+
+template <class S>
+struct AdamConstants {
+  S beta1, beta2, epsilon;
+};
+
+/// The statistics of density control, added to in place.
+template <class S>
+struct ObserveArguments {
+  int64_t gaussians, views;
+  uint8_t bit;                                     // of `active` that makes a Gaussian visible
+  S half_width, half_height;                       // px in an NDC unit
+  const int32_t* radii;                            // (V,N) px
+  const uint8_t* active;                           // (V,N)
+  const S *screen_gradients, *m_gradients;         // (V,N,2) by px, (N)
+  S *max_radii, *xyz_gradient_accum, *m_gradient_accum, *denom, *m_denom;  // (N) each
+};
+
+/// Mean of (low - sigma) below `low` plus mean of (sigma - high) above `high`, sigma = exp(raw).
+template <class S>
+struct SigmaArguments {
+  int64_t gaussians, parts;
+  S low, high;
+  const S* raw;                                    // (N)
+  S* sums;                                         // (parts, 4): sum and count below, sum and count above
+  S* loss;                                         // ()
+  S* gradient;                                     // (N): of the loss by raw
+};
+
 }  // namespace medgs

@@ -89,6 +89,21 @@ inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tenso
   check_image(width, height);
 }
 
+/// Activations of raw appearance: opacity = sigmoid(raw), colour = max(0, C0 raw + 0.5).
+constexpr double kHarmonic0 = 0.28209479177387814;
+
+inline Tensor active_opacities(const Tensor& opacities, bool raw) { return raw ? at::sigmoid(opacities).contiguous() : opacities.contiguous(); }
+
+inline Tensor active_colours(const Tensor& colours, bool raw) {
+  return raw ? colours.mul(kHarmonic0).add_(0.5).clamp_min_(0).contiguous() : colours.contiguous();
+}
+
+/// Gradients by active appearance, in place to those by raw appearance.
+inline void to_raw(const Tensor& opacities, const Tensor& colours, Tensor& v_opacities, Tensor& v_colours) {
+  v_opacities = at::sigmoid_backward(v_opacities, opacities);
+  v_colours = at::threshold_backward(v_colours, colours, 0).mul_(kHarmonic0);
+}
+
 /// Bits that some render of each view asks for: a pair that no render would draw is not made.
 inline std::vector<int64_t> bits_of_views(int64_t view_count, IntArrayRef views, IntArrayRef bits) {
   std::vector<int64_t> out(view_count, 0);

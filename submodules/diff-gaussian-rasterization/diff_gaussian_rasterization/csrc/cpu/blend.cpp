@@ -35,8 +35,8 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
 
   std::vector<S> limits(n);  // a pair exists where some head can be seen
   for (int64_t i = 0; i < n; ++i) {
-    S opacity = opacities[i];
-    for (int64_t h = 1; h < heads; ++h) opacity = std::max(opacity, opacities[h * n + i]);
+    S opacity = 0;
+    for (int64_t h = 0; h < heads; ++h) opacity = std::max(opacity, opacities[h * n + i]);
     limits[i] = generic::visible_limit(opacity);
   }
 
@@ -108,10 +108,10 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
     const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width,
-    int64_t height) {
+    int64_t height, bool raw) {
   check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
   const int64_t v = means2d.size(0), n = means2d.size(1), r = int64_t(views.size()), c = colours.size(2);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), opacities.contiguous(), colours.contiguous(),
+  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw), active_colours(colours, raw),
                       backgrounds.contiguous()};
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
@@ -166,11 +166,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
     const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance, const Tensor& stops,
     const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots, const Tensor& gaussian_offsets,
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height) {
+    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
   check_float(v_images, "v_images", {r, c, height, width}, means2d);
   check_float(v_transmittance, "v_transmittance", {r, height, width}, means2d);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), opacities.contiguous(), colours.contiguous()};
+  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw),
+                      active_colours(colours, raw)};
   const auto g_images = v_images.contiguous(), g_transmittance = v_transmittance.contiguous();
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
@@ -198,6 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
     sum(in, v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(), v_opacities.mutable_data_ptr<scalar_t>(),
         v_colours.mutable_data_ptr<scalar_t>());
   });
+  if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
   return {v_means2d, v_conics, v_opacities, v_colours};
 }
 
@@ -206,13 +208,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
 TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
       "blend(Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, Tensor backgrounds, Tensor? screen, "
-      "int[] views, int[] heads, int[] bits, int width, int height) -> (Tensor images, Tensor transmittance, Tensor stops, "
+      "int[] views, int[] heads, int[] bits, int width, int height, bool raw) -> (Tensor images, Tensor transmittance, Tensor stops, "
       "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets)");
   m.def(
       "blend_backward(Tensor v_images, Tensor v_transmittance, Tensor images, Tensor transmittance, Tensor stops, "
       "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets, Tensor means2d, Tensor conics, "
-      "Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, int[] bits, int width, int height) -> "
-      "(Tensor v_means2d, Tensor v_conics, Tensor v_opacities, Tensor v_colours)");
+      "Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, int[] bits, int width, int height, bool raw) "
+      "-> (Tensor v_means2d, Tensor v_conics, Tensor v_opacities, Tensor v_colours)");
 }
 
 TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {

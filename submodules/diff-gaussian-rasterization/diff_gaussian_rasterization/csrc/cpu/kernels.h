@@ -8,6 +8,8 @@ namespace medgs {
 /// Sizes of the tile that one vectorised loop blends: 16 pixels, in registers for the whole list of the tile.
 constexpr int kTile = 4;
 
+constexpr int kBand = 32;  // rows of a plane that one thread compares at once
+
 template <class S>
 struct Kernels {
   const char* name;
@@ -15,6 +17,9 @@ struct Kernels {
   void (*fold_backward)(const FoldArguments<S>&, int threads);
   void (*blend)(const BlendArguments<S>&, int threads);
   void (*blend_backward)(const BlendArguments<S>&, int threads);
+  void (*similarity)(const SimilarityArguments<S>&, int threads);
+  void (*adam)(const AdamTensor<S>&, const AdamConstants<S>&, int threads);
+  void (*sigma_outside)(const SigmaArguments<S>&, int threads);
 };
 
 /// The fastest kernels that this processor runs; the environment variable MEDGS_CPU_KERNELS names another set

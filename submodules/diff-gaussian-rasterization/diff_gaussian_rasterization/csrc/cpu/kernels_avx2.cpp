@@ -1,6 +1,7 @@
 // The kernels for processors with AVX2 and FMA (2013 and newer).
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <type_traits>
 #if defined(__x86_64__) && defined(__GNUC__)

@@ -2,7 +2,9 @@
 // Raw pointers only: a template of the standard library instantiated here could be merged with another file's copy.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 
 #include "../common/constants.h"
@@ -10,6 +12,7 @@
 #include "simd.h"
 // after simd.h, whose math:: it uses
 #include "../common/folding.h"
+#include "../common/similarity.h"
 
 namespace medgs {
 namespace MEDGS_ISA {
@@ -343,11 +346,181 @@ void blend_backward(const BlendArguments<S>& in, int threads) {
   blend_backward_channels<S, 4>(in, threads);
 }
 
+// ---- similarity: W pixels of a row at once ---------------------------------------------------------------------------
+
+template <class S>
+MEDGS_INLINE Vec<S> load(const S* from) {
+  Vec<S> v;
+  std::memcpy(&v, from, sizeof v);
+  return v;
+}
+
+template <class S>
+MEDGS_INLINE void store(S* to, Vec<S> v, int64_t count) {
+  std::memcpy(to, &v, (count < kLanes<S> ? count : kLanes<S>) * sizeof(S));
+}
+
+/// M rows-of-a-band buffers, blurred along the row: `fill(m, y, line)` writes row y of map m, and rows outside the image
+/// are zero, as is what lies beside the row.
+template <class S, int M, class Fill>
+MEDGS_INLINE void blur_rows(const SimilarityArguments<S>& in, int64_t y0, int64_t rows, int64_t padded, S* line, S* out, const Fill& fill) {
+  const int64_t length = padded + 2 * kHalo + kLanes<S>;
+  for (int64_t i = 0; i < rows + 2 * kHalo; ++i) {
+    const int64_t y = y0 + i - kHalo;
+    const bool inside = y >= 0 && y < in.height;
+    if (inside) fill(y, line + kHalo, length);
+    for (int m = 0; m < M; ++m) {
+      S* row = out + (m * (kBand + 2 * kHalo) + i) * padded;
+      if (!inside) {
+        std::memset(row, 0, padded * sizeof(S));
+        continue;
+      }
+      for (int64_t x = 0; x < padded; x += kLanes<S>) {
+        Vec<S> sum{};
+        for (int k = 0; k < kWindow; ++k) sum += in.window[k] * load(line + m * length + x + k);
+        std::memcpy(row + x, &sum, sizeof sum);
+      }
+    }
+  }
+}
+
+/// Map m of such a buffer at row i of the band and column x, blurred down the columns too.
+template <class S>
+MEDGS_INLINE Vec<S> blur_down(const SimilarityArguments<S>& in, const S* rows, int m, int64_t i, int64_t x, int64_t padded) {
+  Vec<S> sum{};
+  for (int k = 0; k < kWindow; ++k) sum += in.window[k] * load(rows + (m * (kBand + 2 * kHalo) + i + k) * padded + x);
+  return sum;
+}
+
+template <class S>
+void similarity(const SimilarityArguments<S>& in, int threads) {
+  const int64_t padded = (in.width + kLanes<S> - 1) / kLanes<S> * kLanes<S>, length = padded + 2 * kHalo + kLanes<S>;
+  const int64_t bands = (in.height + kBand - 1) / kBand, area = in.width * in.height;
+  const int64_t scratch = 5 * ((kBand + 2 * kHalo) * padded + length);
+#pragma omp parallel num_threads(threads)
+  {
+    S* line = static_cast<S*>(std::malloc(scratch * sizeof(S)));
+    S* rows = line + 5 * length;
+    std::memset(line, 0, 5 * length * sizeof(S));
+#pragma omp for schedule(dynamic)
+    for (int64_t job = 0; job < in.planes * bands; ++job) {
+      const int64_t plane = job / bands, y0 = job % bands * kBand;
+      const int64_t count = in.height - y0 < kBand ? in.height - y0 : kBand;
+      const S *image = in.images + plane * area, *target = in.targets + plane * area;
+      blur_rows<S, 5>(in, y0, count, padded, line, rows, [&](int64_t y, S* to, int64_t step) {
+        for (int64_t x = 0; x < in.width; ++x) {
+          const S a = image[y * in.width + x], b = target[y * in.width + x];
+          to[x] = a;
+          to[step + x] = b;
+          to[2 * step + x] = a * a;
+          to[3 * step + x] = b * b;
+          to[4 * step + x] = a * b;
+        }
+      });
+      double difference = 0, total = 0;
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t row = plane * area + (y0 + i) * in.width;
+        for (int64_t x = 0; x < in.width; ++x) difference += std::fabs(in.images[row + x] - in.targets[row + x]);
+        for (int64_t x = 0; x < padded; x += kLanes<S>) {
+          Vec<S> mean[5], by[3];
+          for (int m = 0; m < 5; ++m) mean[m] = blur_down(in, rows, m, i, x, padded);
+          const Vec<S> value = similarity_at(mean[0], mean[1], mean[2], mean[3], mean[4], in.c1, in.c2, by[0], by[1], by[2]);
+          const int64_t left = in.width - x;
+          for (int l = 0; l < kLanes<S> && l < left; ++l) total += value[l];
+          if (in.gradient)
+            for (int m = 0; m < 3; ++m) store(in.maps + m * in.planes * area + row + x, by[m], left);
+        }
+      }
+      in.sums[2 * job] = S(difference);
+      in.sums[2 * job + 1] = S(total);
+    }
+    // The window is symmetric, so the transpose of the blur is the blur.
+    if (in.gradient) {
+#pragma omp for schedule(dynamic)
+      for (int64_t job = 0; job < in.planes * bands; ++job) {
+        const int64_t plane = job / bands, y0 = job % bands * kBand;
+        const int64_t count = in.height - y0 < kBand ? in.height - y0 : kBand;
+        blur_rows<S, 3>(in, y0, count, padded, line, rows, [&](int64_t y, S* to, int64_t step) {
+          for (int m = 0; m < 3; ++m)
+            std::memcpy(to + m * step, in.maps + (m * in.planes + plane) * area + y * in.width, in.width * sizeof(S));
+        });
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t row = plane * area + (y0 + i) * in.width;
+          for (int64_t x = 0; x < padded; x += kLanes<S>) {
+            const int64_t left = in.width - x;
+            Vec<S> image{}, target{};
+            std::memcpy(&image, in.images + row + x, (left < kLanes<S> ? left : kLanes<S>) * sizeof(S));
+            std::memcpy(&target, in.targets + row + x, (left < kLanes<S> ? left : kLanes<S>) * sizeof(S));
+            const Vec<S> gradient = blur_down(in, rows, 0, i, x, padded) + S(2) * image * blur_down(in, rows, 1, i, x, padded) +
+                                    target * blur_down(in, rows, 2, i, x, padded);
+            store(in.gradient + row + x, gradient, left);
+          }
+        }
+      }
+    }
+    std::free(line);
+  }
+}
+
+// ---- what a training step needs beside renders -----------------------------------------------------------------------
+
+template <class S>
+void adam(const AdamTensor<S>& t, const AdamConstants<S>& c, int threads) {
+#pragma omp parallel for simd schedule(static) num_threads(threads)
+  for (int64_t i = 0; i < t.size; ++i) {
+    const S g = t.gradient[i];
+    const S m = c.beta1 * t.first_moment[i] + (S(1) - c.beta1) * g;
+    const S v = c.beta2 * t.second_moment[i] + (S(1) - c.beta2) * g * g;
+    t.first_moment[i] = m;
+    t.second_moment[i] = v;
+    t.parameter[i] -= t.rate * m / (std::sqrt(v) * t.correction + c.epsilon);
+  }
+}
+
+template <class S>
+void sigma_outside(const SigmaArguments<S>& in, int threads) {
+  const int64_t chunk = (in.gaussians + in.parts - 1) / in.parts;
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t part = 0; part < in.parts; ++part) {
+    Vec<S> below{}, above{}, count_below{}, count_above{};
+    const int64_t end = (part + 1) * chunk < in.gaussians ? (part + 1) * chunk : in.gaussians;
+    for (int64_t i = part * chunk; i < end; i += kLanes<S>) {
+      Vec<S> raw{};
+      Mask<S> exists{};
+      for (int l = 0; l < kLanes<S> && i + l < end; ++l) {
+        raw[l] = in.raw[i + l];
+        exists[l] = -1;
+      }
+      const Vec<S> sigma = math::exp(raw);
+      const Mask<S> low = exists & (sigma < in.low), high = exists & (sigma > in.high);
+      below += low ? in.low - sigma : Vec<S>{};
+      above += high ? sigma - in.high : Vec<S>{};
+      count_below += low ? Vec<S>{} + S(1) : Vec<S>{};
+      count_above += high ? Vec<S>{} + S(1) : Vec<S>{};
+      const Vec<S> gradient = low ? -sigma : (high ? sigma : Vec<S>{});
+      store(in.gradient + i, gradient, end - i);
+    }
+    S* sums = in.sums + 4 * part;
+    sums[0] = sum<S>(below);
+    sums[1] = sum<S>(count_below);
+    sums[2] = sum<S>(above);
+    sums[3] = sum<S>(count_above);
+  }
+  S total[4] = {};
+  for (int64_t part = 0; part < in.parts; ++part)
+    for (int k = 0; k < 4; ++k) total[k] += in.sums[4 * part + k];
+  const S below = total[1] > 0 ? S(1) / total[1] : S(0), above = total[3] > 0 ? S(1) / total[3] : S(0);
+  *in.loss = total[0] * below + total[2] * above;
+  for (int64_t i = 0; i < in.gaussians; ++i) in.gradient[i] *= in.gradient[i] < 0 ? below : above;
+}
+
 #define MEDGS_STRING_OF(x) #x
 #define MEDGS_STRING(x) MEDGS_STRING_OF(x)
-const Kernels<float> kernels_float = {MEDGS_STRING(MEDGS_ISA), fold<float>, fold_backward<float>, blend<float>, blend_backward<float>};
+const Kernels<float> kernels_float = {MEDGS_STRING(MEDGS_ISA), fold<float>, fold_backward<float>, blend<float>, blend_backward<float>,
+                                      similarity<float>, adam<float>, sigma_outside<float>};
 const Kernels<double> kernels_double = {MEDGS_STRING(MEDGS_ISA), fold<double>, fold_backward<double>, blend<double>,
-                                        blend_backward<double>};
+                                        blend_backward<double>, similarity<double>, adam<double>,
+                                        sigma_outside<double>};
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

@@ -109,25 +109,23 @@ MEDGS_INLINE void sum8(Vec<S>* v, S* out) {
 
 template <class M>
 MEDGS_INLINE bool any(M mask) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(M) == 64) {
-    __m512i words;
-    std::memcpy(&words, &mask, sizeof mask);
-    return _mm512_test_epi32_mask(words, words) != 0;
-  }
-#elif defined(__AVX2__)
-  if constexpr (sizeof(M) == 32) {
-    __m256i words;
-    std::memcpy(&words, &mask, sizeof mask);
-    return !_mm256_testz_si256(words, words);
-  }
-#endif
+// (not __AVX512F__: g++ reads the whole file before it heeds the target)
+#if defined(__x86_64__) && defined(__GNUC__) && MEDGS_VECTOR_BYTES == 64
+  __m512i words;
+  std::memcpy(&words, &mask, sizeof mask);
+  return _mm512_test_epi32_mask(words, words) != 0;
+#elif defined(__x86_64__) && defined(__GNUC__) && MEDGS_VECTOR_BYTES == 32
+  __m256i words;
+  std::memcpy(&words, &mask, sizeof mask);
+  return !_mm256_testz_si256(words, words);
+#else
   using Words = typename Simd<int64_t, sizeof(M) / 8>::type;
   Words words;
   std::memcpy(&words, &mask, sizeof mask);
   int64_t all = 0;
   for (size_t i = 0; i < sizeof(M) / 8; ++i) all |= words[i];
   return all != 0;
+#endif
 }
 
 namespace math {

@@ -57,12 +57,12 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
     const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width,
-    int64_t height) {
+    int64_t height, bool raw) {
   check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t r = int64_t(views.size()), c = colours.size(2);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), opacities.contiguous(), colours.contiguous(),
+  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw), active_colours(colours, raw),
                       backgrounds.contiguous()};
   const auto view_bits = bits_of_views(means2d.size(0), views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
@@ -87,20 +87,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
     const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance, const Tensor& stops,
     const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots, const Tensor& gaussian_offsets,
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height) {
+    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
   check_float(v_images, "v_images", {r, c, height, width}, means2d);
   check_float(v_transmittance, "v_transmittance", {r, height, width}, means2d);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), opacities.contiguous(), colours.contiguous()};
+  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw),
+                      active_colours(colours, raw)};
   const auto g_images = v_images.contiguous(), g_transmittance = v_transmittance.contiguous();
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
   std::vector<int64_t> render_slots;
   const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
   auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options()), v_conics = at::empty_like(p[1]);
-  auto v_opacities = at::zeros_like(p[3]), v_colours = at::zeros_like(p[4]);
+  auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views, heads, bits,
                                         check.get(), width, height, cuda::kTile);
@@ -117,6 +118,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
     C10_CUDA_CHECK(cuda::launch_sum_records(in, opacities.size(0), v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(),
                                             v_opacities.mutable_data_ptr<scalar_t>(), v_colours.mutable_data_ptr<scalar_t>(), stream));
   });
+  if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
   return {v_means2d, v_conics, v_opacities, v_colours};
 }
 

@@ -335,44 +335,44 @@ __global__ void __launch_bounds__(32 * kWarps) blend_backward_kernel(const Blend
   }
 }
 
+/// Lanes that sum the records of one Gaussian together, lane k the k-th number: whole records are read at once.
+template <int C>
+constexpr int kSumLanes = kRecordSize<C> <= 8 ? 8 : 16;
+
 template <class S, int C>
-__global__ void sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads, S* v_means2d, S* v_conics,
-                                   S* v_opacities, S* v_colours) {
-  constexpr int R = kRecordSize<C>;
-  const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+__global__ void __launch_bounds__(kScanThreads) sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads,
+                                                                   S* v_means2d, S* v_conics, S* v_opacities, S* v_colours) {
+  constexpr int R = kRecordSize<C>, L = kSumLanes<C>;
+  const int64_t n = (int64_t(blockIdx.x) * kScanThreads + threadIdx.x) / L;
+  const int lane = threadIdx.x % L;
+  const unsigned group = (L == 32 ? kAllLanes : ((1u << L) - 1)) << (threadIdx.x % 32 / L * L);
   if (n >= in.gaussians) return;
-  for (int64_t view = 0; view < in.view_count; ++view) {
-    const int64_t row = view * in.gaussians + n;
-    const int32_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
-    const S a = in.conics[3 * row], b = in.conics[3 * row + 1], c = in.conics[3 * row + 2];
-    S conic[3] = {0, 0, 0};
-    for (int64_t head = 0; head < heads; ++head) {
-      S mean[2] = {0, 0};
+  for (int64_t head = 0; head < heads; ++head) {
+    const int64_t at = head * in.gaussians + n;
+    S appearance = 0;  // lane 5: opacity, lanes 6 ...: colour
+    for (int64_t view = 0; view < in.view_count; ++view) {
+      const int64_t row = view * in.gaussians + n;
+      const int32_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
+      S sum = 0;
       for (int64_t r = 0; first < last && r < in.renders; ++r) {
         if (table.view[r] != view || table.head[r] != head) continue;
-        S sum[R] = {};
-        for (int64_t slot = first; slot < last; ++slot) {
-          const S* record = in.records + (table.slots[r] + slot) * R;
-#pragma unroll
-          for (int k = 0; k < R; ++k) sum[k] += record[k];
-        }
-        const int64_t at = head * in.gaussians + n;
-        mean[0] += a * sum[0] + b * sum[1];
-        mean[1] += b * sum[0] + c * sum[1];
-        conic[0] += S(-0.5) * sum[2];
-        conic[1] -= sum[3];
-        conic[2] += S(-0.5) * sum[4];
-        if (sum[5] != S(0)) v_opacities[at] += sum[5] / in.opacities[at];
-#pragma unroll
-        for (int k = 0; k < C; ++k) v_colours[at * C + k] += sum[6 + k];
+        const S* record = in.records + (table.slots[r] + first) * R + lane;
+        if (lane < R)
+          for (int32_t slot = first; slot < last; ++slot, record += R) sum += *record;
       }
-      S* v_mean = v_means2d + 2 * (head * in.view_count * in.gaussians + row);
-      v_mean[0] = mean[0];
-      v_mean[1] = mean[1];
+      appearance += sum;
+      const S sx = __shfl_sync(group, sum, 0, L), sy = __shfl_sync(group, sum, 1, L);
+      if (lane < 2)
+        v_means2d[2 * (head * in.view_count * in.gaussians + row) + lane] =
+            in.conics[3 * row + lane] * sx + in.conics[3 * row + lane + 1] * sy;
+      if (lane >= 2 && lane < 5) {
+        const S gradient = lane == 3 ? -sum : S(-0.5) * sum;
+        S* v_conic = v_conics + 3 * row + lane - 2;
+        *v_conic = head == 0 ? gradient : *v_conic + gradient;
+      }
     }
-    v_conics[3 * row] = conic[0];
-    v_conics[3 * row + 1] = conic[1];
-    v_conics[3 * row + 2] = conic[2];
+    if (lane == 5) v_opacities[at] = appearance != S(0) ? appearance / in.opacities[at] : S(0);
+    if (lane >= 6 && lane < 6 + C) v_colours[at * C + lane - 6] = appearance;
   }
 }
 
@@ -471,7 +471,7 @@ cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_
   if (in.gaussians == 0) return cudaSuccess;
   const RenderTable table = table_of(in);
   return with_channels(in.channels, [&](auto c) {
-    sum_records_kernel<S, c.value><<<blocks_for(in.gaussians, kScanThreads), kScanThreads, 0, stream>>>(
+    sum_records_kernel<S, c.value><<<blocks_for(in.gaussians * kSumLanes<c.value>, kScanThreads), kScanThreads, 0, stream>>>(
         in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
   });
 }

@@ -12,6 +12,7 @@ namespace medgs {
 namespace cuda {
 
 constexpr int kTile = 8;          // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
+constexpr int kSimilarityTile = 16;  // px: side of the square of pixels that one block compares
 constexpr int kFoldChunk = 32;    // Gaussians behind one partial sum of dL/dt: a warp
 
 template <class S>
@@ -50,10 +51,23 @@ template <class S>
 cudaError_t launch_blend_backward(const BlendArguments<S>& in, cudaStream_t stream);
 
 /// Sums the records of each Gaussian in the order of the slots, and turns the moments into gradients. Every entry of
-/// v_means2d (heads,V,N,2) and v_conics (V,N,3) is written; v_opacities and v_colours are added to.
+/// v_means2d (heads,V,N,2), v_conics (V,N,3), v_opacities (heads,N) and v_colours (heads,N,C) is written.
 template <class S>
 cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_means2d, S* v_conics, S* v_opacities,
                                S* v_colours, cudaStream_t stream);
+
+/// One part of the sums for each square of kSimilarityTile pixels of each plane.
+template <class S>
+cudaError_t launch_similarity(const SimilarityArguments<S>& in, cudaStream_t stream);
+
+template <class S>
+cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants, cudaStream_t stream);
+
+template <class S>
+cudaError_t launch_observe(const ObserveArguments<S>& in, cudaStream_t stream);
+
+template <class S>
+cudaError_t launch_sigma_outside(const SigmaArguments<S>& in, cudaStream_t stream);
 
 }  // namespace cuda
 }  // namespace medgs

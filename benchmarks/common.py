@@ -1,0 +1,142 @@
+"""What the benchmarks share: the project on the import path, timing, a description of the machine, tables, files."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT))  # the scripts are run as files: benchmarks/run.py
+
+
+# ---- timing ----------------------------------------------------------------------------------------------------------
+
+
+def synchronise(device: torch.device) -> None:
+    """Waits until everything that was asked of ``device`` is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def measure(
+    device: torch.device, functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, float]:
+    """Median seconds of one call of each function, over ``repeats`` calls.
+
+    The functions take turns, so that whatever else the machine does falls on all of them: their ratios can be trusted
+    further than their times.
+    """
+    spent: dict[str, list[float]] = {name: [] for name in functions}
+    for turn in range(warmup + repeats):
+        for name, function in functions.items():
+            synchronise(device)
+            start = time.perf_counter()
+            function()
+            synchronise(device)
+            if turn >= warmup:
+                spent[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in spent.items()}
+
+
+# ---- the machine -----------------------------------------------------------------------------------------------------
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """Machine, device and versions, for the head of a result; None for what cannot be found out."""
+    commit = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
+    changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
+    about: dict[str, Any] = {
+        "commit": commit and commit + ("+changes" if changed else ""),
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": _processor(),
+        "cores": available_cores(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": "cpu",
+        "driver": None,
+    }
+    if device.type == "cuda":
+        query = "--query-gpu=driver_version", "--format=csv,noheader"
+        driver = output("nvidia-smi", *query)
+        about |= {
+            "device": torch.cuda.get_device_name(device),
+            "device_memory_GB": torch.cuda.get_device_properties(device).total_memory / 1e9,
+            "cuda": torch.version.cuda,
+            "driver": driver and driver.splitlines()[0],
+        }
+    return about
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None where there is no such command, or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """An aligned Markdown table: numbers to the right, in three digits. None is a dash."""
+    cells = [list(headers), *([shown(value) for value in row] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    left = [all(isinstance(row[i], str) for row in rows) for i in range(len(headers))]
+
+    def line(values: Sequence[str]) -> str:
+        padded = (
+            v.ljust(w) if to_left else v.rjust(w) for v, w, to_left in zip(values, widths, left, strict=True)
+        )
+        return f"| {' | '.join(padded)} |"
+
+    rule = (
+        "-" * (w + 2) if to_left else "-" * (w + 1) + ":" for w, to_left in zip(widths, left, strict=True)
+    )
+    return "\n".join([line(cells[0]), f"|{'|'.join(rule)}|", *map(line, cells[1:])])
+
+
+def shown(value: object) -> str:
+    """A cell: three significant digits, and no exponent where a reader can do without."""
+    if value is None:
+        return "-"
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+DECIMALS = {"psnr": 2, "ssim": 4, "dice": 4}
+
+
+def shown_score(name: str, scores: Mapping[str, float]) -> str | None:
+    """A score as it is usually printed; None where there is none of that name."""
+    return f"{scores[name]:.{DECIMALS[name]}f}" if name in scores else None
+
+
+def write_json(path: Path, result: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,163 @@
+#!/usr/bin/env python3
+"""Writes the tables of README.md here from what is recorded in results/.
+
+python benchmarks/report.py
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from common import DECIMALS, RESULTS, shown_score, table
+
+from utils.errors import UserError, run
+
+README = Path(__file__).with_name("README.md")
+BEGIN, END = "<!-- recorded: written by report.py -->", "<!-- end of what is recorded -->"
+
+
+def speed(results: list[dict[str, Any]]) -> Iterator[str]:
+    """Paragraphs: where it was measured, then a table of each section that was."""
+    for result in results:
+        about, sections = result["about"], result["sections"]
+        cores = f"{about['machine']}, {about['cores']} cores"
+        gpu = f"{about['device']}, driver {about['driver']}, on " if about["device"] != "cpu" else ""
+        yield f"**{gpu}{cores}**; torch {about['torch']}, commit {about['commit']}, {about['date']}"
+        if "throughput" in sections:
+            yield _throughput(sections["throughput"])
+        yield _ratios(sections)
+        if "iteration" in sections:
+            yield _iteration(sections["iteration"])
+        if "growth" in sections:
+            yield _growth(sections["growth"])
+        if runs := sections.get("training", {}).get("runs"):
+            headers = ["Gaussians", "frame", "IBFR", "it/s", "peak memory, GB"]
+            rows = [
+                [
+                    r["gaussians"],
+                    f"{r['width']} x {r['height']}",
+                    "yes" if r["ibfr"] else "no",
+                    r["iterations_per_s"],
+                    r["peak_memory_GB"],
+                ]
+                for r in runs
+            ]
+            yield table(headers, rows)
+
+
+def _throughput(section: dict[str, Any]) -> str:
+    runs, scene = section["runs"], section["scene"]
+    labels = [f"{r['threads']} thread(s)" if r["threads"] else "GPU" for r in runs]
+    size = f"{scene['gaussians']} Gaussians, {scene['views']} views of {scene['width']} x {scene['height']}"
+    rows: list[list[object]] = [
+        [f"{phase}, ms", *(1e3 * r["phases_s"][phase] for r in runs)] for phase in runs[0]["phases_s"]
+    ]
+    for name, key in (("blend and its backward", "blend"), ("all", "all")):
+        rows.append(
+            [
+                f"useful pairs a second and core, {name}, M",
+                *(r[f"useful_per_s_core_{key}"] / 1e6 for r in runs),
+            ]
+        )
+    if all("floor_share_blend" in r for r in runs):
+        for name, key in (("blend and its backward", "blend"), ("all", "all")):
+            rows.append([f"floor, % of {name}", *(100 * r[f"floor_share_{key}"] for r in runs)])
+    return table([size, *labels], rows)
+
+
+def _ratios(sections: dict[str, Any]) -> str:
+    rows: list[list[object]] = []
+    if "oracle" in sections:
+        rows.append(["dense oracle / compiled", sections["oracle"]["scene"], sections["oracle"]["ratio"]])
+    if "operators" in sections:
+        operators = sections["operators"]
+        rows.append(["general, once a view / folded", operators["scene"], operators["ratio"]])
+        gsplat = operators["gsplat"]
+        if "ratio" in gsplat:
+            rows.append([f"gsplat {gsplat['version']} / general", gsplat["scene"], gsplat["ratio"]])
+        else:
+            rows.append(["gsplat / general", f"skipped: {gsplat['skipped']}", None])
+    return table(["time of / time of", "scene", "ratio"], rows) if rows else ""
+
+
+def _iteration(section: dict[str, Any]) -> str:
+    stages = list(next(iter(section.values()))["stages_s"])
+    rows: list[list[object]] = []
+    for stage in stages:
+        shares = (100 * r["stages_s"][stage] / sum(r["stages_s"].values()) for r in section.values())
+        rows.append([f"{stage}, %", *shares])
+    rows.append(["Gaussians", *(r["gaussians"] for r in section.values())])
+    rows.append(["it/s", *(r["iterations_per_s"] for r in section.values())])
+    return table(["iteration of train.py", *section], rows)
+
+
+def _growth(section: dict[str, Any]) -> str:
+    rows = [
+        [name, f"{curve['sizes'][0]} to {curve['sizes'][-1]}"]
+        + [1e3 * curve["seconds"][i] for i in (0, -1)]
+        + [curve["exponent"]]
+        for name, curve in section.items()
+    ]
+    return table(["forward and backward over", "from, to", "ms", "to ms", "last exponent"], rows)
+
+
+def quality(lines: list[dict[str, Any]]) -> str:
+    """One row a method, run and kind of frames."""
+    headers = [
+        "case",
+        "kept",
+        "frames",
+        "scored",
+        "method",
+        "PSNR, dB",
+        "SSIM",
+        "Dice",
+        "iterations",
+        "s",
+        "on",
+    ]
+    rows: list[list[object]] = []
+    for line in lines:
+        for kind, frames in line["scores"].items():
+            for which, methods in frames.items():
+                for method, scores in methods.items():
+                    ours = method == "model"
+                    values = [shown_score(score, scores) for score in DECIMALS]
+                    name = " ".join([f"model ({line['pipeline']})", *line["options"]]) if ours else method
+                    effort = (
+                        [line["iterations"], line["seconds"], _device(line)] if ours else [None, None, "-"]
+                    )
+                    what = [line["case"], f"1/{line['keep']}", kind, which.replace("_", " ")]
+                    rows.append([*what, name, *values, *effort])
+    return table(headers, rows)
+
+
+def _device(line: dict[str, Any]) -> str:
+    about = line["about"]
+    return about["machine"] if about["device"] == "cpu" else about["device"]
+
+
+def main() -> None:
+    text = README.read_text(encoding="utf-8")
+    head, begin, rest = text.partition(BEGIN)
+    _, end, tail = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{README} has lost its markers: put back {BEGIN} and {END}")
+    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    lines = [
+        json.loads(line)
+        for path in sorted(RESULTS.glob("*.jsonl"))
+        for line in path.read_text(encoding="utf-8").splitlines()
+    ]
+    parts = [part for part in speed(results) if part]
+    if lines:
+        parts.append(quality(lines))
+    body = "\n\n".join(parts or ["Nothing is recorded yet."])
+    README.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

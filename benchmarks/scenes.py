@@ -1,0 +1,120 @@
+"""What the speed is measured on: a model in the state of one that is being trained, and frames to train on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import synchronise
+from torch import Tensor
+
+from gaussian_renderer import ACTIVE, Render, Renders, render
+from scene.cameras import Camera
+from scene.checkpoint import load_checkpoint
+from scene.gaussian_model import GaussianModel
+from utils.errors import UserError
+from utils.images import write_image
+from utils.spherical_harmonics import from_colour
+
+FRAMES = 24  # of the sequence
+# Of the demo's model after 600 iterations: medians and spreads of its Gaussians, and of their logarithms and logits.
+MEDIAN_SCALE, LOG_SCALE_SPREAD = 0.64, 0.6  # px at 128 px width; the two axes apart
+MEDIAN_LOGIT, LOGIT_SPREAD = -1.6, 2.3  # of the opacity: many nearly transparent, some nearly opaque
+
+
+def model_in_training(
+    count: int, camera: Camera, degree: int = 7, device: torch.device | str = "cpu"
+) -> GaussianModel:
+    """``count`` grey Gaussians of polynomial degree ``degree``, distributed as those of the demo while it trains."""
+    generator = torch.Generator().manual_seed(0)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return torch.empty(shape).uniform_(low, high, generator=generator)
+
+    def normal(mean: float, spread: float, *shape: int) -> Tensor:
+        return mean + spread * torch.randn(shape, generator=generator)
+
+    xyz = torch.zeros(count, 3)
+    xyz[:, 0] = uniform(-camera.half_width, camera.half_width, count)
+    xyz[:, 2] = uniform(-camera.half_height, camera.half_height, count)
+    median = (
+        MEDIAN_SCALE / Camera(128, 96, camera.distance).pixels_per_unit
+    )  # plane units: resolution is free
+    params = {
+        "xyz": xyz,
+        "w1": uniform(-1, 1, count, 2 * degree),
+        "m": torch.logit(uniform(0, 1, count, 1), eps=1e-6),
+        "sigma": torch.log(uniform(0.01, 1, count, 1, 1)),
+        "scaling": normal(math.log(median), LOG_SCALE_SPREAD, count, 3),
+        "rotation": torch.logit(uniform(0, 1, count, 1), eps=1e-6),
+        "opacity": normal(MEDIAN_LOGIT, LOGIT_SPREAD, count, 1),
+        "f_dc": from_colour(1.0) * uniform(-1, 1, count, 1, 1),  # colours from 0 to 1
+        "f_rest": torch.zeros(count, 0, 1),
+    }
+    params = {name: value.to(device) for name, value in params.items()}
+    return GaussianModel(params, torch.full((FRAMES,), 1 / FRAMES, device=device))
+
+
+def trained_model(path: str, device: torch.device) -> tuple[GaussianModel, Camera]:
+    """The model of a checkpoint that train.py wrote, and its camera."""
+    saved = load_checkpoint(path, device)
+    if "width" not in saved.extras:
+        raise UserError(f"{path} does not hold the size of its frames: give a checkpoint of this train.py")
+    camera = Camera(saved.extras["width"], saved.extras["height"], saved.extras["distance"])
+    return GaussianModel(saved.params, saved.time_func, saved.active_sh_degree), camera
+
+
+def neighbours(model: GaussianModel, views: int) -> list[float]:
+    """Positions of ``views`` consecutive frames around the middle of the sequence, as a training batch has them."""
+    first = max(0, (model.num_frames - views) // 2)
+    return [float(min(first + v, model.num_frames - 1)) for v in range(views)]
+
+
+class Drawing:
+    """A model drawn at some positions, forward and backward, through the renderer that training uses."""
+
+    def __init__(
+        self, model: GaussianModel, camera: Camera, positions: Sequence[float], backend: str = "compiled"
+    ) -> None:
+        self.model, self.camera, self.positions, self.backend = model, camera, positions, backend
+        self.background = torch.zeros(model.channels, device=model.device)
+        generator = torch.Generator().manual_seed(1)
+        shape = len(positions), model.channels, camera.height, camera.width
+        # Of the size that a mean over the batch gives, so that nothing is denormal.
+        self.v_images = (torch.randn(shape, generator=generator) / math.prod(shape)).to(model.device)
+
+    def forward(self) -> Renders:
+        renders = [Render(view, test=ACTIVE) for view in range(len(self.positions))]
+        originals = [False] * len(self.positions)
+        return render(
+            self.model, self.camera, self.positions, originals, renders, self.background, self.backend
+        )
+
+    def forward_backward(self) -> None:
+        leaves = [p for p in self.model.params.values() if p.numel()]
+        torch.autograd.grad(self.forward().images, leaves, self.v_images, allow_unused=True)
+
+
+def write_phantom(folder: Path, width: int, height: int, frames: int = FRAMES) -> None:
+    """Frames 0000.png ... of a made-up anatomy: a textured ellipse that turns and bends, with three organs in it."""
+    y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    for k in range(frames):
+        t = k / max(frames - 1, 1)
+        image = 0.35 * (x**2 / 0.8 + y**2 / (0.5 + 0.3 * t) < 1)
+        image += 0.06 * np.sin(17 * x + 3 * t) * np.cos(13 * y - 5 * t) * (image > 0)
+        for i in range(3):
+            angle = 2.1 * i + 1.5 * t
+            distance = np.hypot(x - 0.45 * np.cos(angle), (y - 0.4 * np.sin(angle)) * (1 + 0.4 * i))
+            image += 0.3 / (1 + np.exp(40 * (distance - 0.12 - 0.08 * np.sin(3 * t + i))))
+        write_image(folder / f"{k:04d}.png", image.clip(0, 1).astype(np.float32))
+
+
+def settle(device: torch.device) -> None:
+    """Waits for the device and gives its cached memory back, so that one measurement leaves nothing to the next."""
+    synchronise(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)

@@ -1,0 +1,28 @@
+// `similarity`: L1 and SSIM of renders against frames in one pass. Schema and CPU side.
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+
+#include "../common/similarity_op.h"
+#include "kernels.h"
+
+namespace medgs {
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor> similarity_cpu(const Tensor& images, const Tensor& targets, bool with_gradient) {
+  const int64_t bands = images.dim() == 4 ? (images.size(2) + kBand - 1) / kBand : 0;
+  const int64_t parts = images.dim() == 4 ? images.size(0) * images.size(1) * bands : 0;
+  return similarity_op(images, targets, with_gradient, parts, [&](const auto& in) {
+    using S = std::decay_t<decltype(in.c1)>;
+    kernels<S>().similarity(in, at::get_num_threads());
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+  m.def("similarity(Tensor images, Tensor targets, bool with_gradient) -> (Tensor l1, Tensor ssim, Tensor gradient)");
+}
+
+TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) { m.impl("similarity", &similarity_cpu); }
+
+}  // namespace medgs

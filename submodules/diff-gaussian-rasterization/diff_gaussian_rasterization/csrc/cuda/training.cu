@@ -1,0 +1,134 @@
+// `adam_step`, `observe` and `sigma_outside` on a GPU.
+#include <algorithm>
+
+#include "launch.h"
+#include "scalar.cuh"
+// after scalar.cuh
+#include "../common/statistics.h"
+
+namespace medgs {
+namespace cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kAdamTensors = 16;    // in one launch
+constexpr int kAdamPerThread = 4;
+
+template <class S>
+struct AdamTable {
+  AdamTensor<S> tensor[kAdamTensors];
+  unsigned first_block[kAdamTensors + 1];
+  int count;
+};
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) adam_kernel(const AdamTable<S> table, const AdamConstants<S> c) {
+  int k = 0;
+  while (blockIdx.x >= table.first_block[k + 1]) ++k;
+  const AdamTensor<S>& t = table.tensor[k];
+  const int64_t start = int64_t(blockIdx.x - table.first_block[k]) * kThreads * kAdamPerThread + threadIdx.x;
+#pragma unroll
+  for (int j = 0; j < kAdamPerThread; ++j) {
+    const int64_t i = start + j * kThreads;
+    if (i >= t.size) return;
+    const S g = t.gradient[i];
+    const S m = c.beta1 * t.first_moment[i] + (S(1) - c.beta1) * g;
+    const S v = c.beta2 * t.second_moment[i] + (S(1) - c.beta2) * g * g;
+    t.first_moment[i] = m;
+    t.second_moment[i] = v;
+    t.parameter[i] -= t.rate * m / (generic::math::sqrt(v) * t.correction + c.epsilon);
+  }
+}
+
+template <class S>
+__global__ void observe_kernel(const ObserveArguments<S> in) {
+  const int64_t n = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (n < in.gaussians) generic::observe_gaussian(in, n);
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) sigma_sums(const SigmaArguments<S> in) {
+  S sum[4] = {};
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < in.gaussians; i += int64_t(gridDim.x) * kThreads) {
+    const S sigma = generic::math::exp(in.raw[i]);
+    if (sigma < in.low) {
+      sum[0] += in.low - sigma;
+      sum[1] += 1;
+    }
+    if (sigma > in.high) {
+      sum[2] += sigma - in.high;
+      sum[3] += 1;
+    }
+  }
+  __shared__ S warps[kThreads / 32][4];
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    for (int step = 16; step > 0; step /= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], step);
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][k] = sum[k];
+  }
+  __syncthreads();
+  if (threadIdx.x < 4) {
+    S total = 0;
+    for (int w = 0; w < kThreads / 32; ++w) total += warps[w][threadIdx.x];
+    in.sums[4 * blockIdx.x + threadIdx.x] = total;
+  }
+}
+
+template <class S>
+__global__ void __launch_bounds__(kThreads) sigma_gradient(const SigmaArguments<S> in) {
+  __shared__ S total[4];
+  if (threadIdx.x < 4) {
+    S sum = 0;
+    for (int64_t part = 0; part < in.parts; ++part) sum += in.sums[4 * part + threadIdx.x];
+    total[threadIdx.x] = sum;
+  }
+  __syncthreads();
+  const S below = total[1] > 0 ? S(1) / total[1] : S(0), above = total[3] > 0 ? S(1) / total[3] : S(0);
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i == 0) *in.loss = total[0] * below + total[2] * above;
+  if (i >= in.gaussians) return;
+  const S sigma = generic::math::exp(in.raw[i]);
+  in.gradient[i] = sigma < in.low ? -sigma * below : (sigma > in.high ? sigma * above : S(0));
+}
+
+unsigned blocks_for(int64_t items, int64_t each) { return unsigned((items + each - 1) / each); }
+
+}  // namespace
+
+template <class S>
+cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants, cudaStream_t stream) {
+  for (int first = 0; first < count; first += kAdamTensors) {
+    AdamTable<S> table{};
+    table.count = std::min(kAdamTensors, count - first);
+    for (int k = 0; k < table.count; ++k) {
+      table.tensor[k] = tensors[first + k];
+      table.first_block[k + 1] = table.first_block[k] + blocks_for(tensors[first + k].size, kThreads * kAdamPerThread);
+    }
+    adam_kernel<S><<<table.first_block[table.count], kThreads, 0, stream>>>(table, constants);
+  }
+  return cudaGetLastError();
+}
+
+template <class S>
+cudaError_t launch_observe(const ObserveArguments<S>& in, cudaStream_t stream) {
+  if (in.gaussians == 0) return cudaSuccess;
+  observe_kernel<S><<<blocks_for(in.gaussians, kThreads), kThreads, 0, stream>>>(in);
+  return cudaGetLastError();
+}
+
+template <class S>
+cudaError_t launch_sigma_outside(const SigmaArguments<S>& in, cudaStream_t stream) {
+  sigma_sums<S><<<unsigned(in.parts), kThreads, 0, stream>>>(in);
+  sigma_gradient<S><<<blocks_for(in.gaussians, kThreads), kThreads, 0, stream>>>(in);
+  return cudaGetLastError();
+}
+
+#define MEDGS_INSTANTIATE(S)                                                                                \
+  template cudaError_t launch_adam(const AdamTensor<S>*, int, const AdamConstants<S>&, cudaStream_t);      \
+  template cudaError_t launch_observe(const ObserveArguments<S>&, cudaStream_t);                           \
+  template cudaError_t launch_sigma_outside(const SigmaArguments<S>&, cudaStream_t);
+MEDGS_INSTANTIATE(float)
+MEDGS_INSTANTIATE(double)
+
+}  // namespace cuda
+}  // namespace medgs

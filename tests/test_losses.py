@@ -1,0 +1,131 @@
+"""Losses against numbers worked out by hand, scikit-image, and the textbook definition in a few lines."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from skimage.metrics import structural_similarity
+
+from gaussian_renderer import RASTERIZERS, rasterizer
+from utils.losses import l1, sigma_outside, ssim, ssim_map
+
+C1, C2 = 0.0001, 0.0009
+
+
+def pair(*shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, dtype=torch.float64, generator=generator)
+    return x, (x + 0.3 * torch.randn(shape, dtype=torch.float64, generator=generator)).clamp(0, 1)
+
+
+def plain_ssim(x, y):
+    """11 x 11 window of sigma 1.5 over zero-padded images, straight from Wang et al. 2004."""
+    line = torch.tensor([math.exp(-(k**2) / (2 * 1.5**2)) for k in range(-5, 6)], dtype=x.dtype)
+    window = torch.outer(line, line) / line.sum() ** 2
+    channels = x.shape[1]
+
+    def mean(z):
+        return F.conv2d(z, window.expand(channels, 1, 11, 11), padding=5, groups=channels)
+
+    mx, my = mean(x), mean(y)
+    vx, vy, cov = mean(x * x) - mx**2, mean(y * y) - my**2, mean(x * y) - mx * my
+    return (2 * mx * my + C1) * (2 * cov + C2) / ((mx**2 + my**2 + C1) * (vx + vy + C2))
+
+
+def test_l1_is_the_mean_absolute_difference():
+    images = torch.tensor([0.0, 0.5, 1.0, 0.25], requires_grad=True)
+    loss = l1(images, torch.tensor([0.1, 0.5, 0.6, 0.5]))
+    assert loss.item() == pytest.approx((0.1 + 0 + 0.4 + 0.25) / 4)
+    loss.backward()
+    assert images.grad.tolist() == [-0.25, 0, 0.25, -0.25]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 20, 24), (1, 1, 7, 40), (3, 1, 1, 1)])
+def test_ssim_equals_the_textbook_definition_borders_included(shape):
+    x, y = pair(*shape)
+    torch.testing.assert_close(ssim_map(x, y), plain_ssim(x, y), rtol=1e-10, atol=1e-12)
+    assert ssim(x, y).item() == pytest.approx(plain_ssim(x, y).mean().item(), abs=1e-12)
+
+
+def test_ssim_equals_scikit_image_away_from_the_borders():
+    # scikit-image reflects at the borders, where the method pads with zeros: only the inside compares.
+    x, y = pair(1, 1, 30, 26)
+    _, expected = structural_similarity(
+        x[0, 0].numpy(),
+        y[0, 0].numpy(),
+        data_range=1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+        full=True,
+    )
+    np.testing.assert_allclose(ssim_map(x, y)[0, 0, 5:-5, 5:-5].numpy(), expected[5:-5, 5:-5], atol=1e-10)
+
+
+def test_ssim_of_one_pixel_by_hand():
+    # All but the window's centre falls on the padding.
+    w = 1 / sum(math.exp(-(k**2) / 4.5) for k in range(-5, 6)) ** 2
+    x, y = 0.8, 0.3
+    mx, my = w * x, w * y
+    top = (2 * mx * my + C1) * (2 * (w * x * y - mx * my) + C2)
+    bottom = (mx**2 + my**2 + C1) * (w * x * x - mx**2 + w * y * y - my**2 + C2)
+    value = ssim(torch.full((1, 1, 1, 1), x).double(), torch.full((1, 1, 1, 1), y).double())
+    assert value.item() == pytest.approx(top / bottom, rel=1e-6)
+
+
+def test_ssim_of_equal_images_is_one_and_of_black_and_white_almost_nothing():
+    x, _ = pair(1, 1, 23, 23)
+    assert ssim(x, x).item() == pytest.approx(1, abs=1e-12)
+    inside = ssim_map(torch.zeros(1, 1, 23, 23), torch.ones(1, 1, 23, 23))[0, 0, 11, 11]
+    assert inside.item() == pytest.approx(C1 / (1 + C1), rel=1e-3)
+
+
+@pytest.mark.parametrize("name", RASTERIZERS)
+@pytest.mark.parametrize("shape", [(3, 1, 20, 24), (2, 3, 33, 9)])
+def test_both_rasterizers_give_l1_and_ssim_and_their_gradients(name, shape):
+    x, y = pair(*shape)
+    x = x.requires_grad_()
+    expected = l1(x, y), ssim(x, y)
+    (wanted,) = torch.autograd.grad(2 * expected[0] - 0.25 * expected[1], x)
+    value = rasterizer(name).similarity(x, y)
+    (given,) = torch.autograd.grad(2 * value[0] - 0.25 * value[1], x)
+    torch.testing.assert_close(torch.stack(value), torch.stack(expected), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(given, wanted, rtol=1e-7, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", RASTERIZERS)
+def test_both_rasterizers_give_sigma_from_the_raw_values(name):
+    raw = torch.linspace(-3, 2, 41, dtype=torch.float64, requires_grad=True)
+    expected = sigma_outside(raw.exp(), 0.2, 1.0)
+    (wanted,) = torch.autograd.grad(3 * expected, raw)
+    value = rasterizer(name).sigma_outside(raw, 0.2, 1.0)
+    (given,) = torch.autograd.grad(3 * value, raw)
+    torch.testing.assert_close(value, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(given, wanted, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", RASTERIZERS)
+@pytest.mark.parametrize(("spread", "expected"), [(0.5, 0), (0.1, 0.2), (1.75, 0.75)])
+def test_both_rasterizers_let_empty_sides_of_sigma_be(name, spread, expected):
+    raw = torch.full((3,), math.log(spread), requires_grad=True)
+    value = rasterizer(name).sigma_outside(raw, 0.3, 1.0)
+    value.backward()
+    assert value.item() == pytest.approx(expected, abs=1e-6) and raw.grad.isfinite().all()
+
+
+def test_sigma_pays_below_and_above_its_bounds_and_nothing_between():
+    spreads = torch.tensor([0.05, 0.15, 0.25, 0.7, 1.0, 1.5, 2.5, 4.0], requires_grad=True)
+    loss = sigma_outside(spreads, 0.25, 1.0)
+    assert loss.item() == pytest.approx((0.2 + 0.1) / 2 + (0.5 + 1.5 + 3.0) / 3)
+    loss.backward()
+    torch.testing.assert_close(spreads.grad, torch.tensor([-0.5, -0.5, 0, 0, 0, 1 / 3, 1 / 3, 1 / 3]))
+
+
+@pytest.mark.parametrize(
+    ("spreads", "expected"),
+    [([0.5, 0.6], 0), ([0.1, 0.5], 0.2), ([0.5, 1.75], 0.75), ([0.1], 0.2), ([3.0], 2)],
+)
+def test_sigma_sides_without_gaussians_add_nothing(spreads, expected):
+    assert sigma_outside(torch.tensor(spreads), 0.3, 1.0).item() == pytest.approx(expected, abs=1e-7)
