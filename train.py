@@ -120,7 +120,9 @@ def check_finite(training: Training, loss: torch.Tensor) -> None:
     values = {"loss": loss} | {f"gradient of {name}": p.grad for name, p in training.model.params.items()}
     for name, value in values.items():
         if value is not None and not bool(value.isfinite().all()):
-            raise UserError(f"iteration {training.iteration}: the {name} is not finite; lower the learning rates")
+            raise UserError(
+                f"iteration {training.iteration}: the {name} is not finite; lower the learning rates"
+            )
 
 
 def main() -> None:
@@ -139,7 +141,7 @@ def main() -> None:
             f"{options.start_checkpoint} is already at iteration {training.iteration}: give more --iterations"
         )
     fresh_folder(options.model_path)
-    training.write_inputs()
+    training.write_inputs(say)
     say(f"output: {options.model_path}")
     say(
         f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "

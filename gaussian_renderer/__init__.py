@@ -34,7 +34,9 @@ class Render:
 @dataclass(frozen=True)
 class Renders:
     images: Tensor  # (R, C, H, W)
-    screen: Tensor | None  # (heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control
+    screen: (
+        Tensor | None
+    )  # (heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control
     radii: Tensor  # (V, N) int32 px, 0 where not visible
     active: Tensor  # (V, N) uint8, bits ACTIVE and ACTIVE_SEGMENTATION
 

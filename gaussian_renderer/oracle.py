@@ -67,7 +67,9 @@ def fold(
         radius = torch.ceil(3 * torch.sqrt(larger))
         grid = TILE * math.ceil(width / TILE), TILE * math.ceil(height / TILE)
         touches = (u + radius >= 0) & (u - radius < grid[0]) & (v + radius >= 0) & (v - radius < grid[1])
-        visible = touches & (weight > MIN_TIME_WEIGHT)
+        visible = (
+            touches & (weight > MIN_TIME_WEIGHT) & (conics[..., 0] >= 0)
+        )  # not where the cut is no number
         segmented = visible & (scales > MIN_SEGMENTATION_SCALE).all(-1)
         radii = torch.where(visible, radius, torch.zeros_like(radius)).to(torch.int32)
         active = visible.to(torch.uint8) + 2 * segmented.to(torch.uint8)

@@ -66,11 +66,6 @@ class Camera:
         """T: the image shows z in [-T, T], plane units."""
         return self.half_width / self.aspect
 
-    @property
-    def extent(self) -> float:
-        """E: the size of the scene that learning rates and density control are relative to."""
-        return 1.1 * self.distance
-
     def position(
         self,
         mirrored: bool = False,

@@ -97,7 +97,13 @@ def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: floa
     limit = torch.logit(torch.tensor(value)).item()
     for name in [n for n in model.params if n.startswith("opacity")]:
         parameter = model.params[name]
-        _replace(model, optimizer, name, parameter.detach().clamp_max(limit), lambda moment: torch.zeros_like(moment))
+        _replace(
+            model,
+            optimizer,
+            name,
+            parameter.detach().clamp_max(limit),
+            lambda moment: torch.zeros_like(moment),
+        )
 
 
 def take_rows(
@@ -151,4 +157,6 @@ def _draw(scaling: Tensor, rotation: Tensor, generator: torch.Generator) -> Tens
 
 def _zeros(n: int, device: torch.device) -> dict[str, Tensor]:
     names: Sequence[str] = ("xyz_gradient_accum", "denom", "m_gradient_accum", "m_denom")
-    return {"max_radii2D": torch.zeros(n, device=device)} | {name: torch.zeros(n, 1, device=device) for name in names}
+    return {"max_radii2D": torch.zeros(n, device=device)} | {
+        name: torch.zeros(n, 1, device=device) for name in names
+    }

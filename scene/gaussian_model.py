@@ -224,7 +224,11 @@ def make_optimizer(
 
 
 def set_rates(
-    model: GaussianModel, optimizer: torch.optim.Adam, iteration: int, options: OptimisationOptions, extent: float
+    model: GaussianModel,
+    optimizer: torch.optim.Adam,
+    iteration: int,
+    options: OptimisationOptions,
+    extent: float,
 ) -> None:
     """The schedule: xyz's rate decays log-linearly, and one more degree of the harmonics comes into use now and
     then."""

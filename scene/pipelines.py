@@ -51,7 +51,9 @@ def tasks(options: TrainOptions, frames: Frames, masks: Frames | None = None) ->
         return [Task("img", IMAGE, frames, ACTIVE, 1.0, image_terms)]
     if options.pipeline == "seg":
         if options.seg_head_only:  # the geometry is frozen, sigma with it
-            return [Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, {"l1": options.lambda_l1_seg})]
+            return [
+                Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, {"l1": options.lambda_l1_seg})
+            ]
         return [Task("seg", IMAGE, frames, ACTIVE_SEGMENTATION, 1.0, mask_terms)]
     assert masks is not None
     return [
@@ -77,7 +79,9 @@ class Batch:
 class Sampler:
     """Draws batches from a random generator on the CPU; its state is all that a resumed run needs."""
 
-    def __init__(self, num_frames: int, sides: int, options: OptimisationOptions, generator: torch.Generator) -> None:
+    def __init__(
+        self, num_frames: int, sides: int, options: OptimisationOptions, generator: torch.Generator
+    ) -> None:
         self.num_frames, self.sides = num_frames, sides
         self.options, self.generator = options, generator
 
@@ -107,7 +111,8 @@ def requested_renders(tasks: Sequence[Task], batch: Batch) -> list[list[Render]]
     """For each task the renders it needs: of the real views, then, where it has IBFR, of those between."""
     views = len(batch.positions)
     return [
-        [task.render(v) for v in range(views if task.terms.get("ibfr") else len(batch.frames))] for task in tasks
+        [task.render(v) for v in range(views if task.terms.get("ibfr") else len(batch.frames))]
+        for task in tasks
     ]
 
 
@@ -135,7 +140,9 @@ def loss_terms(
     if task.terms.get("ibfr") and batch.between:
         ends = targets
         if real == 1:  # a batch of one frame has no neighbour of its own to blend with
-            ends = task.targets([k + step for k, _ in batch.between for step in (0, 1)], background, batch.mirrored)
+            ends = task.targets(
+                [k + step for k, _ in batch.between for step in (0, 1)], background, batch.mirrored
+            )
         alphas = torch.tensor([alpha for _, alpha in batch.between]).to(images.device, non_blocking=True)
         blends = torch.lerp(ends[:-1], ends[1:], alphas.view(-1, 1, 1, 1))
         terms["ibfr"] = losses.l1(between, blends)
@@ -154,6 +161,8 @@ def split(images: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """The weighted sum of all terms of all tasks."""
-    weights = [task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values]
+    weights = [
+        task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values
+    ]
     values = torch.stack([value for named in terms for value in named.values()])
     return values @ torch.tensor(weights).to(values.device, non_blocking=True)

@@ -39,6 +39,7 @@ class Training:
     sampler: Sampler
     generator: torch.Generator  # on the CPU; all that is random comes from it
     background: Tensor  # (C,)
+    geometry: Geometry | None = None  # of the frames, where prepare.py wrote it
     iteration: int = 0
 
     @classmethod
@@ -74,6 +75,7 @@ class Training:
             Sampler(len(frames), 2 if options.camera == "mirror" else 1, options, generator),
             generator,
             background.to(device),
+            Geometry.find(options.source_path),
         )
         if saved is not None:
             training._resume(saved, say)
@@ -112,16 +114,20 @@ class Training:
     def folder(self) -> Path:
         return Path(self.options.model_path)
 
-    def write_inputs(self) -> None:
-        """What describes the run: ``cfg_args``, ``cameras.json``, ``input.ply`` and the frames' geometry."""
+    def write_inputs(self, say: Callable[[str], object]) -> None:
+        """What describes the run: ``cfg_args``, ``cameras.json``, ``input.ply`` and the frames' geometry; and the
+        mirrored frames of the published layout, where they are absent."""
+        if self.options.camera == "mirror":
+            for root in filter(None, (self.options.source_path, self.options.seg_source_path)):
+                write_mirror(self.options.folder_of(root), Path(root) / "mirror", say)
         frames = self.tasks[0].frames
         write_cfg_args(self.folder / "cfg_args", self.options)
         with atomic_write(self.folder / "cameras.json") as temporary:
             temporary.write_text(json.dumps(self.camera.entries(frames.names)), encoding="utf-8")
         colours = to_colour(self.model.params["f_dc"].detach()[:, 0]).expand(-1, 3)
         write_points(self.folder / "input.ply", self.model.params["xyz"].detach(), colours)
-        if geometry := Geometry.find(self.options.source_path):
-            geometry.save(self.folder / FILE_NAME)
+        if self.geometry:
+            self.geometry.save(self.folder / FILE_NAME)
 
     def save_point_cloud(self) -> None:
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
@@ -163,11 +169,7 @@ def _read_frames(
     data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
 
     def read(root: str) -> Frames:
-        folder = options.folder_of(root)
-        frames = Frames.read(folder, options.resolution, device, data_device, say)
-        if options.camera == "mirror":
-            write_mirror(folder, Path(root) / "mirror", say)
-        return frames
+        return Frames.read(options.folder_of(root), options.resolution, device, data_device, say)
 
     frames = read(options.source_path)
     if options.pipeline != "joint":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +43,17 @@ def write(root: Path, frames: list[np.ndarray]) -> Path:
     for k, frame in enumerate(frames):
         Image.fromarray(frame).save(root / "original" / f"{k:04d}.png")
     return root
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """Frames this small are done sooner than a second thread starts; where others work, waiting for it takes long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 FAST = ("--num_pts", "150", "--poly_degree", "3", "--device", "cpu", "--quiet")

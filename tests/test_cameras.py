@@ -126,7 +126,6 @@ def test_the_plane_that_the_image_shows():
     assert camera.half_width == pytest.approx(2 * camera.tan_fov_x)
     assert camera.half_height == pytest.approx(camera.half_width / 2)
     assert camera.half_width * camera.pixels_per_unit == pytest.approx(100)
-    assert camera.extent == pytest.approx(2.2)
 
 
 def test_position_is_the_origin_of_the_view():

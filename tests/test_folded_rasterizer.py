@@ -482,6 +482,30 @@ def test_visible_where_the_square_of_the_radius_touches_the_tile_grid(size, grid
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_float32_activations_are_right_however_large_the_raw_value(device):
+    """The CPU kernels have an exponential and a sine of their own."""
+    scene = random_scene(10, n=2000, degree=2)
+    spread = torch.linspace(-1, 1, 2000, dtype=torch.float64)
+    scene = scene.with_tensors(
+        m=60 * spread,
+        rotation=20 * spread.flip(0),
+        sigma=5 + 5 * spread,
+        scaling=torch.stack([15 * spread - 5, spread, 10 * spread.flip(0)], 1),
+        signs=torch.ones(1),
+        times=torch.zeros(1),
+    ).rounded(torch.float32)
+    given = [scene.tensors[name] for name in (*scenes.RAW, "times", "signs")]
+    size = scene.pixels_per_unit, 37, 23
+    means2d, conics, _, active = fold(*(t.to(device, torch.float32) for t in given), *size)
+    expected_means, expected_conics, _, expected_active = oracle.fold(*given, *size)
+    assert active.cpu().equal(expected_active) and active.any()
+    # Of a centre within 100 px; the entries of a conic are sums, so relative to the largest of them.
+    torch.testing.assert_close(means2d.cpu().double(), expected_means, rtol=0, atol=1e-4)
+    error = (conics.cpu() - expected_conics).abs().amax(2) / expected_conics.abs().amax(2)
+    assert error.max() < 1e-5
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_y_is_never_read(device):
     scene = random_scene(8)
     changed = scene.with_tensors(**{name: scene.tensors[name].clone() for name in ("xyz", "scaling")})

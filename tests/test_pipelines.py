@@ -15,6 +15,7 @@ from sequences import (
     colours,
     masks,
     refused,
+    threads,
     train_at,
     write,
 )
@@ -46,6 +47,12 @@ def flat(*values: int) -> Frames:
     return frames_of(*[np.full((12, 16), value, np.uint8) for value in values])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
+
+
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
 IMAGE_TERMS = {"l1": 2.0, "ssim": 0.25, "ibfr": 0.5, "sigma": 0.25}
@@ -64,6 +71,14 @@ def test_the_published_weights():
     ]
     alone = run_options(pipeline="seg", seg_head_only=True, start_checkpoint="x.pth")
     assert tasks(alone, frames) == [Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, {"l1": 2.0})]
+
+
+def test_each_weight_is_an_option():
+    names = ("lambda_l1", "lambda_dssim", "lambda_ibfr", "lambda_sigma", "lambda_l1_seg", "lambda_sigma_seg")
+    weights = dict(zip(names, map(float, range(3, 9)), strict=True))
+    image, seg = tasks(run_options(pipeline="joint", seg_source_path="masks", **weights), flat(0), flat(0))
+    assert image.terms == {"l1": 3, "ssim": 4, "ibfr": 5, "sigma": 6} and seg.terms == {"l1": 7, "sigma": 8}
+    assert tasks(run_options(pipeline="seg", **weights), flat(0))[0].terms == seg.terms
 
 
 def test_the_published_schedule():
@@ -456,7 +471,8 @@ def test_fixed_times_stay(data, tmp_path):
 def test_same_seed_same_model(data, tmp_path):
     images, _ = data
     for name, seed in (("a", 3), ("b", 3), ("c", 4)):
-        train_at(images, tmp_path / name, "--iterations", 12, *CONTROL, "--seed", seed)
+        with threads(2):
+            train_at(images, tmp_path / name, "--iterations", 12, *CONTROL, "--seed", seed)
     a, b, c = (checkpoint(tmp_path / name, 12) for name in "abc")
     assert_same_state(a, b)
     assert a.params["xyz"].shape != c.params["xyz"].shape or not torch.equal(a.params["xyz"], c.params["xyz"])

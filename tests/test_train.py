@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -12,11 +13,24 @@ import numpy as np
 import pytest
 import torch
 from plyfile import PlyData
-from sequences import FAST, FRAMES, arguments, blobs, checkpoint, colours, masks, refused, train_at, write
+from sequences import (
+    FAST,
+    FRAMES,
+    arguments,
+    blobs,
+    checkpoint,
+    colours,
+    masks,
+    refused,
+    threads,
+    train_at,
+    write,
+)
 
 import train
 from arguments import OptimisationOptions, read_cfg_args
 from scene.point_cloud import read_point_cloud
+from utils.geometry import Geometry
 from utils.images import read_image
 
 ROOT = Path(train.__file__).parent
@@ -26,12 +40,33 @@ CONTROL = (
 )  # fmt: skip
 
 
+GEOMETRY = Geometry(
+    (0, 1, 2),
+    (False, False),
+    (24, 20),
+    None,
+    tuple(range(5)),
+    5,
+    (0.0, 1.0, 2.0, 3.0, 4.0),
+    (0.0, 255.0),
+    8,
+    "x.nii",
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
+
+
 def script(*flags: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(ROOT / "train.py"), *map(str, flags)],
         capture_output=True,
         text=True,
         timeout=300,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
 
 
@@ -42,7 +77,7 @@ def script(*flags: object) -> subprocess.CompletedProcess[str]:
 def joint(tmp_path_factory):
     """A joint run, as a process: (data root of the images, output folder, the finished process)."""
     case = tmp_path_factory.mktemp("case")
-    (case / "frames.json").write_text('{"spacing": [1, 2, 3]}')
+    GEOMETRY.save(case / "frames.json")
     images, seg = write(case / "img", colours()), write(case / "seg", masks())
     out = case / "deep" / "out"
     quick = [flag for flag in FAST if flag != "--quiet"]
@@ -117,7 +152,15 @@ def test_cameras(joint):
 
 def test_the_frames_geometry_goes_along(joint):
     _, out, _ = joint
-    assert json.loads((out / "frames.json").read_text()) == {"spacing": [1, 2, 3]}
+    assert Geometry.load(out / "frames.json") == GEOMETRY
+
+
+def test_a_geometry_that_is_damaged_is_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "case").mkdir()
+    (tmp_path / "case" / "frames.json").write_text('{"spacing": 1}')
+    images = write(tmp_path / "case" / "img", blobs())
+    assert refused(images, tmp_path / "out", "--iterations", 1) == 2
+    assert "frames.json" in one_line(capsys.readouterr().err) and not (tmp_path / "out").exists()
 
 
 def test_input_points(joint):
@@ -439,7 +482,7 @@ def test_one_frame_trains(tmp_path, flags):
 @pytest.mark.parametrize("flag", [("--debug",), ("--debug_from", 2)])
 def test_debug_stops_at_values_that_are_not_finite(tmp_path, capsys, flag):
     images, out = write(tmp_path / "data", blobs()), tmp_path / "out"
-    assert refused(images, out, *flag, "--iterations", 4, "--scaling_lr", 1e30) == 2
+    assert refused(images, out, *flag, "--iterations", 4, "--feature_lr", 1e38) == 2
     assert "is not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
@@ -556,7 +599,6 @@ def test_it_learns(tmp_path, capsys, monkeypatch, pipeline):
         assert float(out.split("Dice ")[-1].split()[0]) > 0.5
 
 
-@pytest.mark.slow
 def test_it_learns_well(tmp_path, capsys, monkeypatch):
     images = write(tmp_path / "data", blobs())
     flags = ("--num_pts", 500, "--iterations", 900, "--test_iterations", 1, "--ibfr_from_iter", 300)

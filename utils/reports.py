@@ -62,7 +62,9 @@ def evaluate(training: Training, task: Task, sample: int | None = None) -> tuple
         if sample in index:
             kept = images[index.index(sample)]
     predicted, truth = (torch.cat(masks) for masks in zip(*pairs, strict=True))
-    return Evaluation(float(torch.cat(l1).mean()), torch.cat(scores).tolist(), float(dice(predicted, truth))), kept
+    return Evaluation(
+        float(torch.cat(l1).mean()), torch.cat(scores).tolist(), float(dice(predicted, truth))
+    ), kept
 
 
 class Report:
@@ -72,7 +74,9 @@ class Report:
         options = training.options
         self.folder, self.quiet = training.folder, options.quiet
         self.started, self.started_cpu = time.perf_counter(), time.process_time()
-        self.bar = tqdm(total=options.iterations, initial=first, desc="training", unit="it", disable=self.quiet)
+        self.bar = tqdm(
+            total=options.iterations, initial=first, desc="training", unit="it", disable=self.quiet
+        )
         self.writer = _tensorboard(self.folder, self.say)
         self.smoothed: float | None = None
         self.last_look = self.started, first
@@ -128,7 +132,9 @@ class Report:
                 f"[{iteration}] {task.name}: L1 {scores.l1:.5f}, PSNR {scores.mean_psnr:.2f} dB{also} "
                 f"on {len(task.frames)} frames"
             )
-            plot_psnr(self.folder / "plots" / f"{task.name}_{iteration}.png", task.name, iteration, scores.psnr)
+            plot_psnr(
+                self.folder / "plots" / f"{task.name}_{iteration}.png", task.name, iteration, scores.psnr
+            )
             if self.writer is not None and image is not None:
                 self.writer.add_scalar(f"{task.name}/l1", scores.l1, iteration)
                 self.writer.add_scalar(f"{task.name}/psnr", scores.mean_psnr, iteration)
@@ -144,7 +150,10 @@ class Report:
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
-        spent = {"time": time.process_time() - self.started_cpu, "elapsed": time.perf_counter() - self.started}
+        spent = {
+            "time": time.process_time() - self.started_cpu,
+            "elapsed": time.perf_counter() - self.started,
+        }
         with atomic_write(self.folder / "time.json") as temporary:
             temporary.write_text(json.dumps(spent), encoding="utf-8")
 

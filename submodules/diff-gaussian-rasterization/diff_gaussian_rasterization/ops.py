@@ -94,7 +94,9 @@ def blend(
         means2d, conics, opacities, colours and backgrounds.
     """
     renders = list(views), list(heads), list(bits)
-    out = _ops.blend(means2d, conics, active, opacities, colours, backgrounds, screen, *renders, width, height, raw)
+    out = _ops.blend(
+        means2d, conics, active, opacities, colours, backgrounds, screen, *renders, width, height, raw
+    )
     return out[0], out[1]
 
 
@@ -135,14 +137,23 @@ def observe(
     """
     names = ("max_radii2D", "xyz_gradient_accum", "m_gradient_accum", "denom", "m_denom")
     _ops.observe(
-        radii, active, screen_gradients, m_gradients, bit, width / 2, height / 2, *(statistics[n] for n in names)
+        radii,
+        active,
+        screen_gradients,
+        m_gradients,
+        bit,
+        width / 2,
+        height / 2,
+        *(statistics[n] for n in names),
     )
 
 
 class Adam(torch.optim.Adam):
     """torch.optim.Adam, same state and same state_dict, whose step is one call for all parameters."""
 
-    def __init__(self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+    def __init__(
+        self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+    ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps)
 
     @torch.no_grad()
@@ -162,7 +173,14 @@ class Adam(torch.optim.Adam):
                     state["step"] = torch.zeros((), dtype=torch.float32)
                     state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
                     state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.contiguous_format)
-                row = parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"], state["step"], group["lr"]
+                row = (
+                    parameter,
+                    parameter.grad,
+                    state["exp_avg"],
+                    state["exp_avg_sq"],
+                    state["step"],
+                    group["lr"],
+                )
                 for column, value in zip(lists.setdefault(constants, [[] for _ in row]), row, strict=True):
                     column.append(value)
         for constants, columns in lists.items():
@@ -185,12 +203,29 @@ def _(xyz, w1, m, sigma, scaling, rotation, times, signs, pixels_per_unit, width
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::fold_backward")
-def _(v_means2d, v_conics, radii, xyz, w1, m, sigma, scaling, rotation, times, signs, pixels_per_unit, width, height):
+def _(
+    v_means2d,
+    v_conics,
+    radii,
+    xyz,
+    w1,
+    m,
+    sigma,
+    scaling,
+    rotation,
+    times,
+    signs,
+    pixels_per_unit,
+    width,
+    height,
+):
     return tuple(torch.empty_like(p) for p in (xyz, w1, m, sigma, scaling, rotation, times))
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::blend")
-def _(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height, raw):
+def _(
+    means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height, raw
+):
     v, n, _ = means2d.shape
     r, c = len(views), colours.shape[2]
     pairs = torch.library.get_ctx().new_dynamic_size()
@@ -235,7 +270,11 @@ def _(
 
 @torch.library.register_fake("diff_gaussian_rasterization::similarity")
 def _(images, targets, with_gradient):
-    return images.new_empty(()), images.new_empty(()), images.new_empty(images.shape if with_gradient else (0,))
+    return (
+        images.new_empty(()),
+        images.new_empty(()),
+        images.new_empty(images.shape if with_gradient else (0,)),
+    )
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::sigma_outside")
@@ -277,7 +316,9 @@ def _fold_backward(ctx, v_means2d, v_conics, _v_radii, _v_active):
     return *grads, None, None, None, None
 
 
-torch.library.register_autograd("diff_gaussian_rasterization::fold", _fold_backward, setup_context=_fold_setup)
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::fold", _fold_backward, setup_context=_fold_setup
+)
 
 
 def _blend_setup(ctx, inputs, output):
@@ -298,13 +339,24 @@ def _blend_backward(ctx, v_images, v_transmittance, *_):
     )
     v_backgrounds = None
     if ctx.needs_input_grad[5]:
-        v_backgrounds = (v_images * transmittance[:, None]).sum((2, 3))
+        # In two steps torch adds in one order, whatever the number of threads.
+        v_backgrounds = (v_images * transmittance[:, None]).sum(3).sum(2)
     v_screen = v_means2d if ctx.needs_input_grad[6] else None
     v_means2d = v_means2d[0] if len(v_means2d) == 1 else v_means2d.sum(0)
     return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 6
 
 
-torch.library.register_autograd("diff_gaussian_rasterization::blend", _blend_backward, setup_context=_blend_setup)
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::blend", _blend_backward, setup_context=_blend_setup
+)
+
+
+def _differentiated_twice(*_):  # torch alone would warn and give zeros
+    raise NotImplementedError("fold and blend can be differentiated once, not twice")
+
+
+for _name in ("fold_backward", "blend_backward"):
+    torch.library.register_autograd(f"diff_gaussian_rasterization::{_name}", _differentiated_twice)
 
 
 def _similarity_setup(ctx, inputs, output):

@@ -16,15 +16,15 @@ constexpr int kMaxRenders = 64;  // renders and views in one call
 
 template <class S>
 struct FoldArguments {
-  int64_t gaussians, views, degree;                          // N, V, P
-  const S *xyz, *w1, *m, *sigma, *scaling, *rotation;        // (N,3) (N,2P) (N) (N) (N,3) (N), raw
-  const S *times, *signs;                                    // (V) (V)
+  int64_t gaussians, views, degree;                    // N, V, P
+  const S *xyz, *w1, *m, *sigma, *scaling, *rotation;  // (N,3) (N,2P) (N) (N) (N,3) (N), raw
+  const S *times, *signs;                              // (V) (V)
   S pixels_per_unit;
   int64_t width, height;
   // forward
-  S *means2d, *conics;                                       // (V,N,2) px, (V,N,3)
-  int32_t* radii;                                            // (V,N) px
-  uint8_t* active;                                           // (V,N) bits
+  S *means2d, *conics;  // (V,N,2) px, (V,N,3)
+  int32_t* radii;       // (V,N) px
+  uint8_t* active;      // (V,N) bits
   // backward
   const int32_t* forward_radii;                              // (V,N)
   const S *v_means2d, *v_conics;                             // (V,N,2) (V,N,3)
@@ -36,21 +36,21 @@ struct FoldArguments {
 template <class S>
 struct BlendArguments {
   int64_t gaussians, view_count, renders, channels, width, height, tiles_x, tiles_y;
-  const int64_t *views, *heads, *bits;                       // (R) each, on the host: see `blend` in ops.py
-  const bool* check_bits;                                    // (R): do some pairs of the view lack the render's bit?
-  const S *means2d, *conics;                                 // (V,N,2) (V,N,3)
-  const uint8_t* active;                                     // (V,N)
-  const S *opacities, *colours;                              // (heads,N) (heads,N,C)
-  const S* backgrounds;                                      // (R,C)
-  const int32_t* tile_offsets;                               // (V, tiles + 1): each tile's range of pairs
-  const int32_t *pair_gaussians, *pair_slots;                // (pairs): front to back within a tile
-  S *images, *transmittance;                                 // (R,C,H,W) (R,H,W)
-  int32_t* stops;                                            // (R,H,W): pairs of its tile that a pixel consumed
+  const int64_t *views, *heads, *bits;         // (R) each, on the host: see `blend` in ops.py
+  const bool* check_bits;                      // (R): do some pairs of the view lack the render's bit?
+  const S *means2d, *conics;                   // (V,N,2) (V,N,3)
+  const uint8_t* active;                       // (V,N)
+  const S *opacities, *colours;                // (heads,N) (heads,N,C)
+  const S* backgrounds;                        // (R,C)
+  const int32_t* tile_offsets;                 // (V, tiles + 1): each tile's range of pairs
+  const int32_t *pair_gaussians, *pair_slots;  // (pairs): front to back within a tile
+  S *images, *transmittance;                   // (R,C,H,W) (R,H,W)
+  int32_t* stops;                              // (R,H,W): pairs of its tile that a pixel consumed
   // backward
-  const S *v_images, *v_transmittance;                       // (R,C,H,W) (R,H,W)
-  const int64_t* render_slots;                               // (R): where the records of the render's slot 0 would be
-  const int32_t* gaussian_offsets;                           // (V N + 1): the slots of each Gaussian of each view
-  S* records;                                                // (sum of pairs over renders, record_size(C))
+  const S *v_images, *v_transmittance;  // (R,C,H,W) (R,H,W)
+  const int64_t* render_slots;          // (R): where the records of the render's slot 0 would be
+  const int32_t* gaussian_offsets;      // (V N + 1): the slots of each Gaussian of each view
+  S* records;                           // (sum of pairs over renders, record_size(C))
 };
 
 /// L1 and structural similarity of images and what they should be, and the gradient of the latter.
@@ -59,13 +59,13 @@ constexpr int kHalo = kWindow / 2;
 
 template <class S>
 struct SimilarityArguments {
-  int64_t planes, width, height;       // B C planes of one image each
-  const S *images, *targets;           // (planes, height, width)
-  S window[kWindow];                   // one axis of the separable window, of sum 1
-  S c1, c2;                            // the constants that keep the quotients finite
-  S* maps;                             // (3, planes, height, width): dSSIM/d(mean x, mean x^2, mean xy); scratch
-  S* sums;                             // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
-  S* gradient;                         // (planes, height, width): d(sum of SSIM)/d images, or null
+  int64_t planes, width, height;  // B C planes of one image each
+  const S *images, *targets;      // (planes, height, width)
+  S window[kWindow];              // one axis of the separable window, of sum 1
+  S c1, c2;                       // the constants that keep the quotients finite
+  S* maps;                        // (3, planes, height, width): dSSIM/d(mean x, mean x^2, mean xy); scratch
+  S* sums;                        // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
+  S* gradient;                    // (planes, height, width): d(sum of SSIM)/d images, or null
 };
 
 /// One tensor of an Adam step, with its rate over 1 - beta1^t, and 1 / sqrt(1 - beta2^t).
@@ -79,18 +79,18 @@ struct AdamTensor {
 
 template <class S>
 struct AdamConstants {
-  S beta1, beta2, epsilon;
+  S beta1, beta2, rest1, rest2, epsilon;  // rest = 1 - beta, subtracted in double precision
 };
 
 /// The statistics of density control, added to in place.
 template <class S>
 struct ObserveArguments {
   int64_t gaussians, views;
-  uint8_t bit;                                     // of `active` that makes a Gaussian visible
-  S half_width, half_height;                       // px in an NDC unit
-  const int32_t* radii;                            // (V,N) px
-  const uint8_t* active;                           // (V,N)
-  const S *screen_gradients, *m_gradients;         // (V,N,2) by px, (N)
+  uint8_t bit;                                                             // of `active` that makes a Gaussian visible
+  S half_width, half_height;                                               // px in an NDC unit
+  const int32_t* radii;                                                    // (V,N) px
+  const uint8_t* active;                                                   // (V,N)
+  const S *screen_gradients, *m_gradients;                                 // (V,N,2) by px, (N)
   S *max_radii, *xyz_gradient_accum, *m_gradient_accum, *denom, *m_denom;  // (N) each
 };
 
@@ -99,10 +99,10 @@ template <class S>
 struct SigmaArguments {
   int64_t gaussians, parts;
   S low, high;
-  const S* raw;                                    // (N)
-  S* sums;                                         // (parts, 4): sum and count below, sum and count above
-  S* loss;                                         // ()
-  S* gradient;                                     // (N): of the loss by raw
+  const S* raw;  // (N)
+  S* sums;       // (parts, 4): sum and count below, sum and count above
+  S* loss;       // ()
+  S* gradient;   // (N): of the loss by raw
 };
 
 }  // namespace medgs

@@ -24,8 +24,8 @@ MEDGS_INLINE S visible_limit(S opacity) {
 /// mean (u, v) px, conic (a, b, c), limit of `visible_limit`; an image of width x height pixels whose centres are
 /// integers. Not-a-number anywhere gives the empty rectangle.
 template <class S>
-MEDGS_INLINE TileRectangle tile_rectangle(const S* mean, const S* conic, S limit, int tile_width, int tile_height, int width,
-                                          int height) {
+MEDGS_INLINE TileRectangle tile_rectangle(const S* mean, const S* conic, S limit, int tile_width, int tile_height,
+                                          int width, int height) {
   const TileRectangle empty = {0, 0, 0, 0};
   if (!(limit >= S(0))) return empty;
   const S a = conic[0], b = conic[1], c = conic[2];

@@ -1,8 +1,8 @@
 // Arguments of the operators, checked once for the CPU and the CUDA side (torch only; kernels never see this file).
 #pragma once
 
-#include <torch/library.h>
 #include <ATen/ATen.h>
+#include <torch/library.h>
 
 #include <algorithm>
 #include <memory>
@@ -25,7 +25,8 @@ inline void check_shape(const Tensor& tensor, const char* name, IntArrayRef shap
 
 inline void check_float(const Tensor& tensor, const char* name, IntArrayRef shape, const Tensor& like) {
   check_shape(tensor, name, shape, like);
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), ", got ", tensor.scalar_type());
+  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " must be ", like.scalar_type(), ", got ",
+                   tensor.scalar_type());
 }
 
 inline void check_real(const Tensor& tensor, const char* name) {
@@ -39,7 +40,8 @@ inline void check_image(int64_t width, int64_t height) {
 }
 
 inline void check_fold(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma, const Tensor& scaling,
-                       const Tensor& rotation, const Tensor& times, const Tensor& signs, int64_t width, int64_t height) {
+                       const Tensor& rotation, const Tensor& times, const Tensor& signs, int64_t width,
+                       int64_t height) {
   check_real(xyz, "xyz");
   TORCH_CHECK_VALUE(xyz.dim() == 2, "xyz must have shape (N, 3), got ", xyz.sizes());
   const int64_t n = xyz.size(0);
@@ -78,21 +80,24 @@ inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tenso
   check_float(backgrounds, "backgrounds", {r, c}, means2d);
   if (screen) check_float(*screen, "screen", {h, v, n, 2}, means2d);
   TORCH_CHECK_VALUE(heads.size() == views.size() && bits.size() == views.size(),
-                    "views, heads and bits must be equally long, got ", views.size(), ", ", heads.size(), ", ", bits.size());
+                    "views, heads and bits must be equally long, got ", views.size(), ", ", heads.size(), ", ",
+                    bits.size());
   for (int64_t i = 0; i < r; ++i) {
     TORCH_CHECK_VALUE(views[i] >= 0 && views[i] < v, "views[", i, "] = ", views[i], " is not one of the ", v, " views");
     TORCH_CHECK_VALUE(heads[i] >= 0 && heads[i] < h, "heads[", i, "] = ", heads[i], " is not one of the ", h, " heads");
     TORCH_CHECK_VALUE(bits[i] >= 1 && bits[i] <= 255, "bits[", i, "] = ", bits[i], " must be 1 ... 255");
   }
-  TORCH_CHECK_VALUE(r <= kMaxRenders && v <= kMaxRenders, "at most ", kMaxRenders, " views and renders in one call, got ", v,
-                    " and ", r);
+  TORCH_CHECK_VALUE(r <= kMaxRenders && v <= kMaxRenders, "at most ", kMaxRenders,
+                    " views and renders in one call, got ", v, " and ", r);
   check_image(width, height);
 }
 
 /// Activations of raw appearance: opacity = sigmoid(raw), colour = max(0, C0 raw + 0.5).
 constexpr double kHarmonic0 = 0.28209479177387814;
 
-inline Tensor active_opacities(const Tensor& opacities, bool raw) { return raw ? at::sigmoid(opacities).contiguous() : opacities.contiguous(); }
+inline Tensor active_opacities(const Tensor& opacities, bool raw) {
+  return raw ? at::sigmoid(opacities).contiguous() : opacities.contiguous();
+}
 
 inline Tensor active_colours(const Tensor& colours, bool raw) {
   return raw ? colours.mul(kHarmonic0).add_(0.5).clamp_min_(0).contiguous() : colours.contiguous();
@@ -112,7 +117,8 @@ inline std::vector<int64_t> bits_of_views(int64_t view_count, IntArrayRef views,
 }
 
 /// A render whose bit is all that its view was binned for need not look at the masks again.
-inline std::unique_ptr<bool[]> renders_to_check(const std::vector<int64_t>& view_bits, IntArrayRef views, IntArrayRef bits) {
+inline std::unique_ptr<bool[]> renders_to_check(const std::vector<int64_t>& view_bits, IntArrayRef views,
+                                                IntArrayRef bits) {
   std::unique_ptr<bool[]> check(new bool[views.size()]);
   for (size_t r = 0; r < views.size(); ++r) check[r] = view_bits[views[r]] != bits[r];
   return check;
@@ -133,10 +139,11 @@ inline int64_t record_layers(IntArrayRef views, int64_t pairs, std::vector<int64
 
 /// The arguments that the forward and the backward pass share; all tensors contiguous.
 template <class S>
-BlendArguments<S> blend_arguments(const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities,
-                                  const Tensor& colours, const Tensor& tile_offsets, const Tensor& pair_gaussians,
-                                  const Tensor& pair_slots, IntArrayRef views, IntArrayRef heads, IntArrayRef bits,
-                                  const bool* check_bits, int64_t width, int64_t height, int tile) {
+BlendArguments<S> blend_arguments(const Tensor& means2d, const Tensor& conics, const Tensor& active,
+                                  const Tensor& opacities, const Tensor& colours, const Tensor& tile_offsets,
+                                  const Tensor& pair_gaussians, const Tensor& pair_slots, IntArrayRef views,
+                                  IntArrayRef heads, IntArrayRef bits, const bool* check_bits, int64_t width,
+                                  int64_t height, int tile) {
   BlendArguments<S> in{};
   in.gaussians = means2d.size(1);
   in.view_count = means2d.size(0);
@@ -163,9 +170,9 @@ BlendArguments<S> blend_arguments(const Tensor& means2d, const Tensor& conics, c
 
 /// And those of `fold`.
 template <class S>
-FoldArguments<S> fold_arguments(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma, const Tensor& scaling,
-                                const Tensor& rotation, const Tensor& times, const Tensor& signs, double pixels_per_unit,
-                                int64_t width, int64_t height) {
+FoldArguments<S> fold_arguments(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma,
+                                const Tensor& scaling, const Tensor& rotation, const Tensor& times, const Tensor& signs,
+                                double pixels_per_unit, int64_t width, int64_t height) {
   FoldArguments<S> in{};
   in.gaussians = xyz.size(0);
   in.views = times.size(0);

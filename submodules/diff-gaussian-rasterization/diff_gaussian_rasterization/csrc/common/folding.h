@@ -13,12 +13,12 @@ namespace MEDGS_ISA {
 /// Active parameters of a Gaussian: those that do not depend on the time of the cut.
 template <class T>
 struct FoldedGaussian {
-  T x, z;           // in-plane centre at t = m, plane units
-  T m;              // centre in time, (0, 1)
-  T sigma;          // spread in time
+  T x, z;   // in-plane centre at t = m, plane units
+  T m;      // centre in time, (0, 1)
+  T sigma;  // spread in time
   T scale_x, scale_z;
-  T cosine, sine;   // of the in-plane angle 2 pi sigmoid(rotation)
-  T rotation;       // sigmoid(rotation), in turns
+  T cosine, sine;  // of the in-plane angle 2 pi sigmoid(rotation)
+  T rotation;      // sigmoid(rotation), in turns
 };
 
 template <class T, class S>
@@ -38,11 +38,11 @@ MEDGS_INLINE FoldedGaussian<T> activate(T x, T z, T m_raw, T sigma_raw, T scale_
 /// One cut: what a view of the plane at time t sees of a Gaussian.
 template <class T>
 struct Cut {
-  T u, v;                        // centre, px
-  T a, b, c;                     // conic: q = a du^2 + 2 b du dv + c dv^2
-  T radius;                      // px, before the test of visibility
-  T time_weight;                 // delta(t)
-  T scale_x, scale_z;            // delta(t) * scale, plane units
+  T u, v;              // centre, px
+  T a, b, c;           // conic: q = a du^2 + 2 b du dv + c dv^2
+  T radius;            // px, before the test of visibility
+  T time_weight;       // delta(t)
+  T scale_x, scale_z;  // delta(t) * scale, plane units
 };
 
 /// sum_j w_j (m - t)^(j + 1), Horner from the highest power; `path(j, axis)` reads w_j.
@@ -83,16 +83,18 @@ MEDGS_INLINE Cut<T> cut(const FoldedGaussian<T>& g, const Path& path, int degree
   out.c = xx / determinant;
   const T half_gap = S(0.5) * (p - q);
   const T gap = half_gap * half_gap;  // mid^2 - det
-  const T larger = S(0.5) * (p + q) + S(kLowPass) + math::sqrt(gap > S(kMinEigenvalueGap) ? gap : gap * S(0) + S(kMinEigenvalueGap));
+  const T larger =
+      S(0.5) * (p + q) + S(kLowPass) + math::sqrt(gap > S(kMinEigenvalueGap) ? gap : gap * S(0) + S(kMinEigenvalueGap));
   out.radius = math::ceil(S(kRadiusSigmas) * math::sqrt(larger));
   return out;
 }
 
-/// Does the square of that radius touch the grid of 16 x 16 tiles that covers the image?
+/// Does the square of that radius touch the grid of 16 x 16 tiles that covers the image? Not where the cut is no
+/// number.
 template <class T, class S>
 MEDGS_INLINE auto touches_tiles(const Cut<T>& cut, S grid_width, S grid_height) {
-  return (cut.u + cut.radius >= S(0)) & (cut.u - cut.radius < grid_width) & (cut.v + cut.radius >= S(0)) &
-         (cut.v - cut.radius < grid_height);
+  return (cut.a >= S(0)) & (cut.u + cut.radius >= S(0)) & (cut.u - cut.radius < grid_width) &
+         (cut.v + cut.radius >= S(0)) & (cut.v - cut.radius < grid_height);
 }
 
 /// Gradients of the raw parameters, summed over the views of one Gaussian.
@@ -104,7 +106,8 @@ struct FoldedGradient {
 /// Adds one view's share. `path_gradient(j, axis, value)` adds to dL/dw_j. Returns dL/dt.
 template <class T, class S, class Path, class PathGradient>
 MEDGS_INLINE T cut_backward(const FoldedGaussian<T>& g, const Path& path, int degree, S time, S sign, S pixels_per_unit,
-                            T v_u, T v_v, T v_a, T v_b, T v_c, FoldedGradient<T>& v, const PathGradient& path_gradient) {
+                            T v_u, T v_v, T v_a, T v_b, T v_c, FoldedGradient<T>& v,
+                            const PathGradient& path_gradient) {
   const T offset = g.m - time;
   const T inverse_sigma = S(1) / g.sigma;
   const T standardised = offset * inverse_sigma;
@@ -112,22 +115,17 @@ MEDGS_INLINE T cut_backward(const FoldedGaussian<T>& g, const Path& path, int de
   const T sx = pixels_per_unit * weight * g.scale_x, sz = pixels_per_unit * weight * g.scale_z;
   const T p = sx * sx, q = sz * sz;
   const T cc = g.cosine * g.cosine, ss = g.sine * g.sine, cs = g.cosine * g.sine;
-  const T inverse_determinant = S(1) / ((p + S(kLowPass)) * (q + S(kLowPass)));
-  const T a = (ss * p + cc * q + S(kLowPass)) * inverse_determinant;
-  const T b = -sign * cs * (p - q) * inverse_determinant;
-  const T c = (cc * p + ss * q + S(kLowPass)) * inverse_determinant;
 
-  // M = Cov^-1, so dL/dCov = -M (dL/dM) M, with dL/dM = [[v_a, v_b / 2], [v_b / 2, v_c]].
-  const T h = S(0.5) * v_b;
-  const T m00 = v_a * a + h * b, m01 = v_a * b + h * c;
-  const T m10 = h * a + v_c * b, m11 = h * b + v_c * c;
-  const T v_xx = -(a * m00 + b * m10);
-  const T v_xy = S(-2) * sign * (a * m01 + b * m11);  // the entry stands twice in the matrix
-  const T v_yy = -(b * m01 + c * m11);
-
-  const T v_log_p = S(2) * p * (cc * v_xx + cs * v_xy + ss * v_yy);  // p = (ppu delta s_x)^2: d p / d log s_x = 2 p
-  const T v_log_q = S(2) * q * (ss * v_xx - cs * v_xy + cc * v_yy);
-  const T v_angle = (p - q) * (S(2) * cs * (v_yy - v_xx) + (cc - ss) * v_xy);
+  // Cov = (p + 0.3) e e^T + (q + 0.3) f f^T over the Gaussian's own axes e = (sign cos, sin), f = (-sign sin, cos).
+  // With M = Cov^-1 and G = dL/dM = [[v_a, v_b / 2], [v_b / 2, v_c]], dL/dCov = -M G M, and M e = e / (p + 0.3):
+  // nothing cancels for a long Gaussian, unlike in products of the entries of M.
+  const T inverse_p = S(1) / (p + S(kLowPass)), inverse_q = S(1) / (q + S(kLowPass));
+  const T ee = cc * v_a + sign * cs * v_b + ss * v_c;
+  const T ff = ss * v_a - sign * cs * v_b + cc * v_c;
+  const T ef = cs * (v_c - v_a) + S(0.5) * sign * (cc - ss) * v_b;
+  const T v_log_p = S(-2) * p * inverse_p * inverse_p * ee;  // p = (ppu delta s_x)^2: d p / d log s_x = 2 p
+  const T v_log_q = S(-2) * q * inverse_q * inverse_q * ff;
+  const T v_angle = S(-2) * (p - q) * inverse_p * inverse_q * ef;
   const T v_log_weight = v_log_p + v_log_q;
   v.scale_x = v.scale_x + v_log_p;
   v.scale_z = v.scale_z + v_log_q;

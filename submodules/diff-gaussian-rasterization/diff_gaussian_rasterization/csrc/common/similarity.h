@@ -6,7 +6,8 @@
 namespace medgs {
 namespace MEDGS_ISA {
 
-/// The formula at one pixel, from the window's means of x, y, x^2, y^2 and xy; derivatives by the three that depend on x.
+/// The formula at one pixel, from the window's means of x, y, x^2, y^2 and xy; derivatives by the three that depend on
+/// x.
 template <class T, class S>
 MEDGS_INLINE T similarity_at(T x, T y, T xx, T yy, T xy, S c1, S c2, T& by_x, T& by_xx, T& by_xy) {
   const T n1 = S(2) * x * y + c1, n2 = S(2) * (xy - x * y) + c2;

@@ -7,15 +7,16 @@
 
 namespace medgs {
 
-constexpr double kWindowSigma = 1.5;                                          // px (Wang et al. 2004)
-constexpr double kSimilarityC1 = 0.01 * 0.01, kSimilarityC2 = 0.03 * 0.03;    // for values in [0, 1]
+constexpr double kWindowSigma = 1.5;                                        // px (Wang et al. 2004)
+constexpr double kSimilarityC1 = 0.01 * 0.01, kSimilarityC2 = 0.03 * 0.03;  // for values in [0, 1]
 
 /// `parts` is the number of partial sums that the kernel writes; `run(arguments)` runs it.
 template <class Run>
-std::tuple<Tensor, Tensor, Tensor> similarity_op(const Tensor& images, const Tensor& targets, bool with_gradient, int64_t parts,
-                                                 const Run& run) {
+std::tuple<Tensor, Tensor, Tensor> similarity_op(const Tensor& images, const Tensor& targets, bool with_gradient,
+                                                 int64_t parts, const Run& run) {
   check_real(images, "images");
-  TORCH_CHECK_VALUE(images.dim() == 4 && images.numel() > 0, "images must have shape (B, C, H, W), got ", images.sizes());
+  TORCH_CHECK_VALUE(images.dim() == 4 && images.numel() > 0, "images must have shape (B, C, H, W), got ",
+                    images.sizes());
   check_float(targets, "targets", images.sizes(), images);
   const Tensor x = images.contiguous(), y = targets.contiguous();
   auto gradient = with_gradient ? at::empty_like(x) : at::empty({0}, x.options());
@@ -29,7 +30,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_op(const Tensor& images, const Ten
     in.images = x.const_data_ptr<scalar_t>();
     in.targets = y.const_data_ptr<scalar_t>();
     double window[kWindow], total = 0;
-    for (int k = 0; k < kWindow; ++k) total += window[k] = std::exp(-(k - kHalo) * (k - kHalo) / (2 * kWindowSigma * kWindowSigma));
+    for (int k = 0; k < kWindow; ++k)
+      total += window[k] = std::exp(-(k - kHalo) * (k - kHalo) / (2 * kWindowSigma * kWindowSigma));
     for (int k = 0; k < kWindow; ++k) in.window[k] = scalar_t(window[k] / total);
     in.c1 = scalar_t(kSimilarityC1);
     in.c2 = scalar_t(kSimilarityC2);

@@ -13,7 +13,8 @@ using at::TensorList;
 /// Adam (Kingma and Ba 2015) on several tensors; steps are float32 scalars on the CPU, as torch.optim.Adam keeps them.
 template <class Run>
 void adam_step_op(TensorList parameters, TensorList gradients, TensorList first_moments, TensorList second_moments,
-                  TensorList steps, at::ArrayRef<double> rates, double beta1, double beta2, double epsilon, const Run& run) {
+                  TensorList steps, at::ArrayRef<double> rates, double beta1, double beta2, double epsilon,
+                  const Run& run) {
   const size_t count = parameters.size();
   TORCH_CHECK_VALUE(gradients.size() == count && first_moments.size() == count && second_moments.size() == count &&
                         steps.size() == count && rates.size() == count,
@@ -30,8 +31,9 @@ void adam_step_op(TensorList parameters, TensorList gradients, TensorList first_
       check_float(gradients[i], "gradients", shape, like);
       check_float(first_moments[i], "first_moments", shape, like);
       check_float(second_moments[i], "second_moments", shape, like);
-      TORCH_CHECK_VALUE(parameters[i].is_contiguous() && first_moments[i].is_contiguous() && second_moments[i].is_contiguous(),
-                        "adam_step: parameters and moments must be contiguous");
+      TORCH_CHECK_VALUE(
+          parameters[i].is_contiguous() && first_moments[i].is_contiguous() && second_moments[i].is_contiguous(),
+          "adam_step: parameters and moments must be contiguous");
       TORCH_CHECK_VALUE(steps[i].numel() == 1 && steps[i].is_cpu() && steps[i].scalar_type() == at::kFloat,
                         "adam_step: steps must be float32 scalars on the CPU");
       const double step = *steps[i].data_ptr<float>() += 1;
@@ -46,27 +48,30 @@ void adam_step_op(TensorList parameters, TensorList gradients, TensorList first_
       t.correction = scalar_t(1 / std::sqrt(1 - std::pow(beta2, step)));
       if (t.size > 0) tensors.push_back(t);
     }
-    run(tensors, AdamConstants<scalar_t>{scalar_t(beta1), scalar_t(beta2), scalar_t(epsilon)});
+    run(tensors, AdamConstants<scalar_t>{scalar_t(beta1), scalar_t(beta2), scalar_t(1 - beta1), scalar_t(1 - beta2),
+                                         scalar_t(epsilon)});
   });
 }
 
 template <class Run>
-void observe_op(const Tensor& radii, const Tensor& active, const Tensor& screen_gradients, const Tensor& m_gradients, int64_t bit,
-                double half_width, double half_height, Tensor max_radii, Tensor xyz_gradient_accum, Tensor m_gradient_accum,
-                Tensor denom, Tensor m_denom, const Run& run) {
+void observe_op(const Tensor& radii, const Tensor& active, const Tensor& screen_gradients, const Tensor& m_gradients,
+                int64_t bit, double half_width, double half_height, Tensor max_radii, Tensor xyz_gradient_accum,
+                Tensor m_gradient_accum, Tensor denom, Tensor m_denom, const Run& run) {
   TORCH_CHECK_VALUE(radii.dim() == 2, "radii must have shape (V, N), got ", radii.sizes());
   const int64_t v = radii.size(0), n = radii.size(1);
   check_real(screen_gradients, "screen_gradients");
   check_shape(active, "active", {v, n}, radii);
   check_float(screen_gradients, "screen_gradients", {v, n, 2}, screen_gradients);
-  TORCH_CHECK_TYPE(radii.scalar_type() == at::kInt && active.scalar_type() == at::kByte, "radii must be int32 and active uint8");
+  TORCH_CHECK_TYPE(radii.scalar_type() == at::kInt && active.scalar_type() == at::kByte,
+                   "radii must be int32 and active uint8");
   check_float(m_gradients, "m_gradients", {n, 1}, screen_gradients);
   check_float(max_radii, "max_radii", {n}, screen_gradients);
   for (const Tensor& t : {xyz_gradient_accum, m_gradient_accum, denom, m_denom}) {
     check_float(t, "a statistic", {n, 1}, screen_gradients);
     TORCH_CHECK_VALUE(t.is_contiguous(), "statistics must be contiguous");
   }
-  const Tensor r = radii.contiguous(), a = active.contiguous(), g = screen_gradients.contiguous(), m = m_gradients.contiguous();
+  const Tensor r = radii.contiguous(), a = active.contiguous(), g = screen_gradients.contiguous(),
+               m = m_gradients.contiguous();
   AT_DISPATCH_FLOATING_TYPES(g.scalar_type(), "observe", [&] {
     ObserveArguments<scalar_t> in{};
     in.gaussians = n;

@@ -24,8 +24,9 @@ struct Pairs {
 /// A counting sort in two passes over the Gaussians. Each view is cut into parts that are counted and filled in
 /// parallel; parts follow each other within a tile, so the lists come out in the order of the index.
 template <class S>
-Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views, int64_t n, int64_t heads,
-          const std::vector<int64_t>& view_bits, int width, int height, const at::TensorOptions& options) {
+Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views, int64_t n,
+          int64_t heads, const std::vector<int64_t>& view_bits, int width, int height,
+          const at::TensorOptions& options) {
   using generic::TileRectangle;
   const int tiles_x = (width + kTile - 1) / kTile, tiles_y = (height + kTile - 1) / kTile;
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
@@ -43,7 +44,7 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
   const std::unique_ptr<TileRectangle[]> rectangles(new TileRectangle[views * n]);
   std::vector<int64_t> counts(views * parts * tiles, 0);  // then: where each part's pairs of a tile start
   std::vector<int64_t> part_slots(views * parts + 1, 0);
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(views* n, threads))
   for (int64_t job = 0; job < views * parts; ++job) {
     const int64_t view = job / parts, part = job % parts;
     int64_t* count = counts.data() + job * tiles;
@@ -66,7 +67,8 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
               " pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
 
   const auto ints = options.dtype(at::kInt);
-  Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({total}, ints), at::empty({total}, ints), at::empty({views * n + 1}, ints)};
+  Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({total}, ints), at::empty({total}, ints),
+               at::empty({views * n + 1}, ints)};
   int32_t* tile_offsets = out.tile_offsets.mutable_data_ptr<int32_t>();
   for (int64_t view = 0; view < views; ++view) {
     int64_t next = part_slots[view * parts];
@@ -85,7 +87,7 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
   int32_t* gaussians = out.gaussians.mutable_data_ptr<int32_t>();
   int32_t* slots = out.slots.mutable_data_ptr<int32_t>();
   int32_t* gaussian_offsets = out.gaussian_offsets.mutable_data_ptr<int32_t>();
-#pragma omp parallel for schedule(dynamic) num_threads(threads)
+#pragma omp parallel for schedule(dynamic) num_threads(threads_for(views* n, threads))
   for (int64_t job = 0; job < views * parts; ++job) {
     const int64_t view = job / parts, part = job % parts;
     int64_t* next = counts.data() + job * tiles;
@@ -107,12 +109,13 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width,
-    int64_t height, bool raw) {
+    const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
+    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
   const int64_t v = means2d.size(0), n = means2d.size(1), r = int64_t(views.size()), c = colours.size(2);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw), active_colours(colours, raw),
-                      backgrounds.contiguous()};
+  const Tensor p[] = {means2d.contiguous(),         conics.contiguous(),
+                      active.contiguous(),          active_opacities(opacities, raw),
+                      active_colours(colours, raw), backgrounds.contiguous()};
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
   auto images = at::empty({r, c, height, width}, means2d.options());
@@ -120,11 +123,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
   auto stops = at::empty({r, height, width}, means2d.options().dtype(at::kInt));
   Pairs pairs;
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend", [&] {
-    pairs = bin<scalar_t>(p[0].const_data_ptr<scalar_t>(), p[1].const_data_ptr<scalar_t>(), p[2].const_data_ptr<uint8_t>(),
-                          p[3].const_data_ptr<scalar_t>(), v, n, opacities.size(0), view_bits, int(width), int(height),
-                          means2d.options());
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots, views,
-                                        heads, bits, check.get(), width, height, kTile);
+    pairs = bin<scalar_t>(p[0].const_data_ptr<scalar_t>(), p[1].const_data_ptr<scalar_t>(),
+                          p[2].const_data_ptr<uint8_t>(), p[3].const_data_ptr<scalar_t>(), v, n, opacities.size(0),
+                          view_bits, int(width), int(height), means2d.options());
+    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots,
+                                        views, heads, bits, check.get(), width, height, kTile);
     in.backgrounds = p[5].const_data_ptr<scalar_t>();
     in.images = images.mutable_data_ptr<scalar_t>();
     in.transmittance = transmittance.mutable_data_ptr<scalar_t>();
@@ -138,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
 template <class S, int C>
 void sum_records(const BlendArguments<S>& in, S* v_means2d, S* v_conics, S* v_opacities, S* v_colours) {
   constexpr int size = kRecordSize<C>;
-#pragma omp parallel for schedule(static) num_threads(at::get_num_threads())
+#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians, at::get_num_threads()))
   for (int64_t i = 0; i < in.gaussians; ++i) {
     for (int64_t r = 0; r < in.renders; ++r) {
       const int64_t row = in.views[r] * in.gaussians + i, head = in.heads[r] * in.gaussians + i;
@@ -163,10 +166,11 @@ void sum_records(const BlendArguments<S>& in, S* v_means2d, S* v_conics, S* v_op
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
-    const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance, const Tensor& stops,
-    const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots, const Tensor& gaussian_offsets,
-    const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height, bool raw) {
+    const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
+    const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
+    const Tensor& gaussian_offsets, const Tensor& means2d, const Tensor& conics, const Tensor& active,
+    const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads, IntArrayRef bits,
+    int64_t width, int64_t height, bool raw) {
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
   check_float(v_images, "v_images", {r, c, height, width}, means2d);
   check_float(v_transmittance, "v_transmittance", {r, height, width}, means2d);
@@ -177,11 +181,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
   const auto check = renders_to_check(view_bits, views, bits);
   std::vector<int64_t> render_slots;
   const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
-  auto v_means2d = at::zeros({opacities.size(0), v, means2d.size(1), 2}, means2d.options()), v_conics = at::zeros_like(p[1]);
+  auto v_means2d = at::zeros({opacities.size(0), v, means2d.size(1), 2}, means2d.options()),
+       v_conics = at::zeros_like(p[1]);
   auto v_opacities = at::zeros_like(p[3]), v_colours = at::zeros_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views, heads, bits,
-                                        check.get(), width, height, kTile);
+    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,
+                                        heads, bits, check.get(), width, height, kTile);
     auto buffer = at::empty({records, record_size(c)}, means2d.options());
     in.images = images.data_ptr<scalar_t>();
     in.transmittance = transmittance.data_ptr<scalar_t>();
@@ -196,8 +201,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
                      : c == 2 ? sum_records<scalar_t, 2>
                      : c == 3 ? sum_records<scalar_t, 3>
                               : sum_records<scalar_t, 4>;
-    sum(in, v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(), v_opacities.mutable_data_ptr<scalar_t>(),
-        v_colours.mutable_data_ptr<scalar_t>());
+    sum(in, v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(),
+        v_opacities.mutable_data_ptr<scalar_t>(), v_colours.mutable_data_ptr<scalar_t>());
   });
   if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
   return {v_means2d, v_conics, v_opacities, v_colours};
@@ -207,13 +212,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
 
 TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
-      "blend(Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, Tensor backgrounds, Tensor? screen, "
-      "int[] views, int[] heads, int[] bits, int width, int height, bool raw) -> (Tensor images, Tensor transmittance, Tensor stops, "
+      "blend(Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, Tensor backgrounds, "
+      "Tensor? screen, "
+      "int[] views, int[] heads, int[] bits, int width, int height, bool raw) -> (Tensor images, Tensor transmittance, "
+      "Tensor stops, "
       "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets)");
   m.def(
       "blend_backward(Tensor v_images, Tensor v_transmittance, Tensor images, Tensor transmittance, Tensor stops, "
-      "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets, Tensor means2d, Tensor conics, "
-      "Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, int[] bits, int width, int height, bool raw) "
+      "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets, Tensor means2d, Tensor "
+      "conics, "
+      "Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, int[] bits, int width, int height, "
+      "bool raw) "
       "-> (Tensor v_means2d, Tensor v_conics, Tensor v_opacities, Tensor v_colours)");
 }
 

@@ -60,8 +60,6 @@ std::string cpu_kernels() {
   return std::strcmp(name, "generic") == 0 ? "portable" : name;
 }
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
-  m.def("cpu_kernels() -> str", &cpu_kernels);
-}
+TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) { m.def("cpu_kernels() -> str", &cpu_kernels); }
 
 }  // namespace medgs

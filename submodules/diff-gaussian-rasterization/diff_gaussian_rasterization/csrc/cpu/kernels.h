@@ -8,6 +8,9 @@ namespace medgs {
 /// Sizes of the tile that one vectorised loop blends: 16 pixels, in registers for the whole list of the tile.
 constexpr int kTile = 4;
 
+/// Threads for a loop over that many cheap items: waking others costs more than a few thousand of them.
+inline int threads_for(int64_t items, int threads) { return items < 8192 ? 1 : threads; }
+
 constexpr int kBand = 32;  // rows of a plane that one thread compares at once
 
 template <class S>

@@ -28,11 +28,13 @@ MEDGS_INLINE Vec<S> gather(const S* base, int64_t first, int64_t last, int64_t s
 }
 
 template <class S>
-MEDGS_INLINE FoldedGaussian<Vec<S>> load_gaussians(const FoldArguments<S>& in, int64_t first, int64_t last, Vec<S>* path) {
+MEDGS_INLINE FoldedGaussian<Vec<S>> load_gaussians(const FoldArguments<S>& in, int64_t first, int64_t last,
+                                                   Vec<S>* path) {
   for (int64_t k = 0; k < 2 * in.degree; ++k) path[k] = gather(in.w1 + k, first, last, 2 * in.degree);
-  return activate<Vec<S>, S>(gather(in.xyz, first, last, 3), gather(in.xyz + 2, first, last, 3), gather(in.m, first, last, 1),
-                             gather(in.sigma, first, last, 1), gather(in.scaling, first, last, 3),
-                             gather(in.scaling + 2, first, last, 3), gather(in.rotation, first, last, 1));
+  return activate<Vec<S>, S>(gather(in.xyz, first, last, 3), gather(in.xyz + 2, first, last, 3),
+                             gather(in.m, first, last, 1), gather(in.sigma, first, last, 1),
+                             gather(in.scaling, first, last, 3), gather(in.scaling + 2, first, last, 3),
+                             gather(in.rotation, first, last, 1));
 }
 
 template <class S>
@@ -42,7 +44,7 @@ void fold(const FoldArguments<S>& in, int threads) {
   const S grid_width = S((in.width + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
   const S grid_height = S((in.height + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
   const int64_t blocks = (in.gaussians + W - 1) / W;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.views, threads))
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * W, last = in.gaussians - 1;
     const int lanes = int(in.gaussians - first < W ? in.gaussians - first : W);
@@ -50,7 +52,8 @@ void fold(const FoldArguments<S>& in, int threads) {
     const auto g = load_gaussians(in, first, last, w);
     const auto path = [&](int j, int axis) { return w[2 * j + axis]; };
     for (int64_t view = 0; view < in.views; ++view) {
-      const auto c = cut<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view], in.pixels_per_unit, width, height);
+      const auto c =
+          cut<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view], in.pixels_per_unit, width, height);
       const auto active = (c.time_weight > S(kMinTimeWeight)) & touches_tiles(c, grid_width, grid_height);
       const auto segmented = active & (c.scale_x > S(kMinSegmentationScale)) & (c.scale_z > S(kMinSegmentationScale));
       const int64_t row = view * in.gaussians + first;
@@ -73,7 +76,7 @@ template <class S>
 void fold_backward(const FoldArguments<S>& in, int threads) {
   constexpr int W = kLanes<S>;
   const int64_t chunks = (in.gaussians + in.chunk - 1) / in.chunk;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.views, threads))
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     S* v_times = in.v_times + chunk * in.views;
     for (int64_t view = 0; view < in.views; ++view) v_times[view] = 0;
@@ -104,8 +107,8 @@ void fold_backward(const FoldArguments<S>& in, int threads) {
         FoldedGradient<Vec<S>> share{};
         const auto masked = [&](Vec<S> x) { return seen ? x : Vec<S>{}; };
         const auto path_gradient = [&](int j, int axis, Vec<S> x) { v_w[2 * j + axis] += masked(x); };
-        const auto v_time = cut_backward<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view], in.pixels_per_unit,
-                                                    u, y, a, b, c, share, path_gradient);
+        const auto v_time = cut_backward<Vec<S>, S>(g, path, int(in.degree), in.times[view], in.signs[view],
+                                                    in.pixels_per_unit, u, y, a, b, c, share, path_gradient);
         v.x += masked(share.x);
         v.z += masked(share.z);
         v.m += masked(share.m);
@@ -133,7 +136,8 @@ void fold_backward(const FoldArguments<S>& in, int threads) {
   }
 }
 
-// ---- blend: the 16 pixels of a tile at once, one a lane --------------------------------------------------------------
+// ---- blend: the 16 pixels of a tile at once, one a lane
+// --------------------------------------------------------------
 
 constexpr int kPixels = kTile * kTile;
 template <class S>
@@ -211,7 +215,7 @@ template <class S, int C>
 void blend_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
     const TileFrame<S> frame(tile, in);
@@ -224,26 +228,27 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
       stop[k] = Mask<S>{};
       for (int c = 0; c < C; ++c) image[c][k] = Vec<S>{};
     }
-    for_each_pair(in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-      if (!drawn) return true;
-      bool saturated = false;
-      for (int k = 0; k < K; ++k) {
-        const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
-        const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
-        const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
-        running[k] &= ~ends;
-        const Mask<S> used = running[k] & g.hit;
-        const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-        for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
-        transmittance[k] = used ? next : transmittance[k];
-        stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
-        saturated |= any(ends);
-      }
-      if (!saturated) return true;
-      for (int k = 0; k < K; ++k)
-        if (any(running[k])) return true;
-      return false;
-    });
+    for_each_pair(in, render, tile,
+                  [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+                    if (!drawn) return true;
+                    bool saturated = false;
+                    for (int k = 0; k < K; ++k) {
+                      const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+                      const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
+                      const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
+                      running[k] &= ~ends;
+                      const Mask<S> used = running[k] & g.hit;
+                      const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+                      for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
+                      transmittance[k] = used ? next : transmittance[k];
+                      stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
+                      saturated |= any(ends);
+                    }
+                    if (!saturated) return true;
+                    for (int k = 0; k < K; ++k)
+                      if (any(running[k])) return true;
+                    return false;
+                  });
     for (int i = 0; i < kPixels; ++i) {
       const int k = i / kLanes<S>, l = i % kLanes<S>;
       if (!frame.inside[k][l]) continue;
@@ -264,7 +269,7 @@ template <class S, int C>
 void blend_backward_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>, R = kRecordSize<C>;
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads)
+#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
     const TileFrame<S> frame(tile, in);
@@ -289,44 +294,46 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
       deepest = in.stops[render * area + at] > deepest ? in.stops[render * area + at] : deepest;
     }
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
-    for_each_pair(in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-      S* record = in.records + (in.render_slots[render] + in.pair_slots[pair]) * R;
-      Vec<S> total[R];
-      Mask<S> touched{};
-      if (drawn && pair - start < deepest) {
-        for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
-        for (int k = 0; k < K; ++k) {
-          const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
-          const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
-          touched |= used;
-          const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-          Vec<S> v_weight{};
-          for (int c = 0; c < C; ++c) {
-            v_weight += colour[c] * v_image[c][k];
-            total[6 + c] += weight * v_image[c][k];
+    for_each_pair(
+        in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+          S* record = in.records + (in.render_slots[render] + in.pair_slots[pair]) * R;
+          Vec<S> total[R];
+          Mask<S> touched{};
+          if (drawn && pair - start < deepest) {
+            for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
+            for (int k = 0; k < K; ++k) {
+              const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+              const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
+              touched |= used;
+              const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+              Vec<S> v_weight{};
+              for (int c = 0; c < C; ++c) {
+                v_weight += colour[c] * v_image[c][k];
+                total[6 + c] += weight * v_image[c][k];
+              }
+              behind[k] -= weight * v_weight;
+              const Vec<S> v_alpha = transmittance[k] * v_weight - behind[k] / (S(1) - g.alpha);
+              transmittance[k] =
+                  used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
+              // The gradient of alpha is 0 where it is clamped; d alpha / d power = alpha.
+              const Vec<S> v_power = (used & (g.raw <= S(kMaxAlpha))) ? v_alpha * g.raw : Vec<S>{};
+              const Vec<S> vx = v_power * g.dx, vy = v_power * g.dy;
+              total[0] += vx;
+              total[1] += vy;
+              total[2] += vx * g.dx;
+              total[3] += vx * g.dy;
+              total[4] += vy * g.dy;
+              total[5] += v_power;
+            }
           }
-          behind[k] -= weight * v_weight;
-          const Vec<S> v_alpha = transmittance[k] * v_weight - behind[k] / (S(1) - g.alpha);
-          transmittance[k] = used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
-          // The gradient of alpha is 0 where it is clamped; d alpha / d power = alpha.
-          const Vec<S> v_power = (used & (g.raw <= S(kMaxAlpha))) ? v_alpha * g.raw : Vec<S>{};
-          const Vec<S> vx = v_power * g.dx, vy = v_power * g.dy;
-          total[0] += vx;
-          total[1] += vy;
-          total[2] += vx * g.dx;
-          total[3] += vx * g.dy;
-          total[4] += vy * g.dy;
-          total[5] += v_power;
-        }
-      }
-      if (!any(touched)) {
-        for (int r = 0; r < R; ++r) record[r] = 0;
-        return true;
-      }
-      for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
-      sum8<S>(total, record);
-      return true;
-    });
+          if (!any(touched)) {
+            for (int r = 0; r < R; ++r) record[r] = 0;
+            return true;
+          }
+          for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
+          sum8<S>(total, record);
+          return true;
+        });
   }
 }
 
@@ -346,7 +353,8 @@ void blend_backward(const BlendArguments<S>& in, int threads) {
   blend_backward_channels<S, 4>(in, threads);
 }
 
-// ---- similarity: W pixels of a row at once ---------------------------------------------------------------------------
+// ---- similarity: W pixels of a row at once
+// ---------------------------------------------------------------------------
 
 template <class S>
 MEDGS_INLINE Vec<S> load(const S* from) {
@@ -357,13 +365,14 @@ MEDGS_INLINE Vec<S> load(const S* from) {
 
 template <class S>
 MEDGS_INLINE void store(S* to, Vec<S> v, int64_t count) {
-  std::memcpy(to, &v, (count < kLanes<S> ? count : kLanes<S>) * sizeof(S));
+  std::memcpy(to, &v, (count < kLanes<S> ? count : kLanes<S>)*sizeof(S));
 }
 
-/// M rows-of-a-band buffers, blurred along the row: `fill(m, y, line)` writes row y of map m, and rows outside the image
-/// are zero, as is what lies beside the row.
+/// M rows-of-a-band buffers, blurred along the row: `fill(m, y, line)` writes row y of map m, and rows outside the
+/// image are zero, as is what lies beside the row.
 template <class S, int M, class Fill>
-MEDGS_INLINE void blur_rows(const SimilarityArguments<S>& in, int64_t y0, int64_t rows, int64_t padded, S* line, S* out, const Fill& fill) {
+MEDGS_INLINE void blur_rows(const SimilarityArguments<S>& in, int64_t y0, int64_t rows, int64_t padded, S* line, S* out,
+                            const Fill& fill) {
   const int64_t length = padded + 2 * kHalo + kLanes<S>;
   for (int64_t i = 0; i < rows + 2 * kHalo; ++i) {
     const int64_t y = y0 + i - kHalo;
@@ -386,7 +395,8 @@ MEDGS_INLINE void blur_rows(const SimilarityArguments<S>& in, int64_t y0, int64_
 
 /// Map m of such a buffer at row i of the band and column x, blurred down the columns too.
 template <class S>
-MEDGS_INLINE Vec<S> blur_down(const SimilarityArguments<S>& in, const S* rows, int m, int64_t i, int64_t x, int64_t padded) {
+MEDGS_INLINE Vec<S> blur_down(const SimilarityArguments<S>& in, const S* rows, int m, int64_t i, int64_t x,
+                              int64_t padded) {
   Vec<S> sum{};
   for (int k = 0; k < kWindow; ++k) sum += in.window[k] * load(rows + (m * (kBand + 2 * kHalo) + i + k) * padded + x);
   return sum;
@@ -397,7 +407,7 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
   const int64_t padded = (in.width + kLanes<S> - 1) / kLanes<S> * kLanes<S>, length = padded + 2 * kHalo + kLanes<S>;
   const int64_t bands = (in.height + kBand - 1) / kBand, area = in.width * in.height;
   const int64_t scratch = 5 * ((kBand + 2 * kHalo) * padded + length);
-#pragma omp parallel num_threads(threads)
+#pragma omp parallel num_threads(threads_for(in.planes* area, threads))
   {
     S* line = static_cast<S*>(std::malloc(scratch * sizeof(S)));
     S* rows = line + 5 * length;
@@ -424,7 +434,8 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
         for (int64_t x = 0; x < padded; x += kLanes<S>) {
           Vec<S> mean[5], by[3];
           for (int m = 0; m < 5; ++m) mean[m] = blur_down(in, rows, m, i, x, padded);
-          const Vec<S> value = similarity_at(mean[0], mean[1], mean[2], mean[3], mean[4], in.c1, in.c2, by[0], by[1], by[2]);
+          const Vec<S> value =
+              similarity_at(mean[0], mean[1], mean[2], mean[3], mean[4], in.c1, in.c2, by[0], by[1], by[2]);
           const int64_t left = in.width - x;
           for (int l = 0; l < kLanes<S> && l < left; ++l) total += value[l];
           if (in.gradient)
@@ -449,9 +460,10 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
           for (int64_t x = 0; x < padded; x += kLanes<S>) {
             const int64_t left = in.width - x;
             Vec<S> image{}, target{};
-            std::memcpy(&image, in.images + row + x, (left < kLanes<S> ? left : kLanes<S>) * sizeof(S));
-            std::memcpy(&target, in.targets + row + x, (left < kLanes<S> ? left : kLanes<S>) * sizeof(S));
-            const Vec<S> gradient = blur_down(in, rows, 0, i, x, padded) + S(2) * image * blur_down(in, rows, 1, i, x, padded) +
+            std::memcpy(&image, in.images + row + x, (left < kLanes<S> ? left : kLanes<S>)*sizeof(S));
+            std::memcpy(&target, in.targets + row + x, (left < kLanes<S> ? left : kLanes<S>)*sizeof(S));
+            const Vec<S> gradient = blur_down(in, rows, 0, i, x, padded) +
+                                    S(2) * image * blur_down(in, rows, 1, i, x, padded) +
                                     target * blur_down(in, rows, 2, i, x, padded);
             store(in.gradient + row + x, gradient, left);
           }
@@ -462,15 +474,16 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
   }
 }
 
-// ---- what a training step needs beside renders -----------------------------------------------------------------------
+// ---- what a training step needs beside renders
+// -----------------------------------------------------------------------
 
 template <class S>
 void adam(const AdamTensor<S>& t, const AdamConstants<S>& c, int threads) {
-#pragma omp parallel for simd schedule(static) num_threads(threads)
+#pragma omp parallel for simd schedule(static) num_threads(threads_for(t.size, threads))
   for (int64_t i = 0; i < t.size; ++i) {
     const S g = t.gradient[i];
-    const S m = c.beta1 * t.first_moment[i] + (S(1) - c.beta1) * g;
-    const S v = c.beta2 * t.second_moment[i] + (S(1) - c.beta2) * g * g;
+    const S m = c.beta1 * t.first_moment[i] + c.rest1 * g;
+    const S v = c.beta2 * t.second_moment[i] + c.rest2 * g * g;
     t.first_moment[i] = m;
     t.second_moment[i] = v;
     t.parameter[i] -= t.rate * m / (std::sqrt(v) * t.correction + c.epsilon);
@@ -480,7 +493,7 @@ void adam(const AdamTensor<S>& t, const AdamConstants<S>& c, int threads) {
 template <class S>
 void sigma_outside(const SigmaArguments<S>& in, int threads) {
   const int64_t chunk = (in.gaussians + in.parts - 1) / in.parts;
-#pragma omp parallel for schedule(static) num_threads(threads)
+#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians, threads))
   for (int64_t part = 0; part < in.parts; ++part) {
     Vec<S> below{}, above{}, count_below{}, count_above{};
     const int64_t end = (part + 1) * chunk < in.gaussians ? (part + 1) * chunk : in.gaussians;
@@ -516,11 +529,12 @@ void sigma_outside(const SigmaArguments<S>& in, int threads) {
 
 #define MEDGS_STRING_OF(x) #x
 #define MEDGS_STRING(x) MEDGS_STRING_OF(x)
-const Kernels<float> kernels_float = {MEDGS_STRING(MEDGS_ISA), fold<float>, fold_backward<float>, blend<float>, blend_backward<float>,
-                                      similarity<float>, adam<float>, sigma_outside<float>};
-const Kernels<double> kernels_double = {MEDGS_STRING(MEDGS_ISA), fold<double>, fold_backward<double>, blend<double>,
-                                        blend_backward<double>, similarity<double>, adam<double>,
-                                        sigma_outside<double>};
+const Kernels<float> kernels_float = {
+    MEDGS_STRING(MEDGS_ISA), fold<float>,       fold_backward<float>, blend<float>,
+    blend_backward<float>,   similarity<float>, adam<float>,          sigma_outside<float>};
+const Kernels<double> kernels_double = {
+    MEDGS_STRING(MEDGS_ISA), fold<double>,       fold_backward<double>, blend<double>,
+    blend_backward<double>,  similarity<double>, adam<double>,          sigma_outside<double>};
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

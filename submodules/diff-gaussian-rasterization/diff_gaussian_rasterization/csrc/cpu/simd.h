@@ -185,7 +185,8 @@ MEDGS_INLINE void sincos_turns(Vec<float> turns, Vec<float>& sine, Vec<float>& c
   const V r = (turns - 0.25f * quarter) * 6.283185307179586f;  // [-pi/4, pi/4]
   const V r2 = r * r;
   const V s = ((-1.9515295891e-4f * r2 + 8.3321608736e-3f) * r2 - 1.6666654611e-1f) * r2 * r + r;
-  const V c = ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 - 0.5f * r2 + 1.0f;
+  const V c =
+      ((2.443315711809948e-5f * r2 - 1.388731625493765e-3f) * r2 + 4.166664568298827e-2f) * r2 * r2 - 0.5f * r2 + 1.0f;
   const M odd = (q & 1) != 0;
   const M sine_negative = (q & 2) != 0;
   const M cosine_negative = ((q + 1) & 2) != 0;

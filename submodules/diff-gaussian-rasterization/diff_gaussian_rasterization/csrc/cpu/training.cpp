@@ -18,9 +18,9 @@ void adam_step_cpu(TensorList parameters, TensorList gradients, TensorList first
                });
 }
 
-void observe_cpu(const Tensor& radii, const Tensor& active, const Tensor& screen_gradients, const Tensor& m_gradients, int64_t bit,
-                 double half_width, double half_height, Tensor max_radii, Tensor xyz_gradient_accum, Tensor m_gradient_accum,
-                 Tensor denom, Tensor m_denom) {
+void observe_cpu(const Tensor& radii, const Tensor& active, const Tensor& screen_gradients, const Tensor& m_gradients,
+                 int64_t bit, double half_width, double half_height, Tensor max_radii, Tensor xyz_gradient_accum,
+                 Tensor m_gradient_accum, Tensor denom, Tensor m_denom) {
   observe_op(radii, active, screen_gradients, m_gradients, bit, half_width, half_height, max_radii, xyz_gradient_accum,
              m_gradient_accum, denom, m_denom, [](const auto& in) {
                at::parallel_for(0, in.gaussians, 4096, [&](int64_t begin, int64_t end) {
@@ -45,7 +45,8 @@ TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
       "Tensor(d!)[] steps, float[] rates, float beta1, float beta2, float epsilon) -> ()");
   m.def(
       "observe(Tensor radii, Tensor active, Tensor screen_gradients, Tensor m_gradients, int bit, float half_width, "
-      "float half_height, Tensor(a!) max_radii, Tensor(b!) xyz_gradient_accum, Tensor(c!) m_gradient_accum, Tensor(d!) denom, "
+      "float half_height, Tensor(a!) max_radii, Tensor(b!) xyz_gradient_accum, Tensor(c!) m_gradient_accum, Tensor(d!) "
+      "denom, "
       "Tensor(e!) m_denom) -> ()");
   m.def("sigma_outside(Tensor raw, float low, float high) -> (Tensor loss, Tensor gradient)");
 }

@@ -19,51 +19,60 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
   const auto ints = means2d.options().dtype(at::kInt), bytes = means2d.options().dtype(at::kByte);
   auto rectangles = at::empty({rows, 8}, bytes);
   auto counts = at::empty({rows}, ints);
-  C10_CUDA_CHECK(cuda::launch_count_pairs(means2d.const_data_ptr<S>(), conics.const_data_ptr<S>(), active.const_data_ptr<uint8_t>(),
-                                          opacities.const_data_ptr<S>(), views, n, opacities.size(0), view_bits.data(), width,
-                                          height, rectangles.mutable_data_ptr(), counts.mutable_data_ptr<int32_t>(), stream));
+  C10_CUDA_CHECK(cuda::launch_count_pairs(means2d.const_data_ptr<S>(), conics.const_data_ptr<S>(),
+                                          active.const_data_ptr<uint8_t>(), opacities.const_data_ptr<S>(), views, n,
+                                          opacities.size(0), view_bits.data(), width, height,
+                                          rectangles.mutable_data_ptr(), counts.mutable_data_ptr<int32_t>(), stream));
   auto offsets = at::empty({rows + 1}, ints);
   size_t need = 0;
-  C10_CUDA_CHECK(cuda::launch_scan(nullptr, need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(), rows, stream));
+  C10_CUDA_CHECK(
+      cuda::launch_scan(nullptr, need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(), rows, stream));
   auto temporary = at::empty({int64_t(std::max<size_t>(need, 1))}, bytes);
-  C10_CUDA_CHECK(cuda::launch_scan(temporary.data_ptr(), need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(), rows, stream));
+  C10_CUDA_CHECK(cuda::launch_scan(temporary.data_ptr(), need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(),
+                                   rows, stream));
   // The one host synchronisation of a render: how many pairs to make room for.
   int32_t pairs = 0;
-  C10_CUDA_CHECK(cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
+  C10_CUDA_CHECK(
+      cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
-  TORCH_CHECK(pairs >= 0, "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
+  TORCH_CHECK(
+      pairs >= 0,
+      "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
 
-  auto keys = at::empty({2, pairs}, ints), slots = at::empty({2, pairs}, ints), owners = at::empty({pairs}, ints);
-  Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({pairs}, ints), slots[1], offsets};
+  auto keys = at::empty({2, pairs}, ints), slots = at::empty({pairs}, ints), owners = at::empty({pairs}, ints);
+  Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({pairs}, ints), at::empty({pairs}, ints), offsets};
   auto* unsorted = reinterpret_cast<uint32_t*>(keys.data_ptr<int32_t>());
   auto* sorted = unsorted + pairs;
   if (pairs > 0) {
-    C10_CUDA_CHECK(cuda::launch_emit_pairs(rectangles.data_ptr(), offsets.data_ptr<int32_t>(), views, n, tiles_x, tiles_y, unsorted,
-                                           slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), stream));
+    C10_CUDA_CHECK(cuda::launch_emit_pairs(rectangles.data_ptr(), offsets.data_ptr<int32_t>(), views, n, tiles_x,
+                                           tiles_y, unsorted, slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(),
+                                           stream));
     int key_bits = 1;
     while ((int64_t(1) << key_bits) < views * tiles) ++key_bits;
     need = 0;
-    C10_CUDA_CHECK(cuda::launch_sort(nullptr, need, unsorted, sorted, slots.data_ptr<int32_t>(), out.slots.data_ptr<int32_t>(), pairs,
-                                     key_bits, stream));
+    C10_CUDA_CHECK(cuda::launch_sort(nullptr, need, unsorted, sorted, slots.data_ptr<int32_t>(),
+                                     out.slots.data_ptr<int32_t>(), pairs, key_bits, stream));
     temporary = at::empty({int64_t(std::max<size_t>(need, 1))}, bytes);
     C10_CUDA_CHECK(cuda::launch_sort(temporary.data_ptr(), need, unsorted, sorted, slots.data_ptr<int32_t>(),
                                      out.slots.data_ptr<int32_t>(), pairs, key_bits, stream));
   }
-  C10_CUDA_CHECK(cuda::launch_tile_ranges(sorted, out.slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), pairs, views, tiles,
-                                          out.tile_offsets.data_ptr<int32_t>(), out.gaussians.data_ptr<int32_t>(), stream));
+  C10_CUDA_CHECK(cuda::launch_tile_ranges(sorted, out.slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), pairs,
+                                          views, tiles, out.tile_offsets.data_ptr<int32_t>(),
+                                          out.gaussians.data_ptr<int32_t>(), stream));
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width,
-    int64_t height, bool raw) {
+    const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
+    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t r = int64_t(views.size()), c = colours.size(2);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw), active_colours(colours, raw),
-                      backgrounds.contiguous()};
+  const Tensor p[] = {means2d.contiguous(),         conics.contiguous(),
+                      active.contiguous(),          active_opacities(opacities, raw),
+                      active_colours(colours, raw), backgrounds.contiguous()};
   const auto view_bits = bits_of_views(means2d.size(0), views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
   auto images = at::empty({r, c, height, width}, means2d.options());
@@ -72,8 +81,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
   Pairs pairs;
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend", [&] {
     pairs = bin<scalar_t>(p[0], p[1], p[2], p[3], view_bits, int(width), int(height), stream);
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots, views,
-                                        heads, bits, check.get(), width, height, cuda::kTile);
+    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots,
+                                        views, heads, bits, check.get(), width, height, cuda::kTile);
     in.backgrounds = p[5].const_data_ptr<scalar_t>();
     in.images = images.mutable_data_ptr<scalar_t>();
     in.transmittance = transmittance.mutable_data_ptr<scalar_t>();
@@ -84,10 +93,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
-    const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance, const Tensor& stops,
-    const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots, const Tensor& gaussian_offsets,
-    const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height, bool raw) {
+    const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
+    const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
+    const Tensor& gaussian_offsets, const Tensor& means2d, const Tensor& conics, const Tensor& active,
+    const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads, IntArrayRef bits,
+    int64_t width, int64_t height, bool raw) {
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
@@ -100,11 +110,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
   const auto check = renders_to_check(view_bits, views, bits);
   std::vector<int64_t> render_slots;
   const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
-  auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options()), v_conics = at::empty_like(p[1]);
+  auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options()),
+       v_conics = at::empty_like(p[1]);
   auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views, heads, bits,
-                                        check.get(), width, height, cuda::kTile);
+    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,
+                                        heads, bits, check.get(), width, height, cuda::kTile);
     auto buffer = at::empty({records, record_size(c)}, means2d.options());
     in.images = images.data_ptr<scalar_t>();
     in.transmittance = transmittance.data_ptr<scalar_t>();
@@ -115,8 +126,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
     in.gaussian_offsets = gaussian_offsets.const_data_ptr<int32_t>();
     in.records = buffer.mutable_data_ptr<scalar_t>();
     if (r > 0) C10_CUDA_CHECK(cuda::launch_blend_backward(in, stream));
-    C10_CUDA_CHECK(cuda::launch_sum_records(in, opacities.size(0), v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(),
-                                            v_opacities.mutable_data_ptr<scalar_t>(), v_colours.mutable_data_ptr<scalar_t>(), stream));
+    C10_CUDA_CHECK(cuda::launch_sum_records(
+        in, opacities.size(0), v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(),
+        v_opacities.mutable_data_ptr<scalar_t>(), v_colours.mutable_data_ptr<scalar_t>(), stream));
   });
   if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
   return {v_means2d, v_conics, v_opacities, v_colours};

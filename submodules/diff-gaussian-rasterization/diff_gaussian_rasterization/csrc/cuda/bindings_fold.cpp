@@ -4,9 +4,10 @@
 namespace medgs {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cuda(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma,
-                                                     const Tensor& scaling, const Tensor& rotation, const Tensor& times,
-                                                     const Tensor& signs, double pixels_per_unit, int64_t width, int64_t height) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cuda(const Tensor& xyz, const Tensor& w1, const Tensor& m,
+                                                     const Tensor& sigma, const Tensor& scaling, const Tensor& rotation,
+                                                     const Tensor& times, const Tensor& signs, double pixels_per_unit,
+                                                     int64_t width, int64_t height) {
   check_fold(xyz, w1, m, sigma, scaling, rotation, times, signs, width, height);
   const c10::cuda::CUDAGuard guard(xyz.device());
   const int64_t v = times.size(0), n = xyz.size(0);
@@ -14,7 +15,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cuda(const Tensor& xyz, const Te
   auto conics = at::empty({v, n, 3}, xyz.options());
   auto radii = at::empty({v, n}, xyz.options().dtype(at::kInt));
   auto active = at::empty({v, n}, xyz.options().dtype(at::kByte));
-  const Tensor p[] = {xyz.contiguous(), w1.contiguous(), m.contiguous(), sigma.contiguous(),
+  const Tensor p[] = {xyz.contiguous(),     w1.contiguous(),       m.contiguous(),     sigma.contiguous(),
                       scaling.contiguous(), rotation.contiguous(), times.contiguous(), signs.contiguous()};
   AT_DISPATCH_FLOATING_TYPES(xyz.scalar_type(), "fold", [&] {
     auto in = fold_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], pixels_per_unit, width, height);
@@ -28,16 +29,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cuda(const Tensor& xyz, const Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cuda(
-    const Tensor& v_means2d, const Tensor& v_conics, const Tensor& radii, const Tensor& xyz, const Tensor& w1, const Tensor& m,
-    const Tensor& sigma, const Tensor& scaling, const Tensor& rotation, const Tensor& times, const Tensor& signs,
-    double pixels_per_unit, int64_t width, int64_t height) {
+    const Tensor& v_means2d, const Tensor& v_conics, const Tensor& radii, const Tensor& xyz, const Tensor& w1,
+    const Tensor& m, const Tensor& sigma, const Tensor& scaling, const Tensor& rotation, const Tensor& times,
+    const Tensor& signs, double pixels_per_unit, int64_t width, int64_t height) {
   check_fold(xyz, w1, m, sigma, scaling, rotation, times, signs, width, height);
   const c10::cuda::CUDAGuard guard(xyz.device());
   const int64_t v = times.size(0), n = xyz.size(0);
   check_float(v_means2d, "v_means2d", {v, n, 2}, xyz);
   check_float(v_conics, "v_conics", {v, n, 3}, xyz);
   check_shape(radii, "radii", {v, n}, xyz);
-  const Tensor p[] = {xyz.contiguous(), w1.contiguous(), m.contiguous(), sigma.contiguous(),
+  const Tensor p[] = {xyz.contiguous(),     w1.contiguous(),       m.contiguous(),     sigma.contiguous(),
                       scaling.contiguous(), rotation.contiguous(), times.contiguous(), signs.contiguous()};
   const auto means_gradient = v_means2d.contiguous(), conics_gradient = v_conics.contiguous(), r = radii.contiguous();
   Tensor out[6];

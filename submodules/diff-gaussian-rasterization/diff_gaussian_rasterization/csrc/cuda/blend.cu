@@ -16,7 +16,7 @@ namespace {
 using namespace generic;
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kWarps = 4;  // tiles of a block
+constexpr int kWarps = 4;      // tiles of a block
 constexpr int kRowsApart = 4;  // a lane's second pixel lies four rows under its first
 constexpr int kScanThreads = 256;
 
@@ -36,7 +36,8 @@ struct RenderTable {
   int64_t slots[kMaxRenders];
 };
 
-// ---- binning ---------------------------------------------------------------------------------------------------------
+// ---- binning
+// ---------------------------------------------------------------------------------------------------------
 
 template <class S>
 __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views,
@@ -44,8 +45,9 @@ __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* ac
                             PackedRectangle* rectangles, int32_t* counts) {
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= gaussians) return;
-  S opacity = opacities[n];
-  for (int64_t h = 1; h < heads; ++h) opacity = opacities[h * gaussians + n] > opacity ? opacities[h * gaussians + n] : opacity;
+  S opacity = 0;
+  for (int64_t h = 0; h < heads; ++h)
+    opacity = opacities[h * gaussians + n] > opacity ? opacities[h * gaussians + n] : opacity;
   const S limit = visible_limit(opacity);
   for (int64_t view = 0; view < views; ++view) {
     const int64_t row = view * gaussians + n;
@@ -57,8 +59,8 @@ __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* ac
   }
 }
 
-__global__ void emit_pairs(const PackedRectangle* rectangles, const int32_t* gaussian_offsets, int64_t rows, int64_t gaussians,
-                           int tiles_x, int tiles, uint32_t* keys, int32_t* slots, int32_t* owners) {
+__global__ void emit_pairs(const PackedRectangle* rectangles, const int32_t* gaussian_offsets, int64_t rows,
+                           int64_t gaussians, int tiles_x, int tiles, uint32_t* keys, int32_t* slots, int32_t* owners) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   const PackedRectangle r = rectangles[row];
@@ -93,7 +95,8 @@ __global__ void find_gaussians(const int32_t* slots, const int32_t* owners, int6
   if (i < pairs) pair_gaussians[i] = owners[slots[i]];
 }
 
-// ---- blending --------------------------------------------------------------------------------------------------------
+// ---- blending
+// --------------------------------------------------------------------------------------------------------
 
 /// What a tile needs of a Gaussian, staged in shared memory by one lane and read by all.
 template <class S, int C>
@@ -136,8 +139,8 @@ struct Tile {
 
 /// One lane's pair of the batch that starts at `batch`; a Gaussian that this render does not draw gets opacity 0.
 template <class S, int C>
-__device__ __forceinline__ void stage(const BlendArguments<S>& in, const RenderTable& table, const Tile<S, C>& tile, int32_t pair,
-                                      Staged<S, C>& out) {
+__device__ __forceinline__ void stage(const BlendArguments<S>& in, const RenderTable& table, const Tile<S, C>& tile,
+                                      int32_t pair, Staged<S, C>& out) {
   const int64_t n = in.pair_gaussians[pair];
   const S* mean = in.means2d + 2 * (tile.view_row + n);
   const S* conic = in.conics + 3 * (tile.view_row + n);
@@ -248,7 +251,8 @@ __device__ __forceinline__ S warp_sum(S value) {
 
 /// Front to back, like the forward pass; see blend_backward_channels in cpu/kernels_body.h for the recurrence.
 template <class S, int C>
-__global__ void __launch_bounds__(32 * kWarps) blend_backward_kernel(const BlendArguments<S> in, const RenderTable table) {
+__global__ void __launch_bounds__(32 * kWarps)
+    blend_backward_kernel(const BlendArguments<S> in, const RenderTable table) {
   constexpr int R = kRecordSize<C>;
   __shared__ Staged<S, C> shared[kWarps][32];
   Staged<S, C>* staged = shared[threadIdx.x / 32];
@@ -340,8 +344,9 @@ template <int C>
 constexpr int kSumLanes = kRecordSize<C> <= 8 ? 8 : 16;
 
 template <class S, int C>
-__global__ void __launch_bounds__(kScanThreads) sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads,
-                                                                   S* v_means2d, S* v_conics, S* v_opacities, S* v_colours) {
+__global__ void __launch_bounds__(kScanThreads)
+    sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads, S* v_means2d, S* v_conics,
+                       S* v_opacities, S* v_colours) {
   constexpr int R = kRecordSize<C>, L = kSumLanes<C>;
   const int64_t n = (int64_t(blockIdx.x) * kScanThreads + threadIdx.x) / L;
   const int lane = threadIdx.x % L;
@@ -395,10 +400,18 @@ RenderTable table_of(const BlendArguments<S>& in) {
 template <class Run>
 cudaError_t with_channels(int64_t channels, const Run& run) {
   switch (channels) {
-    case 1: run(std::integral_constant<int, 1>{}); break;
-    case 2: run(std::integral_constant<int, 2>{}); break;
-    case 3: run(std::integral_constant<int, 3>{}); break;
-    default: run(std::integral_constant<int, 4>{}); break;
+    case 1:
+      run(std::integral_constant<int, 1>{});
+      break;
+    case 2:
+      run(std::integral_constant<int, 2>{});
+      break;
+    case 3:
+      run(std::integral_constant<int, 3>{});
+      break;
+    default:
+      run(std::integral_constant<int, 4>{});
+      break;
   }
   return cudaGetLastError();
 }
@@ -406,19 +419,20 @@ cudaError_t with_channels(int64_t channels, const Run& run) {
 }  // namespace
 
 template <class S>
-cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views,
-                               int64_t gaussians, int64_t heads, const int64_t* view_bits, int width, int height,
-                               void* rectangles, int32_t* counts, cudaStream_t stream) {
+cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities,
+                               int64_t views, int64_t gaussians, int64_t heads, const int64_t* view_bits, int width,
+                               int height, void* rectangles, int32_t* counts, cudaStream_t stream) {
   if (gaussians == 0) return cudaSuccess;
   ViewBits bits{};
   for (int64_t v = 0; v < views; ++v) bits.bits[v] = uint8_t(view_bits[v]);
   count_pairs<S><<<blocks_for(gaussians, kScanThreads), kScanThreads, 0, stream>>>(
-      means2d, conics, active, opacities, views, gaussians, heads, bits, width, height, static_cast<PackedRectangle*>(rectangles),
-      counts);
+      means2d, conics, active, opacities, views, gaussians, heads, bits, width, height,
+      static_cast<PackedRectangle*>(rectangles), counts);
   return cudaGetLastError();
 }
 
-cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32_t* out, int64_t count, cudaStream_t stream) {
+cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32_t* out, int64_t count,
+                        cudaStream_t stream) {
   // An inclusive scan one place further, behind a leading zero, leaves the total at the end.
   if (temporary) {
     const cudaError_t error = cudaMemsetAsync(out, 0, sizeof(int32_t), stream);
@@ -428,26 +442,31 @@ cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32
 }
 
 cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners, cudaStream_t stream) {
+                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners,
+                              cudaStream_t stream) {
   const int64_t rows = views * gaussians;
   if (rows == 0) return cudaSuccess;
-  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(static_cast<const PackedRectangle*>(rectangles),
-                                                                         gaussian_offsets, rows, gaussians, tiles_x,
-                                                                         tiles_x * tiles_y, keys, slots, owners);
+  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(
+      static_cast<const PackedRectangle*>(rectangles), gaussian_offsets, rows, gaussians, tiles_x, tiles_x * tiles_y,
+      keys, slots, owners);
   return cudaGetLastError();
 }
 
-cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys, const int32_t* slots,
-                        int32_t* sorted_slots, int64_t pairs, int key_bits, cudaStream_t stream) {
-  return cub::DeviceRadixSort::SortPairs(temporary, bytes, keys, sorted_keys, slots, sorted_slots, int(pairs), 0, key_bits, stream);
+cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys,
+                        const int32_t* slots, int32_t* sorted_slots, int64_t pairs, int key_bits, cudaStream_t stream) {
+  return cub::DeviceRadixSort::SortPairs(temporary, bytes, keys, sorted_keys, slots, sorted_slots, int(pairs), 0,
+                                         key_bits, stream);
 }
 
-cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners, int64_t pairs,
-                               int64_t views, int64_t tiles, int32_t* tile_offsets, int32_t* pair_gaussians,
-                               cudaStream_t stream) {
-  find_tiles<<<blocks_for(views * (tiles + 1), kScanThreads), kScanThreads, 0, stream>>>(sorted_keys, pairs, views, tiles, tile_offsets);
+cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners,
+                               int64_t pairs, int64_t views, int64_t tiles, int32_t* tile_offsets,
+                               int32_t* pair_gaussians, cudaStream_t stream) {
+  if (views == 0) return cudaSuccess;
+  find_tiles<<<blocks_for(views * (tiles + 1), kScanThreads), kScanThreads, 0, stream>>>(sorted_keys, pairs, views,
+                                                                                         tiles, tile_offsets);
   if (pairs > 0)
-    find_gaussians<<<blocks_for(pairs, kScanThreads), kScanThreads, 0, stream>>>(sorted_slots, owners, pairs, pair_gaussians);
+    find_gaussians<<<blocks_for(pairs, kScanThreads), kScanThreads, 0, stream>>>(sorted_slots, owners, pairs,
+                                                                                 pair_gaussians);
   return cudaGetLastError();
 }
 
@@ -455,14 +474,16 @@ template <class S>
 cudaError_t launch_blend(const BlendArguments<S>& in, cudaStream_t stream) {
   const dim3 grid(blocks_for(in.tiles_x * in.tiles_y, kWarps), unsigned(in.renders));
   const RenderTable table = table_of(in);
-  return with_channels(in.channels, [&](auto c) { blend_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
+  return with_channels(in.channels,
+                       [&](auto c) { blend_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
 }
 
 template <class S>
 cudaError_t launch_blend_backward(const BlendArguments<S>& in, cudaStream_t stream) {
   const dim3 grid(blocks_for(in.tiles_x * in.tiles_y, kWarps), unsigned(in.renders));
   const RenderTable table = table_of(in);
-  return with_channels(in.channels, [&](auto c) { blend_backward_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
+  return with_channels(in.channels,
+                       [&](auto c) { blend_backward_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
 }
 
 template <class S>
@@ -471,16 +492,17 @@ cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_
   if (in.gaussians == 0) return cudaSuccess;
   const RenderTable table = table_of(in);
   return with_channels(in.channels, [&](auto c) {
-    sum_records_kernel<S, c.value><<<blocks_for(in.gaussians * kSumLanes<c.value>, kScanThreads), kScanThreads, 0, stream>>>(
-        in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
+    sum_records_kernel<S, c.value>
+        <<<blocks_for(in.gaussians * kSumLanes<c.value>, kScanThreads), kScanThreads, 0, stream>>>(
+            in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
   });
 }
 
-#define MEDGS_INSTANTIATE(S)                                                                                                  \
-  template cudaError_t launch_count_pairs(const S*, const S*, const uint8_t*, const S*, int64_t, int64_t, int64_t,            \
-                                          const int64_t*, int, int, void*, int32_t*, cudaStream_t);                           \
-  template cudaError_t launch_blend(const BlendArguments<S>&, cudaStream_t);                                                  \
-  template cudaError_t launch_blend_backward(const BlendArguments<S>&, cudaStream_t);                                         \
+#define MEDGS_INSTANTIATE(S)                                                                                       \
+  template cudaError_t launch_count_pairs(const S*, const S*, const uint8_t*, const S*, int64_t, int64_t, int64_t, \
+                                          const int64_t*, int, int, void*, int32_t*, cudaStream_t);                \
+  template cudaError_t launch_blend(const BlendArguments<S>&, cudaStream_t);                                       \
+  template cudaError_t launch_blend_backward(const BlendArguments<S>&, cudaStream_t);                              \
   template cudaError_t launch_sum_records(const BlendArguments<S>&, int64_t, S*, S*, S*, S*, cudaStream_t);
 MEDGS_INSTANTIATE(float)
 MEDGS_INSTANTIATE(double)

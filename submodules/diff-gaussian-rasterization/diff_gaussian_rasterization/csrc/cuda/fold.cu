@@ -25,8 +25,8 @@ struct Loaded {
   __device__ Loaded(const FoldArguments<S>& in, int64_t n) : degree(P < 0 ? int(in.degree) : P) {
 #pragma unroll
     for (int k = 0; k < (P < 0 ? 2 * degree : 2 * P); ++k) path[k] = in.w1[2 * in.degree * n + k];
-    gaussian = activate<S, S>(in.xyz[3 * n], in.xyz[3 * n + 2], in.m[n], in.sigma[n], in.scaling[3 * n], in.scaling[3 * n + 2],
-                              in.rotation[n]);
+    gaussian = activate<S, S>(in.xyz[3 * n], in.xyz[3 * n + 2], in.m[n], in.sigma[n], in.scaling[3 * n],
+                              in.scaling[3 * n + 2], in.rotation[n]);
   }
 };
 
@@ -40,7 +40,8 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldArguments<S> i
   const S grid_width = S((in.width + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
   const S grid_height = S((in.height + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
   for (int64_t view = 0; view < in.views; ++view) {
-    const auto c = cut<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit, width, height);
+    const auto c = cut<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit,
+                             width, height);
     const bool active = (c.time_weight > S(kMinTimeWeight)) & touches_tiles(c, grid_width, grid_height);
     const bool segmented = active & (c.scale_x > S(kMinSegmentationScale)) & (c.scale_z > S(kMinSegmentationScale));
     const int64_t row = view * in.gaussians + n;
@@ -71,9 +72,10 @@ __global__ void __launch_bounds__(kThreads) fold_backward_kernel(const FoldArgum
     const int64_t row = view * in.gaussians + n;
     S v_time = 0;
     if (exists && in.forward_radii[row] > 0)
-      v_time = cut_backward<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit,
-                                  in.v_means2d[2 * row], in.v_means2d[2 * row + 1], in.v_conics[3 * row],
-                                  in.v_conics[3 * row + 1], in.v_conics[3 * row + 2], v, path_gradient);
+      v_time =
+          cut_backward<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit,
+                             in.v_means2d[2 * row], in.v_means2d[2 * row + 1], in.v_conics[3 * row],
+                             in.v_conics[3 * row + 1], in.v_conics[3 * row + 2], v, path_gradient);
     for (int step = 16; step > 0; step /= 2) v_time += __shfl_xor_sync(0xffffffffu, v_time, step);
     if (threadIdx.x % 32 == 0) in.v_times[warp * in.views + view] = v_time;
   }

@@ -11,9 +11,9 @@
 namespace medgs {
 namespace cuda {
 
-constexpr int kTile = 8;          // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
+constexpr int kTile = 8;             // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
 constexpr int kSimilarityTile = 16;  // px: side of the square of pixels that one block compares
-constexpr int kFoldChunk = 32;    // Gaussians behind one partial sum of dL/dt: a warp
+constexpr int kFoldChunk = 32;       // Gaussians behind one partial sum of dL/dt: a warp
 
 template <class S>
 cudaError_t launch_fold(const FoldArguments<S>& in, cudaStream_t stream);
@@ -23,27 +23,29 @@ cudaError_t launch_fold_backward(const FoldArguments<S>& in, cudaStream_t stream
 /// Rectangle of tiles of every Gaussian of every view, packed in `rectangles` (V N, 4 x uint16), and their sizes.
 /// view_bits (V) on the host, V at most kMaxRenders.
 template <class S>
-cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views,
-                               int64_t gaussians, int64_t heads, const int64_t* view_bits, int width, int height,
-                               void* rectangles, int32_t* counts, cudaStream_t stream);
+cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities,
+                               int64_t views, int64_t gaussians, int64_t heads, const int64_t* view_bits, int width,
+                               int height, void* rectangles, int32_t* counts, cudaStream_t stream);
 
 /// Exclusive sums of `count` numbers and, behind them, their total: (count + 1) out. With `temporary` null, only writes
 /// the bytes it needs.
-cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32_t* out, int64_t count, cudaStream_t stream);
+cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32_t* out, int64_t count,
+                        cudaStream_t stream);
 
 /// Keys (view and tile) and owners of all pairs, in the order of the slots.
 cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners, cudaStream_t stream);
+                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners,
+                              cudaStream_t stream);
 
 /// Stable radix sort of the pairs by key. Both buffers of keys and slots are scratch; the sorted slots end in
 /// `sorted_slots` and the sorted keys in `sorted_keys`. With `temporary` null, only writes the bytes it needs.
-cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys, const int32_t* slots,
-                        int32_t* sorted_slots, int64_t pairs, int key_bits, cudaStream_t stream);
+cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys,
+                        const int32_t* slots, int32_t* sorted_slots, int64_t pairs, int key_bits, cudaStream_t stream);
 
 /// Range of each tile in the sorted keys, and the Gaussian of each sorted pair.
-cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners, int64_t pairs,
-                               int64_t views, int64_t tiles, int32_t* tile_offsets, int32_t* pair_gaussians,
-                               cudaStream_t stream);
+cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners,
+                               int64_t pairs, int64_t views, int64_t tiles, int32_t* tile_offsets,
+                               int32_t* pair_gaussians, cudaStream_t stream);
 
 template <class S>
 cudaError_t launch_blend(const BlendArguments<S>& in, cudaStream_t stream);
@@ -61,7 +63,8 @@ template <class S>
 cudaError_t launch_similarity(const SimilarityArguments<S>& in, cudaStream_t stream);
 
 template <class S>
-cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants, cudaStream_t stream);
+cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants,
+                        cudaStream_t stream);
 
 template <class S>
 cudaError_t launch_observe(const ObserveArguments<S>& in, cudaStream_t stream);

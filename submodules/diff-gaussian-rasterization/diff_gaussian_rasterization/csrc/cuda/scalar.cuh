@@ -15,8 +15,12 @@ __device__ __forceinline__ float sqrt(float x) { return ::sqrtf(x); }
 __device__ __forceinline__ double sqrt(double x) { return ::sqrt(x); }
 __device__ __forceinline__ float ceil(float x) { return ::ceilf(x); }
 __device__ __forceinline__ double ceil(double x) { return ::ceil(x); }
-__device__ __forceinline__ void sincos_turns(float turns, float& sine, float& cosine) { ::sincospif(2 * turns, &sine, &cosine); }
-__device__ __forceinline__ void sincos_turns(double turns, double& sine, double& cosine) { ::sincospi(2 * turns, &sine, &cosine); }
+__device__ __forceinline__ void sincos_turns(float turns, float& sine, float& cosine) {
+  ::sincospif(2 * turns, &sine, &cosine);
+}
+__device__ __forceinline__ void sincos_turns(double turns, double& sine, double& cosine) {
+  ::sincospi(2 * turns, &sine, &cosine);
+}
 
 /// For blending, where the exponent lies in [-6, 0] whenever the result counts: the hardware's 2^x, within 2 ulp.
 __device__ __forceinline__ float fast_exp(float x) { return __expf(x); }

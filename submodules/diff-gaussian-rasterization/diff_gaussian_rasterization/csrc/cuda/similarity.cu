@@ -1,7 +1,7 @@
 // `similarity` on a GPU: each block compares a square of pixels, with the window's halo in shared memory.
+#include "../common/similarity.h"
 #include "launch.h"
 #include "scalar.cuh"
-#include "../common/similarity.h"
 
 namespace medgs {
 namespace cuda {
@@ -73,7 +73,9 @@ __global__ void __launch_bounds__(kThreads) compare(const SimilarityArguments<S>
   const S* image = in.images + blockIdx.z * area;
   const S* target = in.targets + blockIdx.z * area;
   S mean[5];
-  blur<S, 5>(in, x0, y0, halo, rows, 2, [&](int m, int64_t y, int64_t x) { return (m ? target : image)[y * in.width + x]; }, mean);
+  blur<S, 5>(
+      in, x0, y0, halo, rows, 2, [&](int m, int64_t y, int64_t x) { return (m ? target : image)[y * in.width + x]; },
+      mean);
   const int64_t x = x0 + threadIdx.x % kSide, y = y0 + threadIdx.x / kSide;
   S difference = 0, value = 0;
   if (x < in.width && y < in.height) {
@@ -98,8 +100,9 @@ __global__ void __launch_bounds__(kThreads) differentiate(const SimilarityArgume
   __shared__ S halo[3][kReach][kReach + 1], rows[3][kReach][kSide + 1];
   const int64_t x0 = int64_t(blockIdx.x) * kSide, y0 = int64_t(blockIdx.y) * kSide, area = in.width * in.height;
   S by[3];
-  blur<S, 3>(in, x0, y0, halo, rows, 3,
-             [&](int m, int64_t y, int64_t x) { return in.maps[(m * in.planes + blockIdx.z) * area + y * in.width + x]; }, by);
+  blur<S, 3>(
+      in, x0, y0, halo, rows, 3,
+      [&](int m, int64_t y, int64_t x) { return in.maps[(m * in.planes + blockIdx.z) * area + y * in.width + x]; }, by);
   const int64_t x = x0 + threadIdx.x % kSide, y = y0 + threadIdx.x / kSide;
   if (x >= in.width || y >= in.height) return;
   const int64_t at = blockIdx.z * area + y * in.width + x;
@@ -110,7 +113,8 @@ __global__ void __launch_bounds__(kThreads) differentiate(const SimilarityArgume
 
 template <class S>
 cudaError_t launch_similarity(const SimilarityArguments<S>& in, cudaStream_t stream) {
-  const dim3 grid(unsigned((in.width + kSide - 1) / kSide), unsigned((in.height + kSide - 1) / kSide), unsigned(in.planes));
+  const dim3 grid(unsigned((in.width + kSide - 1) / kSide), unsigned((in.height + kSide - 1) / kSide),
+                  unsigned(in.planes));
   compare<S><<<grid, kThreads, 0, stream>>>(in);
   if (in.gradient) differentiate<S><<<grid, kThreads, 0, stream>>>(in);
   return cudaGetLastError();

@@ -11,7 +11,7 @@ namespace cuda {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kAdamTensors = 16;    // in one launch
+constexpr int kAdamTensors = 16;  // in one launch
 constexpr int kAdamPerThread = 4;
 
 template <class S>
@@ -32,8 +32,8 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const AdamTable<S> table
     const int64_t i = start + j * kThreads;
     if (i >= t.size) return;
     const S g = t.gradient[i];
-    const S m = c.beta1 * t.first_moment[i] + (S(1) - c.beta1) * g;
-    const S v = c.beta2 * t.second_moment[i] + (S(1) - c.beta2) * g * g;
+    const S m = c.beta1 * t.first_moment[i] + c.rest1 * g;
+    const S v = c.beta2 * t.second_moment[i] + c.rest2 * g * g;
     t.first_moment[i] = m;
     t.second_moment[i] = v;
     t.parameter[i] -= t.rate * m / (generic::math::sqrt(v) * t.correction + c.epsilon);
@@ -96,7 +96,8 @@ unsigned blocks_for(int64_t items, int64_t each) { return unsigned((items + each
 }  // namespace
 
 template <class S>
-cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants, cudaStream_t stream) {
+cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConstants<S>& constants,
+                        cudaStream_t stream) {
   for (int first = 0; first < count; first += kAdamTensors) {
     AdamTable<S> table{};
     table.count = std::min(kAdamTensors, count - first);
@@ -123,9 +124,9 @@ cudaError_t launch_sigma_outside(const SigmaArguments<S>& in, cudaStream_t strea
   return cudaGetLastError();
 }
 
-#define MEDGS_INSTANTIATE(S)                                                                                \
-  template cudaError_t launch_adam(const AdamTensor<S>*, int, const AdamConstants<S>&, cudaStream_t);      \
-  template cudaError_t launch_observe(const ObserveArguments<S>&, cudaStream_t);                           \
+#define MEDGS_INSTANTIATE(S)                                                                          \
+  template cudaError_t launch_adam(const AdamTensor<S>*, int, const AdamConstants<S>&, cudaStream_t); \
+  template cudaError_t launch_observe(const ObserveArguments<S>&, cudaStream_t);                      \
   template cudaError_t launch_sigma_outside(const SigmaArguments<S>&, cudaStream_t);
 MEDGS_INSTANTIATE(float)
 MEDGS_INSTANTIATE(double)
