@@ -14,6 +14,11 @@ inline int record_size(int64_t channels) { return channels <= 2 ? 8 : 6 + int(ch
 
 constexpr int kMaxRenders = 64;  // renders and views in one call
 
+/// Tiles [x0, x1) x [y0, y1); empty when x1 <= x0. The largest image has 32768 pixels a side.
+struct TileRectangle {
+  uint16_t x0, x1, y0, y1;
+};
+
 template <class S>
 struct FoldArguments {
   int64_t gaussians, views, degree;                    // N, V, P
@@ -33,6 +38,17 @@ struct FoldArguments {
   int64_t chunk;                                             // Gaussians in a chunk
 };
 
+/// What decides which tiles the Gaussians of one view reach.
+template <class S>
+struct BoundsArguments {
+  const S *means2d, *conics;  // (N,2) (N,3)
+  const uint8_t* active;      // (N)
+  const S* limits;            // (N): largest q that is seen
+  uint8_t bits;               // of `active` that any render of the view draws
+  int64_t width, height;
+  TileRectangle* rectangles;  // (N)
+};
+
 template <class S>
 struct BlendArguments {
   int64_t gaussians, view_count, renders, channels, width, height, tiles_x, tiles_y;
@@ -50,6 +66,8 @@ struct BlendArguments {
   const S *v_images, *v_transmittance;  // (R,C,H,W) (R,H,W)
   const int64_t* render_slots;          // (R): where the records of the render's slot 0 would be
   const int32_t* gaussian_offsets;      // (V N + 1): the slots of each Gaussian of each view
+  S *v_means2d, *v_conics;              // (heads,V,N,2) (V,N,3)
+  S *v_opacities, *v_colours;           // (heads,N) (heads,N,C)
   S* records;                           // (sum of pairs over renders, record_size(C))
 };
 

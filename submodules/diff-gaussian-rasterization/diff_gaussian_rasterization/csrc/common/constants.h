@@ -1,6 +1,8 @@
 // The constants of 3-D Gaussian splatting (Kerbl et al. 2023) and of the fold (MedGS), one place for each.
 #pragma once
 
+#include <cmath>
+
 #if defined(__CUDACC__)
 #define MEDGS_INLINE __host__ __device__ __forceinline__
 #elif defined(__GNUC__)
@@ -33,6 +35,12 @@ constexpr int kMaxDegree = 32;                  // largest polynomial degree P t
 // Bits of the `active` masks that `fold` writes and `blend` reads.
 constexpr unsigned char kActive = 1;              // delta(t) > 0.1 and visible
 constexpr unsigned char kActiveSegmentation = 2;  // the same, and both scales above kMinSegmentationScale
+
+/// The largest q at which alpha = opacity exp(-q / 2) reaches 1/255; negative where it never does (or is not a number).
+template <class S>
+MEDGS_INLINE S visible_limit(S opacity) {
+  return opacity >= S(kMinAlpha) ? S(2) * std::log(opacity / S(kMinAlpha)) : S(-1);
+}
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

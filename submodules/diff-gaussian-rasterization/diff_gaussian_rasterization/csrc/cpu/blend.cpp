@@ -6,7 +6,6 @@
 #include <numeric>
 #include <vector>
 
-#include "../common/bounds.h"
 #include "../common/checks.h"
 #include "kernels.h"
 
@@ -27,7 +26,6 @@ template <class S>
 Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views, int64_t n,
           int64_t heads, const std::vector<int64_t>& view_bits, int width, int height,
           const at::TensorOptions& options) {
-  using generic::TileRectangle;
   const int tiles_x = (width + kTile - 1) / kTile, tiles_y = (height + kTile - 1) / kTile;
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
   const int threads = at::get_num_threads();
@@ -49,13 +47,19 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
     const int64_t view = job / parts, part = job % parts;
     int64_t* count = counts.data() + job * tiles;
     int64_t pairs = 0;
+    BoundsArguments<S> bounds{};
+    bounds.means2d = means2d + 2 * view * n;
+    bounds.conics = conics + 3 * view * n;
+    bounds.active = active + view * n;
+    bounds.limits = limits.data();
+    bounds.bits = uint8_t(view_bits[view]);
+    bounds.width = width;
+    bounds.height = height;
+    bounds.rectangles = rectangles.get() + view * n;
+    kernels<S>().bound(bounds, part_begin(part), part_begin(part + 1));
     for (int64_t i = part_begin(part); i < part_begin(part + 1); ++i) {
-      const int64_t row = view * n + i;
-      TileRectangle r = {0, 0, 0, 0};
-      if (active[row] & view_bits[view])
-        r = generic::tile_rectangle(means2d + 2 * row, conics + 3 * row, limits[i], kTile, kTile, width, height);
-      rectangles[row] = r;
-      pairs += r.count();
+      const TileRectangle r = bounds.rectangles[i];
+      pairs += (r.x1 - r.x0) * (r.y1 - r.y0);
       for (int y = r.y0; y < r.y1; ++y)
         for (int x = r.x0; x < r.x1; ++x) ++count[y * tiles_x + x];
     }
@@ -137,34 +141,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
   return {images, transmittance, stops, pairs.tile_offsets, pairs.gaussians, pairs.slots, pairs.gaussian_offsets};
 }
 
-/// Sums the records of every pair of a Gaussian, in the order of the slots, and turns the moments into gradients.
-template <class S, int C>
-void sum_records(const BlendArguments<S>& in, S* v_means2d, S* v_conics, S* v_opacities, S* v_colours) {
-  constexpr int size = kRecordSize<C>;
-#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians, at::get_num_threads()))
-  for (int64_t i = 0; i < in.gaussians; ++i) {
-    for (int64_t r = 0; r < in.renders; ++r) {
-      const int64_t row = in.views[r] * in.gaussians + i, head = in.heads[r] * in.gaussians + i;
-      const int64_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
-      if (first == last) continue;
-      S sum[size] = {};
-      for (int64_t slot = first; slot < last; ++slot) {
-        const S* record = in.records + (in.render_slots[r] + slot) * size;
-        for (int k = 0; k < size; ++k) sum[k] += record[k];
-      }
-      const S* conic = in.conics + 3 * row;
-      S* v_mean = v_means2d + 2 * (in.heads[r] * in.view_count * in.gaussians + row);
-      v_mean[0] += conic[0] * sum[0] + conic[1] * sum[1];
-      v_mean[1] += conic[1] * sum[0] + conic[2] * sum[1];
-      v_conics[3 * row] += S(-0.5) * sum[2];
-      v_conics[3 * row + 1] -= sum[3];
-      v_conics[3 * row + 2] += S(-0.5) * sum[4];
-      if (sum[5] != S(0)) v_opacities[head] += sum[5] / in.opacities[head];
-      for (int k = 0; k < C; ++k) v_colours[head * C + k] += sum[6 + k];
-    }
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
     const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
     const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
@@ -181,9 +157,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
   const auto check = renders_to_check(view_bits, views, bits);
   std::vector<int64_t> render_slots;
   const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
-  auto v_means2d = at::zeros({opacities.size(0), v, means2d.size(1), 2}, means2d.options()),
-       v_conics = at::zeros_like(p[1]);
-  auto v_opacities = at::zeros_like(p[3]), v_colours = at::zeros_like(p[4]);
+  auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options());
+  auto v_conics = at::empty_like(p[1]);
+  auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,
                                         heads, bits, check.get(), width, height, kTile);
@@ -197,12 +173,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
     in.gaussian_offsets = gaussian_offsets.const_data_ptr<int32_t>();
     in.records = buffer.mutable_data_ptr<scalar_t>();
     kernels<scalar_t>().blend_backward(in, at::get_num_threads());
-    const auto sum = c == 1   ? sum_records<scalar_t, 1>
-                     : c == 2 ? sum_records<scalar_t, 2>
-                     : c == 3 ? sum_records<scalar_t, 3>
-                              : sum_records<scalar_t, 4>;
-    sum(in, v_means2d.mutable_data_ptr<scalar_t>(), v_conics.mutable_data_ptr<scalar_t>(),
-        v_opacities.mutable_data_ptr<scalar_t>(), v_colours.mutable_data_ptr<scalar_t>());
+    in.v_means2d = v_means2d.mutable_data_ptr<scalar_t>();
+    in.v_conics = v_conics.mutable_data_ptr<scalar_t>();
+    in.v_opacities = v_opacities.mutable_data_ptr<scalar_t>();
+    in.v_colours = v_colours.mutable_data_ptr<scalar_t>();
+    kernels<scalar_t>().sum_records(in, opacities.size(0), at::get_num_threads());
   });
   if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
   return {v_means2d, v_conics, v_opacities, v_colours};

@@ -18,8 +18,10 @@ struct Kernels {
   const char* name;
   void (*fold)(const FoldArguments<S>&, int threads);
   void (*fold_backward)(const FoldArguments<S>&, int threads);
+  void (*bound)(const BoundsArguments<S>&, int64_t begin, int64_t end);
   void (*blend)(const BlendArguments<S>&, int threads);
   void (*blend_backward)(const BlendArguments<S>&, int threads);
+  void (*sum_records)(const BlendArguments<S>&, int64_t heads, int threads);
   void (*similarity)(const SimilarityArguments<S>&, int threads);
   void (*adam)(const AdamTensor<S>&, const AdamConstants<S>&, int threads);
   void (*sigma_outside)(const SigmaArguments<S>&, int threads);

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "simd.h"
 // after simd.h, whose math:: it uses
+#include "../common/bounds.h"
 #include "../common/folding.h"
 #include "../common/similarity.h"
 
@@ -136,6 +137,24 @@ void fold_backward(const FoldArguments<S>& in, int threads) {
   }
 }
 
+/// Tiles that Gaussians [begin, end) of a view reach, W Gaussians at once.
+template <class S>
+void bound(const BoundsArguments<S>& in, int64_t begin, int64_t end) {
+  const S width = S(in.width), height = S(in.height);
+  for (int64_t first = begin; first < end; first += kLanes<S>) {
+    const int64_t last = end - 1;
+    PixelBounds<Vec<S>> p;
+    const auto some = pixel_bounds<Vec<S>, S>(
+        gather(in.means2d, first, last, 2), gather(in.means2d + 1, first, last, 2), gather(in.conics, first, last, 3),
+        gather(in.conics + 1, first, last, 3), gather(in.conics + 2, first, last, 3), gather(in.limits, first, last, 1),
+        width, height, p);
+    for (int l = 0; l < kLanes<S> && first + l < end; ++l)
+      in.rectangles[first + l] = some[l] && (in.active[first + l] & in.bits)
+                                     ? tiles_of<kTile>(p.left[l], p.right[l], p.top[l], p.bottom[l])
+                                     : TileRectangle{0, 0, 0, 0};
+  }
+}
+
 // ---- blend: the 16 pixels of a tile at once, one a lane
 // --------------------------------------------------------------
 
@@ -192,6 +211,8 @@ MEDGS_INLINE Contribution<S> contribution(Vec<S> x, Vec<S> y, const S* mean, con
   return c;
 }
 
+constexpr int kAhead = 8;  // pairs between asking for a Gaussian's numbers and using them
+
 /// Runs `body(pair, gaussian, mean, conic, opacity, colour)` front to back over a tile's pairs until it returns false.
 template <class S, class Body>
 MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int64_t tile, const Body& body) {
@@ -206,6 +227,11 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
   const bool check = in.check_bits[render];
   for (int64_t pair = offsets[0]; pair < offsets[1]; ++pair) {
     const int64_t n = in.pair_gaussians[pair];
+    const int64_t soon = in.pair_gaussians[pair + kAhead < offsets[1] ? pair + kAhead : pair];
+    __builtin_prefetch(means + 2 * soon);
+    __builtin_prefetch(conics + 3 * soon);
+    __builtin_prefetch(opacities + soon);
+    __builtin_prefetch(colours + soon * in.channels);
     const bool drawn = !check || (active[n] & bit);
     if (!body(pair, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.channels)) break;
   }
@@ -351,6 +377,59 @@ void blend_backward(const BlendArguments<S>& in, int threads) {
   if (in.channels == 2) return blend_backward_channels<S, 2>(in, threads);
   if (in.channels == 3) return blend_backward_channels<S, 3>(in, threads);
   blend_backward_channels<S, 4>(in, threads);
+}
+
+/// Sums the records of every pair of a Gaussian, in the order of the slots, and turns the moments into gradients: every
+/// entry of them is written.
+template <class S, int C>
+void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int threads) {
+  using Eight = typename Simd<S, 8>::type;
+  constexpr int R = kRecordSize<C>;
+#pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.view_count, threads))
+  for (int64_t n = 0; n < in.gaussians; ++n) {
+    for (int64_t head = 0; head < heads; ++head) {
+      const int64_t at = head * in.gaussians + n;
+      S v_opacity = 0, v_colour[C] = {};
+      for (int64_t view = 0; view < in.view_count; ++view) {
+        const int64_t row = view * in.gaussians + n;
+        const int64_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
+        Eight sum{};
+        S more[R > 8 ? R - 8 : 1] = {};
+        if (first < last) {
+          for (int64_t r = 0; r < in.renders; ++r) {
+            if (in.views[r] != view || in.heads[r] != head) continue;
+            const S* record = in.records + (in.render_slots[r] + first) * R;
+            for (int64_t slot = first; slot < last; ++slot, record += R) {
+              Eight eight;
+              std::memcpy(&eight, record, sizeof eight);
+              sum += eight;
+              for (int k = 8; k < R; ++k) more[k - 8] += record[k];
+            }
+          }
+        }
+        const S* conic = in.conics + 3 * row;
+        S* v_mean = in.v_means2d + 2 * (head * in.view_count * in.gaussians + row);
+        S* v_conic = in.v_conics + 3 * row;
+        v_mean[0] = first < last ? conic[0] * sum[0] + conic[1] * sum[1] : S(0);
+        v_mean[1] = first < last ? conic[1] * sum[0] + conic[2] * sum[1] : S(0);
+        v_conic[0] = (head ? v_conic[0] : S(0)) - S(0.5) * sum[2];
+        v_conic[1] = (head ? v_conic[1] : S(0)) - sum[3];
+        v_conic[2] = (head ? v_conic[2] : S(0)) - S(0.5) * sum[4];
+        v_opacity += sum[5];
+        for (int c = 0; c < C; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[(c + 6) % 8];
+      }
+      in.v_opacities[at] = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
+      for (int c = 0; c < C; ++c) in.v_colours[at * C + c] = v_colour[c];
+    }
+  }
+}
+
+template <class S>
+void sum_records(const BlendArguments<S>& in, int64_t heads, int threads) {
+  if (in.channels == 1) return sum_records_channels<S, 1>(in, heads, threads);
+  if (in.channels == 2) return sum_records_channels<S, 2>(in, heads, threads);
+  if (in.channels == 3) return sum_records_channels<S, 3>(in, heads, threads);
+  sum_records_channels<S, 4>(in, heads, threads);
 }
 
 // ---- similarity: W pixels of a row at once
@@ -530,11 +609,11 @@ void sigma_outside(const SigmaArguments<S>& in, int threads) {
 #define MEDGS_STRING_OF(x) #x
 #define MEDGS_STRING(x) MEDGS_STRING_OF(x)
 const Kernels<float> kernels_float = {
-    MEDGS_STRING(MEDGS_ISA), fold<float>,       fold_backward<float>, blend<float>,
-    blend_backward<float>,   similarity<float>, adam<float>,          sigma_outside<float>};
+    MEDGS_STRING(MEDGS_ISA), fold<float>,        fold_backward<float>, bound<float>, blend<float>,
+    blend_backward<float>,   sum_records<float>, similarity<float>,    adam<float>,  sigma_outside<float>};
 const Kernels<double> kernels_double = {
-    MEDGS_STRING(MEDGS_ISA), fold<double>,       fold_backward<double>, blend<double>,
-    blend_backward<double>,  similarity<double>, adam<double>,          sigma_outside<double>};
+    MEDGS_STRING(MEDGS_ISA), fold<double>,        fold_backward<double>, bound<double>, blend<double>,
+    blend_backward<double>,  sum_records<double>, similarity<double>,    adam<double>,  sigma_outside<double>};
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

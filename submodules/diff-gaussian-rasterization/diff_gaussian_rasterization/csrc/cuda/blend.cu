@@ -20,10 +20,6 @@ constexpr int kWarps = 4;      // tiles of a block
 constexpr int kRowsApart = 4;  // a lane's second pixel lies four rows under its first
 constexpr int kScanThreads = 256;
 
-struct PackedRectangle {
-  uint16_t x0, x1, y0, y1;
-};
-
 struct ViewBits {
   uint8_t bits[kMaxRenders];
 };
@@ -42,7 +38,7 @@ struct RenderTable {
 template <class S>
 __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views,
                             int64_t gaussians, int64_t heads, const ViewBits view_bits, int width, int height,
-                            PackedRectangle* rectangles, int32_t* counts) {
+                            TileRectangle* rectangles, int32_t* counts) {
   const int64_t n = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (n >= gaussians) return;
   S opacity = 0;
@@ -52,18 +48,22 @@ __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* ac
   for (int64_t view = 0; view < views; ++view) {
     const int64_t row = view * gaussians + n;
     TileRectangle r = {0, 0, 0, 0};
-    if (active[row] & view_bits.bits[view])
-      r = tile_rectangle(means2d + 2 * row, conics + 3 * row, limit, kTile, kTile, width, height);
-    rectangles[row] = {uint16_t(r.x0), uint16_t(r.x1), uint16_t(r.y0), uint16_t(r.y1)};
-    counts[row] = r.count();
+    if (active[row] & view_bits.bits[view]) {
+      const S *mean = means2d + 2 * row, *conic = conics + 3 * row;
+      PixelBounds<S> p;
+      if (pixel_bounds<S, S>(mean[0], mean[1], conic[0], conic[1], conic[2], limit, S(width), S(height), p))
+        r = tiles_of<kTile>(p.left, p.right, p.top, p.bottom);
+    }
+    rectangles[row] = r;
+    counts[row] = (r.x1 - r.x0) * (r.y1 - r.y0);
   }
 }
 
-__global__ void emit_pairs(const PackedRectangle* rectangles, const int32_t* gaussian_offsets, int64_t rows,
+__global__ void emit_pairs(const TileRectangle* rectangles, const int32_t* gaussian_offsets, int64_t rows,
                            int64_t gaussians, int tiles_x, int tiles, uint32_t* keys, int32_t* slots, int32_t* owners) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
-  const PackedRectangle r = rectangles[row];
+  const TileRectangle r = rectangles[row];
   const uint32_t view = uint32_t(row / gaussians);
   const int32_t n = int32_t(row % gaussians);
   int32_t slot = gaussian_offsets[row];
@@ -427,7 +427,7 @@ cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t*
   for (int64_t v = 0; v < views; ++v) bits.bits[v] = uint8_t(view_bits[v]);
   count_pairs<S><<<blocks_for(gaussians, kScanThreads), kScanThreads, 0, stream>>>(
       means2d, conics, active, opacities, views, gaussians, heads, bits, width, height,
-      static_cast<PackedRectangle*>(rectangles), counts);
+      static_cast<TileRectangle*>(rectangles), counts);
   return cudaGetLastError();
 }
 
@@ -446,9 +446,9 @@ cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_of
                               cudaStream_t stream) {
   const int64_t rows = views * gaussians;
   if (rows == 0) return cudaSuccess;
-  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(
-      static_cast<const PackedRectangle*>(rectangles), gaussian_offsets, rows, gaussians, tiles_x, tiles_x * tiles_y,
-      keys, slots, owners);
+  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(static_cast<const TileRectangle*>(rectangles),
+                                                                          gaussian_offsets, rows, gaussians, tiles_x,
+                                                                          tiles_x * tiles_y, keys, slots, owners);
   return cudaGetLastError();
 }
 
