@@ -45,6 +45,7 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(views* n, threads))
   for (int64_t job = 0; job < views * parts; ++job) {
     const int64_t view = job / parts, part = job % parts;
+    const int64_t begin = part_begin(part), end = part_begin(part + 1);
     int64_t* count = counts.data() + job * tiles;
     int64_t pairs = 0;
     BoundsArguments<S> bounds{};
@@ -56,8 +57,8 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
     bounds.width = width;
     bounds.height = height;
     bounds.rectangles = rectangles.get() + view * n;
-    kernels<S>().bound(bounds, part_begin(part), part_begin(part + 1));
-    for (int64_t i = part_begin(part); i < part_begin(part + 1); ++i) {
+    kernels<S>().bound(bounds, begin, end);
+    for (int64_t i = begin; i < end; ++i) {
       const TileRectangle r = bounds.rectangles[i];
       pairs += (r.x1 - r.x0) * (r.y1 - r.y0);
       for (int y = r.y0; y < r.y1; ++y)
@@ -94,9 +95,10 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
 #pragma omp parallel for schedule(dynamic) num_threads(threads_for(views* n, threads))
   for (int64_t job = 0; job < views * parts; ++job) {
     const int64_t view = job / parts, part = job % parts;
+    const int64_t begin = part_begin(part), end = part_begin(part + 1);
     int64_t* next = counts.data() + job * tiles;
     int64_t slot = part_slots[job];
-    for (int64_t i = part_begin(part); i < part_begin(part + 1); ++i) {
+    for (int64_t i = begin; i < end; ++i) {
       const TileRectangle r = rectangles[view * n + i];
       gaussian_offsets[view * n + i] = int32_t(slot);
       for (int y = r.y0; y < r.y1; ++y)
