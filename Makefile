@@ -77,7 +77,7 @@ demo: setup  ## from a small MRI volume to interpolated frames, a mesh and a pre
 	$(BIN)/python slices_to_ply.py -i $(DEMO)/model -o $(DEMO)/mesh --inter 4
 	$(BIN)/python demo.py --data $(DEMO)/data --model $(DEMO)/model --mesh $(DEMO)/mesh/model.ply --out $(DEMO)
 
-bench: setup  ## measure speed and quality
+bench: setup  ## measure the speed on this machine
 	$(BIN)/python benchmarks/run.py
 
 # --- Developing it -----------------------------------------------------------------------------------------------------

@@ -127,7 +127,6 @@ def check_finite(training: Training, loss: torch.Tensor) -> None:
 
 def main() -> None:
     options = train_options()
-    torch.manual_seed(options.seed)
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
 
     def say(message: str) -> None:

@@ -153,6 +153,7 @@ class ModelOptions:
         "degree P of the polynomial path of a Gaussian's centre in time (2 suits masks)",
         source=_PAPER,
         low=0,
+        high=32,  # kMaxDegree in the operators' csrc/common/constants.h
     )
     sh_degree: int = _option(
         0, "degree of the spherical harmonics of a Gaussian's colour", source=_RELEASE, low=0, high=3
@@ -296,7 +297,7 @@ class RunOptions:
     save_xyz: bool = _option(
         False, "save the centres, xyz/<iteration>.pt, at 1, 5001, 10001, ... and the last"
     )
-    seed: int = _option(0, "of all random numbers", source=_KERBL, low=0)
+    seed: int = _option(0, "of all random numbers", source=_KERBL, low=0, high=2**63 - 1)
     data_device: str = _option(
         "auto", "where the frames are kept: auto (with the computation), cuda, cuda:N or cpu"
     )

@@ -86,7 +86,13 @@ def draw(
 ) -> Tensor:
     """The image (C, H, W) of the Gaussians ``drawn``, by the general rasteriser: nearest first, then by index."""
     from diff_gaussian_rasterization import GaussianRasterizationSettings, GaussianRasterizer
+    from diff_gaussian_rasterization.general import NEAR_PLANE
 
+    if camera.distance <= NEAR_PLANE:
+        raise UserError(
+            f"--modify draws what is more than {NEAR_PLANE} plane units from the camera, which stands at "
+            f"{camera.distance:g}: train with a greater --distance"
+        )
     device = cut.means.device
     rasterise = GaussianRasterizer(
         GaussianRasterizationSettings(

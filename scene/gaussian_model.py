@@ -36,7 +36,10 @@ class GaussianModel:
     """
 
     def __init__(self, params: dict[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
-        self.params = {name: nn.Parameter(value.detach().clone()) for name, value in params.items()}
+        self.params = {
+            name: nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
+            for name, value in params.items()
+        }
         self.time_func = nn.Parameter(time_func.detach().clone(), requires_grad=time_func.ndim == 2)
         self.active_sh_degree = active_sh_degree
 

@@ -25,6 +25,8 @@ from utils.files import atomic_write
 from utils.geometry import FILE_NAME, Geometry
 from utils.spherical_harmonics import to_colour
 
+_MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
+
 
 @dataclass
 class Training:
@@ -47,6 +49,8 @@ class Training:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
         frames, masks = _read_frames(options, device, say)
+        todo = tasks(options, frames, masks)
+        _check_batch(options, todo)
         saved = load_checkpoint(options.start_checkpoint, device) if options.start_checkpoint else None
         camera = Camera(frames.width, frames.height, options.distance)
         generator = torch.Generator().manual_seed(options.seed)
@@ -68,7 +72,7 @@ class Training:
         training = cls(
             options,
             camera,
-            tasks(options, frames, masks),
+            todo,
             model,
             optimizer,
             DensityControl(model),
@@ -187,6 +191,17 @@ def _read_frames(
             f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
         )
     return frames, masks
+
+
+def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
+    """Can the rasteriser draw an iteration's images at once?"""
+    real = min(options.batch_size, len(todo[0].frames))
+    renders = sum(2 * real - 1 if task.terms.get("ibfr") else real for task in todo)
+    if renders > _MAX_RENDERS and options.rasterizer == "compiled":
+        raise UserError(
+            f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
+            f"included: {_MAX_RENDERS} is the most; give a smaller one"
+        )
 
 
 def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:

@@ -60,9 +60,21 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         else:
             where = f": {error.filename}" if error.filename else ""
             status = _fail(f"{os.strerror(error.errno)}{where}", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        status = _fail(
+            "out of memory: take fewer Gaussians, smaller frames or fewer at once, or free some", 1
+        )
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     sys.exit(status)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has a RuntimeError for it on the CPU, and a subclass on a GPU: their words are alike."""
+    words = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 
 
 def _fail(message: str, status: int) -> int:

@@ -37,11 +37,9 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
             _sync(temporary)
         os.replace(temporary, target)
     except BaseException as error:
-        full = shutil.disk_usage(target.parent).free < _FULL  # before the half-written file goes
+        full = _is_full(error, target)
         temporary.unlink(missing_ok=True)
-        if full and isinstance(
-            error, Exception
-        ):  # libraries have exceptions of their own for it (torch RuntimeError)
+        if full:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
         raise
     if sync:

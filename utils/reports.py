@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gaussian_renderer import render_frames
+from utils.errors import UserError
 from utils.files import atomic_write
 from utils.metrics import dice, psnr
 
@@ -73,7 +74,7 @@ class Report:
     def __init__(self, training: Training, first: int) -> None:
         options = training.options
         self.folder, self.quiet = training.folder, options.quiet
-        self.started, self.started_cpu = time.perf_counter(), time.process_time()
+        self.started = time.perf_counter()
         self.bar = tqdm(
             total=options.iterations, initial=first, desc="training", unit="it", disable=self.quiet
         )
@@ -102,6 +103,10 @@ class Report:
             return
         shown = float(loss.detach())
         self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
+        if not math.isfinite(shown):
+            raise UserError(
+                f"iteration {iteration}: the loss is {shown}; --debug names the value that went wrong first"
+            )
         batch_psnr = float(psnr(images.detach(), targets).mean())
         figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
         self.bar.set_postfix(figures, refresh=False)
@@ -151,7 +156,7 @@ class Report:
         if self.writer is not None:
             self.writer.close()
         spent = {
-            "time": time.process_time() - self.started_cpu,
+            "time": time.process_time(),
             "elapsed": time.perf_counter() - self.started,
         }
         with atomic_write(self.folder / "time.json") as temporary:

@@ -60,7 +60,12 @@ def load(instead: str = "run with --rasterizer oracle, the slow form in plain Py
         except ImportError as error:
             raise ImportError(f"{error}, or {instead}") from error.__cause__
     if library.exists():
-        torch.ops.load_library(str(library))
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            raise ImportError(
+                f"{library} does not load ({error}): remove it, and it is compiled anew"
+            ) from error
     return target
 
 

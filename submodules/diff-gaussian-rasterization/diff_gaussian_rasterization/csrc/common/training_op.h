@@ -36,7 +36,7 @@ void adam_step_op(TensorList parameters, TensorList gradients, TensorList first_
           "adam_step: parameters and moments must be contiguous");
       TORCH_CHECK_VALUE(steps[i].numel() == 1 && steps[i].is_cpu() && steps[i].scalar_type() == at::kFloat,
                         "adam_step: steps must be float32 scalars on the CPU");
-      const double step = *steps[i].data_ptr<float>() += 1;
+      const double step = *steps[i].data_ptr<float>() + 1.0;  // written once every tensor has passed
       kept.push_back(gradients[i].contiguous());
       AdamTensor<scalar_t> t;
       t.size = parameters[i].numel();
@@ -48,6 +48,7 @@ void adam_step_op(TensorList parameters, TensorList gradients, TensorList first_
       t.correction = scalar_t(1 / std::sqrt(1 - std::pow(beta2, step)));
       if (t.size > 0) tensors.push_back(t);
     }
+    for (size_t i = 0; i < count; ++i) *steps[i].data_ptr<float>() += 1;
     run(tensors, AdamConstants<scalar_t>{scalar_t(beta1), scalar_t(beta2), scalar_t(1 - beta1), scalar_t(1 - beta2),
                                          scalar_t(epsilon)});
   });
@@ -61,11 +62,12 @@ void observe_op(const Tensor& radii, const Tensor& active, const Tensor& screen_
   const int64_t v = radii.size(0), n = radii.size(1);
   check_real(screen_gradients, "screen_gradients");
   check_shape(active, "active", {v, n}, radii);
-  check_float(screen_gradients, "screen_gradients", {v, n, 2}, screen_gradients);
+  check_shape(screen_gradients, "screen_gradients", {v, n, 2}, radii);
   TORCH_CHECK_TYPE(radii.scalar_type() == at::kInt && active.scalar_type() == at::kByte,
                    "radii must be int32 and active uint8");
   check_float(m_gradients, "m_gradients", {n, 1}, screen_gradients);
   check_float(max_radii, "max_radii", {n}, screen_gradients);
+  TORCH_CHECK_VALUE(max_radii.is_contiguous(), "statistics must be contiguous");
   for (const Tensor& t : {xyz_gradient_accum, m_gradient_accum, denom, m_denom}) {
     check_float(t, "a statistic", {n, 1}, screen_gradients);
     TORCH_CHECK_VALUE(t.is_contiguous(), "statistics must be contiguous");

@@ -29,7 +29,9 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
   const int tiles_x = (width + kTile - 1) / kTile, tiles_y = (height + kTile - 1) / kTile;
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
   const int threads = at::get_num_threads();
-  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(threads, n / 1024));
+  // At most as many parts as keep their counts of the tiles to 32 MB.
+  const int64_t affordable = (int64_t(1) << 22) / std::max<int64_t>(1, views * tiles);
+  const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({threads, n / 1024, affordable}));
   const auto part_begin = [&](int64_t part) { return part * n / parts; };
 
   std::vector<S> limits(n);  // a pair exists where some head can be seen

@@ -37,11 +37,6 @@ using Vec = typename Simd<S, kLanes<S>>::type;
 template <class S>
 using Mask = typename Simd<typename Integer<S>::type, kLanes<S>>::type;  // -1 in the lanes that are set, 0 elsewhere
 
-template <class V, class S>
-MEDGS_INLINE V broadcast(S value) {
-  return V{} + value;
-}
-
 /// The first half of the lanes plus the second, as a vector half as wide: the reductions fold until one lane is left.
 template <class S, int W>
 MEDGS_INLINE typename Simd<S, W / 2>::type fold_halves(typename Simd<S, W>::type v) {

@@ -36,7 +36,7 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
       cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
   C10_CUDA_CHECK(cudaStreamSynchronize(stream));
   TORCH_CHECK(
-      pairs >= 0,
+      pairs < std::numeric_limits<int32_t>::max(),
       "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
 
   auto keys = at::empty({2, pairs}, ints), slots = at::empty({pairs}, ints), owners = at::empty({pairs}, ints);

@@ -369,7 +369,7 @@ __global__ void __launch_bounds__(kScanThreads)
       const S sx = __shfl_sync(group, sum, 0, L), sy = __shfl_sync(group, sum, 1, L);
       if (lane < 2)
         v_means2d[2 * (head * in.view_count * in.gaussians + row) + lane] =
-            in.conics[3 * row + lane] * sx + in.conics[3 * row + lane + 1] * sy;
+            first < last ? in.conics[3 * row + lane] * sx + in.conics[3 * row + lane + 1] * sy : S(0);
       if (lane >= 2 && lane < 5) {
         const S gradient = lane == 3 ? -sum : S(-0.5) * sum;
         S* v_conic = v_conics + 3 * row + lane - 2;
@@ -380,6 +380,11 @@ __global__ void __launch_bounds__(kScanThreads)
     if (lane >= 6 && lane < 6 + C) v_colours[at * C + lane - 6] = appearance;
   }
 }
+
+/// Sums of counts that stop at the largest int32 instead of wrapping: still associative, as no count is negative.
+struct SaturatingSum {
+  __device__ int32_t operator()(int32_t x, int32_t y) const { return x > 0x7fffffff - y ? 0x7fffffff : x + y; }
+};
 
 unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }
 
@@ -438,7 +443,7 @@ cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32
     const cudaError_t error = cudaMemsetAsync(out, 0, sizeof(int32_t), stream);
     if (error != cudaSuccess) return error;
   }
-  return cub::DeviceScan::InclusiveSum(temporary, bytes, in, out + 1, int(count), stream);
+  return cub::DeviceScan::InclusiveScan(temporary, bytes, in, out + 1, SaturatingSum{}, int(count), stream);
 }
 
 cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
