@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from arguments import OptimisationOptions, TrainOptions
-from gaussian_renderer import RASTERIZERS, Renders
+from gaussian_renderer import RASTERIZERS, Renders, rasterizer
 from gaussian_renderer.oracle import LOW_PASS, fold
 from scene.cameras import Camera
 from scene.density_control import DensityControl, reset_opacity
@@ -412,3 +412,29 @@ def test_opacity_reset_lowers_both_heads_and_forgets_their_moments():
         assert parameter.grad is None and parameter.requires_grad
     assert all(case.model.params[name] is value for name, value in others.items())
     assert torch.equal(case.moment("m"), case.moments["m"])
+
+
+def test_statistics_that_cannot_be_written_in_place_are_refused():
+    views, n = 2, 5
+    strided = torch.zeros(2 * n)[::2]
+    statistics = {"max_radii2D": strided} | {
+        name: torch.zeros(n, 1) for name in ("xyz_gradient_accum", "m_gradient_accum", "denom", "m_denom")
+    }
+    radii, active = torch.ones(views, n, dtype=torch.int32), torch.ones(views, n, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="contiguous"):
+        rasterizer("compiled").observe(
+            radii, active, torch.zeros(views, n, 2), torch.zeros(n, 1), 1, 16, 16, statistics
+        )
+
+
+def test_a_refused_adam_step_leaves_the_steps_where_they_were():
+    parameters = [torch.zeros(3), torch.zeros(4)]
+    steps = [torch.tensor(7.0), torch.tensor(7.0)]
+    wrong = [torch.zeros(3), torch.zeros(5)]  # the second gradient does not fit
+    moments = [torch.zeros(3), torch.zeros(4)]
+    rasterizer("compiled")
+    with pytest.raises(ValueError, match="gradients"):
+        torch.ops.diff_gaussian_rasterization.adam_step(
+            parameters, wrong, moments, moments, steps, [0.1, 0.1], 0.9, 0.999, 1e-15
+        )
+    assert [float(step) for step in steps] == [7.0, 7.0]

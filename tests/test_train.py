@@ -486,6 +486,20 @@ def test_debug_stops_at_values_that_are_not_finite(tmp_path, capsys, flag):
     assert "is not finite" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
+    images, out = write(tmp_path / "data", blobs()), tmp_path / "out"
+    assert refused(images, out, "--iterations", 30, "--lambda_l1", 1e39) == 2  # more than float32 holds
+    assert "the loss is" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(out.glob("chkpnt*"))
+
+
+def test_a_batch_of_more_images_than_one_call_draws_is_refused(tmp_path, capsys):
+    images, out = write(tmp_path / "data", blobs(40)), tmp_path / "out"
+    assert refused(images, out, "--batch_size", 64, "--ibfr_from_iter", 1) == 2
+    assert "--batch_size" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()
+
+
 # ---- refused -------------------------------------------------------------------------------------------------------
 
 
