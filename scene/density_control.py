@@ -5,7 +5,7 @@ Apart from the model on purpose: :func:`take_rows` is the one place that exchang
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -156,7 +156,7 @@ def _draw(scaling: Tensor, rotation: Tensor, generator: torch.Generator) -> Tens
 
 
 def _zeros(n: int, device: torch.device) -> dict[str, Tensor]:
-    names: Sequence[str] = ("xyz_gradient_accum", "denom", "m_gradient_accum", "m_denom")
+    names = ("xyz_gradient_accum", "denom", "m_gradient_accum", "m_denom")
     return {"max_radii2D": torch.zeros(n, device=device)} | {
         name: torch.zeros(n, 1, device=device) for name in names
     }
