@@ -11,10 +11,11 @@ from __future__ import annotations
 import torch
 
 from arguments import train_options
-from gaussian_renderer import Renders, render
+from gaussian_renderer import Renders
 from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
-from scene.pipelines import loss_terms, requested_renders, split, total_loss
+from scene.iteration import on_side_stream
+from scene.pipelines import Inputs
 from scene.training import Training, fresh_folder
 from utils.errors import UserError, run
 from utils.reports import Report
@@ -22,10 +23,12 @@ from utils.reports import Report
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 
 
+@on_side_stream
 def train(training: Training) -> None:
     """The loop. Pipelines differ in ``training.tasks`` only."""
-    options, camera, tasks = training.options, training.camera, training.tasks
+    options, tasks = training.options, training.tasks
     report = Report(training, training.iteration)
+    step = training.stepper()
     for iteration in range(training.iteration + 1, options.iterations + 1):
         model, optimizer = training.model, training.optimizer
         training.iteration = iteration
@@ -34,50 +37,19 @@ def train(training: Training) -> None:
 
         regularised = iteration >= options.ibfr_from_iter and any(task.terms.get("ibfr") for task in tasks)
         batch = training.sampler.draw(in_between=regularised)
-        requested = requested_renders(tasks, batch)
         controlled = iteration < options.densify_until_iter and not options.seg_head_only
-        renders = render(
-            model,
-            camera,
-            batch.positions,
-            [batch.mirrored] * len(batch.positions),
-            [r for task in requested for r in task],
-            training.background,
-            options.rasterizer,
-            screen_gradients=controlled,
-        )
-        images = split(renders.images, [len(task) for task in requested])
-        terms, targets = zip(
-            *(
-                loss_terms(
-                    task,
-                    x,
-                    batch,
-                    training.background,
-                    model.params["sigma"].flatten(),
-                    training.sampler.num_views,
-                    iteration,
-                    options,
-                    options.rasterizer,
-                )
-                for task, x in zip(tasks, images, strict=True)
-            ),
-            strict=True,
-        )
-        loss = total_loss(tasks, terms)
-        loss.backward()
+        outcome = step(Inputs.of(batch, model.device), controlled)
         if options.debug or 0 <= options.debug_from <= iteration:
-            check_finite(training, loss)
+            check_finite(training, outcome.loss)
 
         with torch.no_grad():
             if controlled:
-                control_density(training, renders, len(batch.frames))
+                control_density(training, outcome.renders, len(batch.frames))
             if not last:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-        real = len(batch.frames)
-        report.iteration(iteration, tasks, loss, terms, images[0][:real], targets[0], training)
+        report.iteration(iteration, tasks, outcome, training)
         if iteration in options.test_iterations or last:
             report.evaluation(training)
         if iteration in options.save_iterations or last:

@@ -37,6 +37,7 @@ from workload import TILE, Attainable, Recorder, count
 import train
 from arguments import TrainOptions, resolve_device
 from gaussian_renderer import ACTIVE, editing, rasterizer
+from scene import iteration as scene_iteration
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, GaussianModel
 from scene.training import Training
@@ -457,14 +458,19 @@ class Stopwatch:
         stages: list[tuple[Any, str, str]] = [
             (ops, "fold", "fold"),
             (ops, "blend", "blend"),
-            (train, "loss_terms", "loss"),
-            (train, "total_loss", "loss"),
+            (scene_iteration, "loss_terms", "loss"),
+            (scene_iteration, "total_loss", "loss"),
             (Tensor, "backward", "backward"),
             (train, "control_density", "statistics and density"),
             (optimizer, "step", "optimiser"),
         ]
         with ExitStack() as patches:
             patches.enter_context(patch.object(train, "set_rates", self._iteration(train.set_rates)))
+            if self.stages:
+                eager = functools.partial(
+                    scene_iteration.forward_backward, training
+                )  # a recording has no stages
+                patches.enter_context(patch.object(training, "stepper", lambda: eager))
             for owner, name, stage in stages if self.stages else []:
                 patches.enter_context(patch.object(owner, name, self._stage(stage, getattr(owner, name))))
             train.train(training)

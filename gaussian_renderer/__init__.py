@@ -52,22 +52,25 @@ def rasterizer(name: str) -> ModuleType:
 def render(
     model: GaussianModel,
     camera: Camera,
-    positions: Sequence[float],
-    mirrored: Sequence[bool],
+    positions: Sequence[float] | Tensor,
+    mirrored: Sequence[bool] | Tensor,
     renders: Sequence[Render],
     background: Tensor,
     backend: str = "compiled",
     screen_gradients: bool = False,
+    capacity: int = 0,
+    counted: Tensor | None = None,
 ) -> Renders:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
     background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
-    of ``screen`` are in the order of their first render.
+    of ``screen`` are in the order of their first render. ``capacity`` and ``counted``: see ``blend``.
     """
     ops = rasterizer(backend)
     heads = tuple(dict.fromkeys(r.head for r in renders))
     p = model.params
-    signs = torch.tensor([-1.0 if flip else 1.0 for flip in mirrored]).to(model.device, non_blocking=True)
+    if not isinstance(mirrored, Tensor):
+        mirrored = torch.tensor(mirrored, dtype=torch.float32).to(model.device, non_blocking=True)
     means2d, conics, radii, active = ops.fold(
         p["xyz"],
         p["w1"],
@@ -76,14 +79,14 @@ def render(
         p["scaling"],
         p["rotation"].flatten(),
         model.times(positions),
-        signs,
+        1 - 2 * mirrored.to(p["xyz"].dtype),
         camera.pixels_per_unit,
         camera.width,
         camera.height,
     )
     screen = None
     if screen_gradients:
-        screen = torch.zeros(len(heads), *means2d.shape, device=model.device, requires_grad=True)
+        screen = means2d.new_zeros(()).expand(len(heads), *means2d.shape).requires_grad_()  # never read
     images, _ = ops.blend(
         means2d,
         conics,
@@ -98,6 +101,7 @@ def render(
         camera.height,
         screen,
         raw=True,
+        **({"capacity": capacity, "counted": counted} if counted is not None else {}),
     )
     return Renders(images, screen, radii, active)
 

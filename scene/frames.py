@@ -86,8 +86,6 @@ class Frames:
         data_device = torch.device(device if data_device is None else data_device)
         device = torch.device(device)
         levels = torch.from_numpy(_stack(planes, alphas)).to(data_device)
-        if data_device.type == "cpu" and device.type == "cuda":
-            levels = levels.pin_memory()  # copies need not wait for the host then
         has_alpha = any(alpha is not None for alpha in alphas)
         return cls(
             levels, [file.name for file in files], [_number(file) for file in files], has_alpha, device
@@ -115,19 +113,23 @@ class Frames:
         return _BITS[self.levels.dtype]
 
     def __call__(
-        self, indices: int | Sequence[int], mirrored: bool = False, background: Tensor | None = None
+        self,
+        indices: int | Sequence[int] | Tensor,
+        mirrored: bool | Tensor = False,
+        background: Tensor | None = None,
     ) -> Tensor:
-        """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`; no waiting for the device.
+        """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`.
 
+        indices, mirrored: as tensors (B,) and () on `device` they are not waited for, where frames are kept there too.
         mirrored: flip them left-right, as the mirror camera sees them.
         background: (C,) in [0, 1], what transparent frames lie on; None is black.
         """
-        indices = [indices] if isinstance(indices, int) else indices
-        for k in indices:
-            if not 0 <= k < len(self):  # a frame before the first is never the last one
-                raise IndexError(f"frame {k} of {len(self)}")
-        # One copy each: an index tensor would have to go to the device first.
-        frames = torch.stack([self.levels[k].to(self.device, non_blocking=True) for k in indices])
+        if not isinstance(indices, Tensor):
+            indices = torch.tensor([indices] if isinstance(indices, int) else list(indices), dtype=torch.long)
+            for k in indices.tolist():
+                if not 0 <= k < len(self):  # a frame before the first is never the last one
+                    raise IndexError(f"frame {k} of {len(self)}")
+        frames = self.levels[indices.to(self.levels.device)].to(self.device)
         if frames.dtype == torch.uint8:
             frames = frames.float() / 255
         elif frames.dtype == torch.int16:
@@ -137,6 +139,8 @@ class Frames:
             frames = frames * alpha
             if background is not None:
                 frames = frames + (1 - alpha) * background.view(1, -1, 1, 1)
+        if isinstance(mirrored, Tensor):
+            return torch.where(mirrored, frames.flip(-1), frames)
         return frames.flip(-1) if mirrored else frames
 
 

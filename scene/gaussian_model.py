@@ -130,21 +130,20 @@ class GaussianModel:
 
     # ---- active values -----------------------------------------------------------------------------------------------
 
-    def times(self, positions: Sequence[float]) -> Tensor:
-        """Positions in the sequence, frame index plus fraction -> times (V,); gradients where times are learned.
+    def times(self, positions: Sequence[float] | Tensor) -> Tensor:
+        """Positions in the sequence (V,), frame index plus fraction -> times (V,); gradients where times are learned.
 
-        t = t_k + (t_{k+1} - t_k) * fraction. The last frame reaches towards t = 1.
+        t = t_k + (t_{k+1} - t_k) * fraction. The last frame reaches towards t = 1. float64 positions keep the fraction.
         """
-        index = [min(math.floor(p), self.num_frames - 1) for p in positions]
-        fraction = [p - k for p, k in zip(positions, index, strict=True)]
+        if not isinstance(positions, Tensor):
+            positions = torch.tensor(positions, dtype=torch.float64).to(self.device, non_blocking=True)
         durations: Tensor = self.time_func
         if self.uses_dff:
             durations = torch.cat([torch.softmax(durations[:, 0], 0), durations.new_zeros(1)])
-        ends = torch.cat([durations.new_zeros(1), torch.cumsum(durations, 0)])  # (K + 1,)
-        view = torch.tensor([index, fraction], dtype=torch.float64)  # one small copy to the device
-        view = view.to(self.device, torch.float32, non_blocking=True)
-        start = ends[view[0].long()]
-        return start + durations[view[0].long()] * view[1]
+        starts = torch.cumsum(durations, 0) - durations  # (K,)
+        index = positions.long().clamp_max(self.num_frames - 1)
+        fraction = (positions - index).to(durations.dtype)
+        return starts[index] + durations[index] * fraction
 
     def opacities(self, heads: Sequence[str]) -> Tensor:
         """(heads, N) in (0, 1)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -33,9 +34,19 @@ class Task:
     def render(self, view: int) -> Render:
         return Render(view, self.head, self.test)
 
-    def targets(self, indices: Sequence[int], background: Tensor, mirrored: bool = False) -> Tensor:
+    def targets(
+        self, indices: Sequence[int] | Tensor, background: Tensor, mirrored: bool | Tensor = False
+    ) -> Tensor:
         """Frames ``indices`` (B, C, H, W) with the channels of ``background`` (C,): grey ones suit a colour model."""
         return self.frames(indices, mirrored, background).expand(-1, len(background), -1, -1)
+
+    def blends(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
+        """What ``positions`` (B,) between frames should show (IBFR): the frames around each blended linearly,
+        (1 - alpha) I_k + alpha I_{k+1} at k + alpha, as (B, C, H, W)."""
+        before = positions.long()
+        alphas = (positions - before).float().view(-1, 1, 1, 1)
+        first, second = (self.targets(k, background, mirrored) for k in (before, before + 1))
+        return torch.lerp(first, second, alphas)
 
 
 def tasks(options: TrainOptions, frames: Frames, masks: Frames | None = None) -> list[Task]:
@@ -107,11 +118,37 @@ class Sampler:
         return Batch(frames, between, mirrored=view >= self.num_frames)
 
 
-def requested_renders(tasks: Sequence[Task], batch: Batch) -> list[list[Render]]:
+@dataclass(frozen=True)
+class Inputs:
+    """A batch as a tensor on the model's device: all that an iteration reads besides the model and the frames."""
+
+    views: Tensor  # (2, V) float64: position in the sequence, real ones first, and 1 where the mirror side is shown
+    real: int  # B
+
+    @classmethod
+    def of(cls, batch: Batch, device: torch.device) -> Inputs:
+        mirrored = [float(batch.mirrored)] * len(batch.positions)
+        views = torch.tensor([batch.positions, mirrored], dtype=torch.float64)
+        return cls(views.to(device, non_blocking=True), len(batch.frames))
+
+    @property
+    def mirrored(self) -> Tensor:
+        return self.views[1, 0] > 0
+
+    def shown(self, task: Task, background: Tensor) -> tuple[Tensor, Tensor]:
+        """What the task's renders should show: (B, C, H, W) at the real views, and (V - B, C, H, W) at those between,
+        none where the task has no IBFR."""
+        targets = task.targets(self.views[0, : self.real].long(), background, self.mirrored)
+        if not task.terms.get("ibfr") or self.views.shape[1] == self.real:
+            return targets, targets[:0]
+        return targets, task.blends(self.views[0, self.real :], background, self.mirrored)
+
+
+def requested_renders(tasks: Sequence[Task], inputs: Inputs) -> list[list[Render]]:
     """For each task the renders it needs: of the real views, then, where it has IBFR, of those between."""
-    views = len(batch.positions)
+    views = inputs.views.shape[1]
     return [
-        [task.render(v) for v in range(views if task.terms.get("ibfr") else len(batch.frames))]
+        [task.render(view) for view in range(views if task.terms.get("ibfr") else inputs.real)]
         for task in tasks
     ]
 
@@ -119,37 +156,28 @@ def requested_renders(tasks: Sequence[Task], batch: Batch) -> list[list[Render]]
 def loss_terms(
     task: Task,
     images: Tensor,  # (views, C, H, W): the task's share of the renders
-    batch: Batch,
-    background: Tensor,  # (C,)
+    targets: Tensor,  # (B, C, H, W): the frames of the real views, which come first
+    blends: Tensor,  # (views - B, C, H, W): what the others should look like
     raw_sigma: Tensor,  # (N,), logs of the spreads in time
     num_views: int,
     iteration: int,
     options: OptimisationOptions,
     backend: str = "compiled",
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Each term of the task that applies at ``iteration``, unweighted; and the frames that its real views showed."""
+) -> dict[str, Tensor]:
+    """Each term of the task that applies at ``iteration``, unweighted."""
     ops = rasterizer(backend)
-    real = len(batch.frames)
-    targets = task.targets(batch.frames, background, batch.mirrored)
-    at_frames, between = split(images, [real, len(images) - real])
+    at_frames, between = split(images, [len(targets), len(blends)])
     if task.terms.get("ssim"):
         l1, ssim = ops.similarity(at_frames, targets)
         terms = {"l1": l1, "ssim": 1 - ssim}
     else:
         terms = {"l1": losses.l1(at_frames, targets)}
-    if task.terms.get("ibfr") and batch.between:
-        ends = targets
-        if real == 1:  # a batch of one frame has no neighbour of its own to blend with
-            ends = task.targets(
-                [k + step for k, _ in batch.between for step in (0, 1)], background, batch.mirrored
-            )
-        alphas = torch.tensor([alpha for _, alpha in batch.between]).to(images.device, non_blocking=True)
-        blends = torch.lerp(ends[:-1], ends[1:], alphas.view(-1, 1, 1, 1))
+    if len(blends):
         terms["ibfr"] = losses.l1(between, blends)
     if task.terms.get("sigma") and iteration < options.sigma_until_iter:
         low = options.sigma_low_views / num_views
         terms["sigma"] = ops.sigma_outside(raw_sigma, low, options.sigma_high)
-    return terms, targets
+    return terms
 
 
 def split(images: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -161,8 +189,13 @@ def split(images: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> Tensor:
     """The weighted sum of all terms of all tasks."""
-    weights = [
+    weights = tuple(
         task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values
-    ]
+    )
     values = torch.stack([value for named in terms for value in named.values()])
-    return values @ torch.tensor(weights).to(values.device, non_blocking=True)
+    return values @ _on_device(weights, values.device)
+
+
+@functools.cache
+def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(values, device=device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.density_control import DensityControl
 from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer
-from scene.pipelines import Sampler, Task, tasks
+from scene.iteration import Outcome, Replay, forward_backward
+from scene.pipelines import Inputs, Sampler, Task, tasks
 from scene.point_cloud import write_point_cloud, write_points
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -106,6 +108,15 @@ class Training:
             self.background = saved.extras["background"].to(self.model.device)
         self.iteration = saved.iteration
         say(f"resuming {self.options.start_checkpoint} at iteration {saved.iteration}")
+
+    def stepper(self) -> Callable[[Inputs, bool], Outcome]:
+        """What does an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
+        options = self.options
+        plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
+        here = all(task.frames.levels.device == self.model.device for task in self.tasks)
+        if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
+            return Replay(self)
+        return functools.partial(forward_backward, self)
 
     @property
     def extent(self) -> float:

@@ -16,7 +16,7 @@ from torch import Tensor
 RAW = ("xyz", "w1", "m", "sigma", "scaling", "rotation")
 DIFFERENTIABLE = (*RAW, "times", "opacities", "colours", "backgrounds", "screen")
 HARMONIC_0 = 0.28209479177387814
-KINDS = ("plain", "opaque", "covering", "elongated", "outside", "inactive", "tiny")
+KINDS = ("plain", "opaque", "covering", "elongated", "outside", "inactive", "tiny", "faint")
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,8 @@ def random_scene(
         opacities[:, : 1 + n // 2] = uniform(0.985, 1.0, heads, n)[:, : 1 + n // 2]
     if kind == "covering":
         opacities *= 0.3
+    if kind == "faint":  # pixels stop, but all at other places
+        opacities *= torch.linspace(0.02, 0.8, n, dtype=torch.float64)
     half = torch.tensor([width, 1, height], dtype=torch.float64) / (2 * pixels_per_unit)
     xyz = uniform(-1.3, 1.3, n, 3) * half
     if kind == "outside":

@@ -86,6 +86,15 @@ CASES = {
     "very elongated": {"kind": "elongated", "n": 40},
     "at the segmentation scale": {"kind": "tiny", "n": 60, "renders": [(0, 0, 1), (0, 0, 2)]},
     "hundreds in a tile": {"width": 8, "height": 8, "n": 300},
+    "lists of a thousand, faint": {
+        "width": 19,
+        "height": 11,
+        "n": 1100,
+        "kind": "faint",
+        "heads": 2,
+        "channels": 1,
+        "renders": [(0, 0, 1), (0, 1, 1)],
+    },
     "raw": {"raw": True, "heads": 2, "renders": [(0, 1, 1), (0, 0, 1)]},
     "four channels": {"channels": 4},
     "one channel, straight": {"channels": 1, "degree": 0},
@@ -168,6 +177,27 @@ def test_any_bit_of_a_mask_selects(device):
     images, transmittance = blend(*(t.to(device) for t in given), backgrounds.to(device), *renders, 24, 24)
     torch.testing.assert_close(images.cpu(), expected[0], rtol=0, atol=1e-13)
     torch.testing.assert_close(transmittance.cpu(), expected[1], rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_room_for_the_pairs_may_be_given(device):
+    # 20 Gaussians of several px in 24 x 24 px: each reaches some tiles, so there are more pairs than a handful.
+    means2d, *given = (t.to(device) for t in footprints(5))
+    backgrounds, renders = torch.zeros(2, 3, dtype=torch.float64, device=device), ([0, 1], [0, 1], [255, 255])
+    counted = torch.zeros(1, dtype=torch.int32)
+    leaf = means2d.clone().requires_grad_()
+    expected, _ = blend(leaf, *given, backgrounds, *renders, 24, 24, counted=counted)
+    (gradient,) = torch.autograd.grad((expected**2).sum(), leaf)
+    pairs = int(counted)
+    assert pairs > 40
+    for room in (pairs, 3 * pairs, 1):  # with too little the images mean nothing, and nothing else happens
+        images, _ = blend(leaf, *given, backgrounds, *renders, 24, 24, capacity=room, counted=counted)
+        (other,) = torch.autograd.grad((images**2).sum(), leaf)
+        assert int(counted) == pairs
+        if room >= pairs:
+            assert images.equal(expected) and other.equal(gradient)
+    with pytest.raises(ValueError, match="capacity"):
+        blend(means2d, *given, backgrounds, *renders, 24, 24, capacity=-1)
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -24,7 +24,7 @@ from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
-from scene.pipelines import Batch, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
+from scene.pipelines import Batch, Inputs, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
 from scene.training import Training
 from train import train
 from utils.losses import ssim
@@ -172,12 +172,13 @@ def test_positions_put_the_real_views_first():
 
 
 def test_only_terms_with_in_betweens_render_them():
-    joint = tasks(run_options(pipeline="joint", seg_source_path="masks"), flat(0), flat(0))
-    image, seg = requested_renders(joint, Batch([0, 1], [(0, 0.5)], False))
+    batch, two = Batch([0, 1], [(0, 0.5)], False), flat(0, 51)
+    joint = tasks(run_options(pipeline="joint", seg_source_path="masks"), two, two)
+    image, seg = requested_renders(joint, Inputs.of(batch, torch.device("cpu")))
     assert image == [Render(v, IMAGE, ACTIVE) for v in range(3)]
     assert seg == [Render(v, SEGMENTATION, ACTIVE_SEGMENTATION) for v in range(2)]
-    without = tasks(run_options(lambda_ibfr=0.0), flat(0))
-    assert len(requested_renders(without, Batch([0, 1], [(0, 0.5)], False))[0]) == 2
+    without = tasks(run_options(lambda_ibfr=0.0), two)
+    assert len(requested_renders(without, Inputs.of(batch, torch.device("cpu")))[0]) == 2
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
@@ -196,7 +197,9 @@ def terms_of(
     options=OPTIONS,
     background=BACKGROUND,
 ):
-    return loss_terms(task, images, batch, background, SPREADS.log(), views, iteration, options, backend)
+    targets, blends = Inputs.of(batch, background.device).shown(task, background)
+    terms = loss_terms(task, images, targets, blends, SPREADS.log(), views, iteration, options, backend)
+    return terms, targets
 
 
 def noise(*shape, seed=0):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from utils.files import atomic_write
 from utils.metrics import dice, psnr
 
 if TYPE_CHECKING:
+    from scene.iteration import Outcome
     from scene.pipelines import Task
     from scene.training import Training
 
@@ -91,23 +92,20 @@ class Report:
         self,
         iteration: int,
         tasks: Sequence[Task],
-        loss: Tensor,
-        terms: Sequence[Mapping[str, Tensor]],
-        images: Tensor,
-        targets: Tensor,
+        outcome: Outcome,
         training: Training,
     ) -> None:
         """Moves the bar; now and then looks at the numbers, which waits for the device."""
         self.bar.update(1)
         if iteration % BAR_INTERVAL and iteration != training.options.iterations:
             return
-        shown = float(loss.detach())
+        shown = float(outcome.loss)
         self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
         if not math.isfinite(shown):
             raise UserError(
                 f"iteration {iteration}: the loss is {shown}; --debug names the value that went wrong first"
             )
-        batch_psnr = float(psnr(images.detach(), targets).mean())
+        batch_psnr = float(psnr(outcome.images, outcome.targets).mean())
         figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
         self.bar.set_postfix(figures, refresh=False)
         if self.writer is None:
@@ -115,9 +113,9 @@ class Report:
         now = time.perf_counter()
         then, before = self.last_look
         self.last_look = now, iteration
-        for task, values in zip(tasks, terms, strict=True):
+        for task, values in zip(tasks, outcome.terms, strict=True):
             for name, value in values.items():
-                self.writer.add_scalar(f"{task.name}/{name}_loss", float(value.detach()), iteration)
+                self.writer.add_scalar(f"{task.name}/{name}_loss", float(value), iteration)
         self.writer.add_scalar("total_loss", shown, iteration)
         self.writer.add_scalar("points", len(training.model), iteration)
         self.writer.add_scalar("iteration_ms", 1000 * (now - then) / max(iteration - before, 1), iteration)

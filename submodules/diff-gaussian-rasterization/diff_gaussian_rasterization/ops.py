@@ -72,6 +72,8 @@ def blend(
     height: int,
     screen: Tensor | None = None,
     raw: bool = False,
+    capacity: int = 0,
+    counted: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Draws R renders of V views, front to back by index (Kerbl et al. 2023, equation 3).
 
@@ -88,6 +90,9 @@ def blend(
         screen: (heads, V, N, 2), never read: its gradient is each head's own share of that of ``means2d``, which
             density control asks for.
         raw: ``opacities`` are logits, and ``colours`` coefficients x of max(0, C0 x + 0.5), C0 = 0.28209.
+        capacity: on CUDA, make room for that many pairs of Gaussian and tile instead of asking the device how many
+            there are, which waits for it. Where there are more, the result is wrong: look at ``counted``.
+        counted: (1,) int32, on any device, gets how many pairs there are; pinned, without waiting for the device.
 
     Returns:
         images (R, C, height, width) and the transmittance left at each pixel (R, height, width). Gradients flow to
@@ -95,8 +100,21 @@ def blend(
     """
     renders = list(views), list(heads), list(bits)
     out = _ops.blend(
-        means2d, conics, active, opacities, colours, backgrounds, screen, *renders, width, height, raw
+        means2d,
+        conics,
+        active,
+        opacities,
+        colours,
+        backgrounds,
+        screen,
+        *renders,
+        width,
+        height,
+        raw,
+        capacity,
     )
+    if counted is not None:
+        counted.copy_(out[6][-1:], non_blocking=True)
     return out[0], out[1]
 
 
@@ -156,7 +174,6 @@ class Adam(torch.optim.Adam):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps)
 
-    @torch.no_grad()
     def step(self, closure=None):
         loss = None
         if closure is not None:
@@ -183,9 +200,13 @@ class Adam(torch.optim.Adam):
                 )
                 for column, value in zip(lists.setdefault(constants, [[] for _ in row]), row, strict=True):
                     column.append(value)
-        for constants, columns in lists.items():
-            _ops.adam_step(*columns, *constants)
+        with torch.no_grad():
+            for constants, columns in lists.items():
+                _ops.adam_step(*columns, *constants)
         return loss
+
+    # torch would wrap it for its profiler and for hooks, at a third of what a step costs the host.
+    step.hooked = True
 
 
 # ---- shapes, for torch.compile and opcheck ---------------------------------------------------------------------------
@@ -224,7 +245,20 @@ def _(
 
 @torch.library.register_fake("diff_gaussian_rasterization::blend")
 def _(
-    means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height, raw
+    means2d,
+    conics,
+    active,
+    opacities,
+    colours,
+    backgrounds,
+    screen,
+    views,
+    heads,
+    bits,
+    width,
+    height,
+    raw,
+    capacity=0,
 ):
     v, n, _ = means2d.shape
     r, c = len(views), colours.shape[2]
@@ -238,6 +272,7 @@ def _(
         means2d.new_empty(pairs, **ints),
         means2d.new_empty(pairs, **ints),
         means2d.new_empty(v * n + 1, **ints),
+        means2d.new_empty(torch.library.get_ctx().new_dynamic_size()),
     )
 
 
@@ -252,6 +287,7 @@ def _(
     pair_gaussians,
     pair_slots,
     gaussian_offsets,
+    starts,
     means2d,
     conics,
     active,
@@ -324,18 +360,17 @@ torch.library.register_autograd(
 def _blend_setup(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs[:5], *output)
-    ctx.renders = inputs[7:]
+    ctx.renders = inputs[7:13]
 
 
 def _blend_backward(ctx, v_images, v_transmittance, *_):
-    *inputs, images, transmittance, stops, tile_offsets, gaussians, slots, offsets = ctx.saved_tensors
+    inputs, (images, transmittance, *lists) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     if v_images is None and v_transmittance is None:
-        return (None,) * 13
+        return (None,) * 14
     v_images = torch.zeros_like(images) if v_images is None else v_images
     v_transmittance = torch.zeros_like(transmittance) if v_transmittance is None else v_transmittance
-    state = (images, transmittance, stops, tile_offsets, gaussians, slots, offsets)
     v_means2d, v_conics, v_opacities, v_colours = _ops.blend_backward(
-        v_images, v_transmittance, *state, *inputs, *ctx.renders
+        v_images, v_transmittance, images, transmittance, *lists, *inputs, *ctx.renders
     )
     v_backgrounds = None
     if ctx.needs_input_grad[5]:
@@ -343,7 +378,7 @@ def _blend_backward(ctx, v_images, v_transmittance, *_):
         v_backgrounds = (v_images * transmittance[:, None]).sum(3).sum(2)
     v_screen = v_means2d if ctx.needs_input_grad[6] else None
     v_means2d = v_means2d[0] if len(v_means2d) == 1 else v_means2d.sum(0)
-    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 6
+    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 7
 
 
 torch.library.register_autograd(

@@ -61,7 +61,11 @@ struct BlendArguments {
   const int32_t* tile_offsets;                 // (V, tiles + 1): each tile's range of pairs
   const int32_t *pair_gaussians, *pair_slots;  // (pairs): front to back within a tile
   S *images, *transmittance;                   // (R,C,H,W) (R,H,W)
-  int32_t* stops;                              // (R,H,W): pairs of its tile that a pixel consumed
+  int32_t* stops;                              // (R,H,W): pairs of its tile in front of where a pixel stops
+  // CUDA: the lists are cut into segments
+  int64_t pairs, layers, segments;  // room for pairs; most renders of one view
+  const int32_t* segment_tiles;     // (segments): tile of each, counted over all views, or -1
+  S* starts;                        // (layers, segments, C + 1, pixels): transmittance and colour in front of each
   // backward
   const S *v_images, *v_transmittance;  // (R,C,H,W) (R,H,W)
   const int64_t* render_slots;          // (R): where the records of the render's slot 0 would be

@@ -63,7 +63,8 @@ inline void check_fold(const Tensor& xyz, const Tensor& w1, const Tensor& m, con
 
 inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities,
                         const Tensor& colours, const Tensor& backgrounds, const std::optional<Tensor>& screen,
-                        IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height) {
+                        IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height,
+                        int64_t capacity) {
   check_real(means2d, "means2d");
   TORCH_CHECK_VALUE(means2d.dim() == 3, "means2d must have shape (V, N, 2), got ", means2d.sizes());
   TORCH_CHECK_VALUE(colours.dim() == 3, "colours must have shape (heads, N, C), got ", colours.sizes());
@@ -89,6 +90,7 @@ inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tenso
   }
   TORCH_CHECK_VALUE(r <= kMaxRenders && v <= kMaxRenders, "at most ", kMaxRenders,
                     " views and renders in one call, got ", v, " and ", r);
+  TORCH_CHECK_VALUE(capacity >= 0 && capacity < (int64_t(1) << 31), "capacity must be 0 ... 2^31 - 1, got ", capacity);
   check_image(width, height);
 }
 
@@ -124,16 +126,10 @@ inline std::unique_ptr<bool[]> renders_to_check(const std::vector<int64_t>& view
   return check;
 }
 
-/// Where each render's records start in one buffer: the k-th render of a view uses layer k of `pairs` slots. Returns
-/// the number of layers.
-inline int64_t record_layers(IntArrayRef views, int64_t pairs, std::vector<int64_t>& starts) {
+/// The k-th render of a view uses layer k of what is kept for each pair: how many layers there are, at least one.
+inline int64_t layers_of(IntArrayRef views) {
   int64_t layers = 1;
-  starts.resize(views.size());
-  for (size_t r = 0; r < views.size(); ++r) {
-    const int64_t layer = std::count(views.begin(), views.begin() + r, views[r]);
-    starts[r] = layer * pairs;
-    layers = std::max(layers, layer + 1);
-  }
+  for (const int64_t view : views) layers = std::max<int64_t>(layers, std::count(views.begin(), views.end(), view));
   return layers;
 }
 

@@ -115,11 +115,12 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
     const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
-    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
-  check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
+    IntArrayRef bits, int64_t width, int64_t height, bool raw, int64_t capacity) {
+  check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height,
+              capacity);
   const int64_t v = means2d.size(0), n = means2d.size(1), r = int64_t(views.size()), c = colours.size(2);
   const Tensor p[] = {means2d.contiguous(),         conics.contiguous(),
                       active.contiguous(),          active_opacities(opacities, raw),
@@ -142,15 +143,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
     in.stops = stops.mutable_data_ptr<int32_t>();
     kernels<scalar_t>().blend(in, at::get_num_threads());
   });
-  return {images, transmittance, stops, pairs.tile_offsets, pairs.gaussians, pairs.slots, pairs.gaussian_offsets};
+  return {images,
+          transmittance,
+          stops,
+          pairs.tile_offsets,
+          pairs.gaussians,
+          pairs.slots,
+          pairs.gaussian_offsets,
+          at::empty({0}, means2d.options())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
     const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
     const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
-    const Tensor& gaussian_offsets, const Tensor& means2d, const Tensor& conics, const Tensor& active,
-    const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads, IntArrayRef bits,
-    int64_t width, int64_t height, bool raw) {
+    const Tensor& gaussian_offsets, const Tensor& /*starts*/, const Tensor& means2d, const Tensor& conics,
+    const Tensor& active, const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads,
+    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
   check_float(v_images, "v_images", {r, c, height, width}, means2d);
   check_float(v_transmittance, "v_transmittance", {r, height, width}, means2d);
@@ -159,8 +167,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
   const auto g_images = v_images.contiguous(), g_transmittance = v_transmittance.contiguous();
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
-  std::vector<int64_t> render_slots;
-  const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
+  // The k-th render of a view writes its records to layer k.
+  const int64_t pairs = pair_slots.size(0), records = layers_of(views) * pairs;
+  std::vector<int64_t> render_slots(r);
+  for (int64_t i = 0; i < r; ++i) render_slots[i] = std::count(views.begin(), views.begin() + i, views[i]) * pairs;
   auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options());
   auto v_conics = at::empty_like(p[1]);
   auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
@@ -192,16 +202,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
 TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
       "blend(Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, Tensor backgrounds, "
-      "Tensor? screen, "
-      "int[] views, int[] heads, int[] bits, int width, int height, bool raw) -> (Tensor images, Tensor transmittance, "
-      "Tensor stops, "
-      "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets)");
+      "Tensor? screen, int[] views, int[] heads, int[] bits, int width, int height, bool raw, int capacity=0) "
+      "-> (Tensor images, Tensor transmittance, Tensor stops, Tensor tile_offsets, Tensor pair_gaussians, "
+      "Tensor pair_slots, Tensor gaussian_offsets, Tensor starts)");
   m.def(
       "blend_backward(Tensor v_images, Tensor v_transmittance, Tensor images, Tensor transmittance, Tensor stops, "
-      "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets, Tensor means2d, Tensor "
-      "conics, "
-      "Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, int[] bits, int width, int height, "
-      "bool raw) "
+      "Tensor tile_offsets, Tensor pair_gaussians, Tensor pair_slots, Tensor gaussian_offsets, Tensor starts, "
+      "Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, int[] views, int[] heads, "
+      "int[] bits, int width, int height, bool raw) "
       "-> (Tensor v_means2d, Tensor v_conics, Tensor v_opacities, Tensor v_colours)");
 }
 

@@ -6,13 +6,16 @@
 namespace medgs {
 namespace {
 
+constexpr int64_t kPixels = int64_t(cuda::kTile) * cuda::kTile;  // of a tile
+
 struct Pairs {
   Tensor tile_offsets, gaussians, slots, gaussian_offsets;  // as in cpu/blend.cpp
 };
 
+/// With a `capacity` there is room for that many pairs, and the device is not asked how many there are.
 template <class S>
 Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities,
-          const std::vector<int64_t>& view_bits, int width, int height, cudaStream_t stream) {
+          const std::vector<int64_t>& view_bits, int width, int height, int64_t capacity, cudaStream_t stream) {
   const int64_t views = means2d.size(0), n = means2d.size(1), rows = views * n;
   const int tiles_x = (width + cuda::kTile - 1) / cuda::kTile, tiles_y = (height + cuda::kTile - 1) / cuda::kTile;
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
@@ -30,14 +33,15 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
   auto temporary = at::empty({int64_t(std::max<size_t>(need, 1))}, bytes);
   C10_CUDA_CHECK(cuda::launch_scan(temporary.data_ptr(), need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(),
                                    rows, stream));
-  // The one host synchronisation of a render: how many pairs to make room for.
-  int32_t pairs = 0;
-  C10_CUDA_CHECK(
-      cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
-  C10_CUDA_CHECK(cudaStreamSynchronize(stream));
-  TORCH_CHECK(
-      pairs < std::numeric_limits<int32_t>::max(),
-      "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
+  int32_t pairs = int32_t(capacity);
+  if (capacity == 0) {  // the one host synchronisation of a render
+    C10_CUDA_CHECK(
+        cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
+    C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    TORCH_CHECK(
+        pairs < std::numeric_limits<int32_t>::max(),
+        "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
+  }
 
   auto keys = at::empty({2, pairs}, ints), slots = at::empty({pairs}, ints), owners = at::empty({pairs}, ints);
   Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({pairs}, ints), at::empty({pairs}, ints), offsets};
@@ -45,8 +49,8 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
   auto* sorted = unsorted + pairs;
   if (pairs > 0) {
     C10_CUDA_CHECK(cuda::launch_emit_pairs(rectangles.data_ptr(), offsets.data_ptr<int32_t>(), views, n, tiles_x,
-                                           tiles_y, unsorted, slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(),
-                                           stream));
+                                           tiles_y, pairs, unsorted, slots.data_ptr<int32_t>(),
+                                           owners.data_ptr<int32_t>(), stream));
     int key_bits = 1;
     while ((int64_t(1) << key_bits) < views * tiles) ++key_bits;
     need = 0;
@@ -56,17 +60,34 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
     C10_CUDA_CHECK(cuda::launch_sort(temporary.data_ptr(), need, unsorted, sorted, slots.data_ptr<int32_t>(),
                                      out.slots.data_ptr<int32_t>(), pairs, key_bits, stream));
   }
-  C10_CUDA_CHECK(cuda::launch_tile_ranges(sorted, out.slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), pairs,
-                                          views, tiles, out.tile_offsets.data_ptr<int32_t>(),
-                                          out.gaussians.data_ptr<int32_t>(), stream));
+  C10_CUDA_CHECK(cuda::launch_tile_ranges(
+      sorted, out.slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), offsets.data_ptr<int32_t>() + rows, pairs,
+      views, tiles, out.tile_offsets.data_ptr<int32_t>(), out.gaussians.data_ptr<int32_t>(), stream));
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
+/// Cuts the tiles' lists into segments; `starts` are theirs. Returns the list of segments, which `in` points to.
+template <class S>
+Tensor cut_lists(BlendArguments<S>& in, const Tensor& tile_offsets, const Tensor& starts, int64_t pairs, int64_t layers,
+                 cudaStream_t stream) {
+  const int64_t tiles = in.tiles_x * in.tiles_y;
+  in.pairs = pairs;
+  in.segments = cuda::segment_count(pairs, in.view_count, tiles);
+  in.layers = layers;
+  in.starts = starts.data_ptr<S>();
+  Tensor segment_tiles = at::empty({in.segments}, tile_offsets.options());
+  C10_CUDA_CHECK(cuda::launch_list_segments(tile_offsets.const_data_ptr<int32_t>(), in.view_count, tiles, in.segments,
+                                            segment_tiles.mutable_data_ptr<int32_t>(), stream));
+  in.segment_tiles = segment_tiles.const_data_ptr<int32_t>();
+  return segment_tiles;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
     const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
     const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
-    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
-  check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height);
+    IntArrayRef bits, int64_t width, int64_t height, bool raw, int64_t capacity) {
+  check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height,
+              capacity);
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t r = int64_t(views.size()), c = colours.size(2);
@@ -78,26 +99,32 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cuda(
   auto images = at::empty({r, c, height, width}, means2d.options());
   auto transmittance = at::empty({r, height, width}, means2d.options());
   auto stops = at::empty({r, height, width}, means2d.options().dtype(at::kInt));
+  Tensor starts;
   Pairs pairs;
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend", [&] {
-    pairs = bin<scalar_t>(p[0], p[1], p[2], p[3], view_bits, int(width), int(height), stream);
+    pairs = bin<scalar_t>(p[0], p[1], p[2], p[3], view_bits, int(width), int(height), capacity, stream);
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots,
                                         views, heads, bits, check.get(), width, height, cuda::kTile);
     in.backgrounds = p[5].const_data_ptr<scalar_t>();
     in.images = images.mutable_data_ptr<scalar_t>();
     in.transmittance = transmittance.mutable_data_ptr<scalar_t>();
     in.stops = stops.mutable_data_ptr<int32_t>();
+    const int64_t layers = layers_of(views);
+    const int64_t segments = cuda::segment_count(pairs.slots.size(0), in.view_count, in.tiles_x * in.tiles_y);
+    starts = at::empty({layers * segments * (c + 1) * kPixels}, means2d.options());
+    const Tensor segment_tiles = cut_lists(in, pairs.tile_offsets, starts, pairs.slots.size(0), layers, stream);
     if (r > 0) C10_CUDA_CHECK(cuda::launch_blend(in, stream));
   });
-  return {images, transmittance, stops, pairs.tile_offsets, pairs.gaussians, pairs.slots, pairs.gaussian_offsets};
+  return {images,      transmittance,          stops, pairs.tile_offsets, pairs.gaussians,
+          pairs.slots, pairs.gaussian_offsets, starts};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
     const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
     const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
-    const Tensor& gaussian_offsets, const Tensor& means2d, const Tensor& conics, const Tensor& active,
-    const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads, IntArrayRef bits,
-    int64_t width, int64_t height, bool raw) {
+    const Tensor& gaussian_offsets, const Tensor& starts, const Tensor& means2d, const Tensor& conics,
+    const Tensor& active, const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads,
+    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
   const c10::cuda::CUDAGuard guard(means2d.device());
   const auto stream = at::cuda::getCurrentCUDAStream();
   const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
@@ -108,21 +135,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
   const auto g_images = v_images.contiguous(), g_transmittance = v_transmittance.contiguous();
   const auto view_bits = bits_of_views(v, views, bits);
   const auto check = renders_to_check(view_bits, views, bits);
-  std::vector<int64_t> render_slots;
-  const int64_t records = record_layers(views, pair_slots.size(0), render_slots) * pair_slots.size(0);
+  const int64_t layers = layers_of(views);
   auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options()),
        v_conics = at::empty_like(p[1]);
   auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,
                                         heads, bits, check.get(), width, height, cuda::kTile);
-    auto buffer = at::empty({records, record_size(c)}, means2d.options());
+    auto buffer = at::empty({layers, pair_slots.size(0), record_size(c)}, means2d.options());
     in.images = images.data_ptr<scalar_t>();
     in.transmittance = transmittance.data_ptr<scalar_t>();
     in.stops = stops.data_ptr<int32_t>();
     in.v_images = g_images.const_data_ptr<scalar_t>();
     in.v_transmittance = g_transmittance.const_data_ptr<scalar_t>();
-    in.render_slots = render_slots.data();
+    const Tensor segment_tiles = cut_lists(in, tile_offsets, starts, pair_slots.size(0), layers, stream);
     in.gaussian_offsets = gaussian_offsets.const_data_ptr<int32_t>();
     in.records = buffer.mutable_data_ptr<scalar_t>();
     if (r > 0) C10_CUDA_CHECK(cuda::launch_blend_backward(in, stream));

@@ -1,8 +1,13 @@
 // `blend` on a GPU. A warp blends a tile of 8 x 8 pixels by itself, two pixels a lane: the Gaussians here are small, so
-// larger tiles would spend most lanes on pixels that a Gaussian does not reach. Backward, each pair of Gaussian and
-// tile is reduced within its warp and written once: no atomics, and the same bits in every run.
+// larger tiles would spend most lanes on pixels that a Gaussian does not reach. The images are small as well, and the
+// lists of their tiles long: a list is cut into segments that are blended at the same time, then put together front to
+// back, (C, T) over (C', T') being (C + T C', T T'). Backward, each segment starts from what the forward pass left in
+// front of it; each pair of Gaussian and tile is reduced within its warp and written once: no atomics, and the same
+// bits in every run.
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
+
+#include <algorithm>
 
 #include "launch.h"
 #include "scalar.cuh"
@@ -19,6 +24,9 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 4;      // tiles of a block
 constexpr int kRowsApart = 4;  // a lane's second pixel lies four rows under its first
 constexpr int kScanThreads = 256;
+constexpr int kTilePixels = kTile * kTile;
+constexpr int32_t kNeverStops = 0x7fffffff;
+constexpr int kOwnRecords = 6;  // records that one thread adds by itself
 
 struct ViewBits {
   uint8_t bits[kMaxRenders];
@@ -27,9 +35,11 @@ struct ViewBits {
 /// The renders of one launch, by value: nothing to copy to the device.
 struct RenderTable {
   int view[kMaxRenders], head[kMaxRenders];
+  int layer[kMaxRenders];  // how many renders of the same view come before
+  int first[kMaxRenders];  // of each view: its render of layer 0, -1 where it has none
+  int next[kMaxRenders];   // the render of the same view, one layer further, or -1
   uint8_t bit[kMaxRenders];
   bool check[kMaxRenders];
-  int64_t slots[kMaxRenders];
 };
 
 // ---- binning
@@ -60,7 +70,8 @@ __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* ac
 }
 
 __global__ void emit_pairs(const TileRectangle* rectangles, const int32_t* gaussian_offsets, int64_t rows,
-                           int64_t gaussians, int tiles_x, int tiles, uint32_t* keys, int32_t* slots, int32_t* owners) {
+                           int64_t gaussians, int tiles_x, int tiles, int32_t capacity, uint32_t* keys, int32_t* slots,
+                           int32_t* owners) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   const TileRectangle r = rectangles[row];
@@ -69,6 +80,7 @@ __global__ void emit_pairs(const TileRectangle* rectangles, const int32_t* gauss
   int32_t slot = gaussian_offsets[row];
   for (int y = r.y0; y < r.y1; ++y)
     for (int x = r.x0; x < r.x1; ++x, ++slot) {
+      if (slot >= capacity) return;
       keys[slot] = view * tiles + y * tiles_x + x;
       slots[slot] = slot;
       owners[slot] = n;
@@ -90,9 +102,22 @@ __global__ void find_tiles(const uint32_t* keys, int64_t pairs, int64_t views, i
   tile_offsets[at] = int32_t(low);
 }
 
-__global__ void find_gaussians(const int32_t* slots, const int32_t* owners, int64_t pairs, int32_t* pair_gaussians) {
+__global__ void find_gaussians(const int32_t* slots, const int32_t* owners, const int32_t* total, int64_t capacity,
+                               int32_t* pair_gaussians) {
   const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < pairs) pair_gaussians[i] = owners[slots[i]];
+  if (i < capacity && i < *total) pair_gaussians[i] = owners[slots[i]];
+}
+
+/// The first segment of a tile (counted over all views) whose list starts at `first`. Lists follow each other, so no
+/// two tiles share a segment and at most pairs / kSegment + tiles are needed; some stay unused.
+__device__ __forceinline__ int64_t first_segment(int64_t tile, int32_t first) { return first / kSegment + tile; }
+
+__global__ void list_segments(const int32_t* tile_offsets, int64_t views, int64_t tiles, int32_t* segment_tiles) {
+  const int64_t at = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (at >= views * tiles) return;
+  const int32_t* range = tile_offsets + at / tiles * (tiles + 1) + at % tiles;
+  const int64_t segment = first_segment(at, range[0]);
+  for (int32_t i = 0; range[0] + i * kSegment < range[1]; ++i) segment_tiles[segment + i] = int32_t(at);
 }
 
 // ---- blending
@@ -105,28 +130,28 @@ struct alignas(16) Staged {
   S colour[C];
 };
 
+/// One tile of one render, and the two pixels of a lane.
 template <class S, int C>
 struct Tile {
   int64_t render, view_row, head_row, area;
-  int32_t first, last;
+  int32_t first, last;     // its pairs
+  int64_t segment, start;  // its first segment, and where that one's start lies
   int x, y;
   bool inside[2];
   int64_t pixel[2];
-  bool exists;
 
-  __device__ Tile(const BlendArguments<S>& in, const RenderTable& table) {
+  __device__ Tile(const BlendArguments<S>& in, const RenderTable& table, int64_t r, int64_t tile) {
     const int lane = threadIdx.x % 32;
     const int64_t tiles = in.tiles_x * in.tiles_y;
-    const int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-    exists = tile < tiles;
-    render = blockIdx.y;
+    render = r;
     area = in.width * in.height;
-    if (!exists) return;
-    view_row = table.view[render] * in.gaussians;
-    head_row = table.head[render] * in.gaussians;
-    const int32_t* range = in.tile_offsets + table.view[render] * (tiles + 1) + tile;
+    view_row = table.view[r] * in.gaussians;
+    head_row = table.head[r] * in.gaussians;
+    const int32_t* range = in.tile_offsets + table.view[r] * (tiles + 1) + tile;
     first = range[0];
     last = range[1];
+    segment = first_segment(table.view[r] * tiles + tile, first);
+    start = (table.layer[r] * in.segments + segment) * kStartSize;
     x = int(tile % in.tiles_x) * kTile + lane % kTile;
     y = int(tile / in.tiles_x) * kTile + lane / kTile;
 #pragma unroll
@@ -135,7 +160,16 @@ struct Tile {
       pixel[k] = int64_t(y + k * kRowsApart) * in.width + x;
     }
   }
+
+  static constexpr int kStartSize = (C + 1) * kTilePixels;  // transmittance and colour in front of a segment
 };
+
+/// The render that the block's row draws of the tile's view, -1 where there is none.
+__device__ __forceinline__ int render_of(const RenderTable& table, int64_t view) {
+  int r = table.first[view];
+  for (unsigned layer = 0; layer < blockIdx.y && r >= 0; ++layer) r = table.next[r];
+  return r;
+}
 
 /// One lane's pair of the batch that starts at `batch`; a Gaussian that this render does not draw gets opacity 0.
 template <class S, int C>
@@ -173,20 +207,16 @@ __device__ __forceinline__ Contribution<S> contribution(const Staged<S, C>& g, i
   return c;
 }
 
+/// Blends the pairs [begin, end) of a tile behind what `image` and `transmittance` hold, at the pixels that are still
+/// `running`; one that would fall under the least transmittance stops before that pair.
 template <class S, int C>
-__global__ void __launch_bounds__(32 * kWarps) blend_kernel(const BlendArguments<S> in, const RenderTable table) {
-  __shared__ Staged<S, C> shared[kWarps][32];
-  Staged<S, C>* staged = shared[threadIdx.x / 32];
-  const Tile<S, C> tile(in, table);
-  if (!tile.exists) return;
+__device__ __forceinline__ void walk(const BlendArguments<S>& in, const RenderTable& table, const Tile<S, C>& tile,
+                                     int32_t begin, int32_t end, Staged<S, C>* staged, S (&image)[2][C],
+                                     S (&transmittance)[2], bool (&running)[2], int32_t (&stop)[2]) {
   const int lane = threadIdx.x % 32;
-  S image[2][C] = {}, transmittance[2] = {1, 1};
-  int32_t stop[2] = {0, 0};
-  bool running[2] = {tile.inside[0], tile.inside[1]};
-
-  for (int32_t batch = tile.first; batch < tile.last; batch += 32) {
+  for (int32_t batch = begin; batch < end; batch += 32) {
     if (!__any_sync(kAllLanes, running[0] || running[1])) break;
-    const int count = min(32, tile.last - batch);
+    const int count = min(32, end - batch);
     if (lane < count) stage(in, table, tile, batch + lane, staged[lane]);
     __syncwarp();
     for (int j = 0; j < count; ++j) {
@@ -198,28 +228,138 @@ __global__ void __launch_bounds__(32 * kWarps) blend_kernel(const BlendArguments
         const S next = transmittance[k] * (S(1) - c.alpha);
         if (next < S(kMinTransmittance)) {
           running[k] = false;
+          stop[k] = batch + j - tile.first;
           continue;
         }
         const S weight = c.alpha * transmittance[k];
 #pragma unroll
         for (int i = 0; i < C; ++i) image[k][i] += g.colour[i] * weight;
         transmittance[k] = next;
-        stop[k] = batch + j - tile.first + 1;
       }
     }
     __syncwarp();
   }
+}
+
+/// What is blended at a lane's pixel k, over the background.
+template <class S, int C>
+__device__ __forceinline__ void write_pixel(const BlendArguments<S>& in, const Tile<S, C>& tile, int k,
+                                            const S (&image)[C], S transmittance, int32_t stop) {
+  const int64_t pixel = tile.render * tile.area + tile.pixel[k];
+  in.transmittance[pixel] = transmittance;
+  in.stops[pixel] = stop;
+#pragma unroll
+  for (int i = 0; i < C; ++i)
+    in.images[(tile.render * C + i) * tile.area + tile.pixel[k]] =
+        image[i] + transmittance * in.backgrounds[tile.render * C + i];
+}
+
+/// Each segment by itself, as if nothing were in front of it.
+template <class S, int C>
+__global__ void __launch_bounds__(32 * kWarps)
+    blend_segments_kernel(const BlendArguments<S> in, const RenderTable table) {
+  __shared__ Staged<S, C> shared[kWarps][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t segment = int64_t(blockIdx.x) * kWarps + warp, tiles = in.tiles_x * in.tiles_y;
+  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
+  const int r = at < 0 ? -1 : render_of(table, at / tiles);
+  if (r < 0) return;
+  const Tile<S, C> tile(in, table, r, at % tiles);
+  const int32_t begin = tile.first + int32_t(segment - tile.segment) * kSegment;
+  S image[2][C] = {}, transmittance[2] = {1, 1};
+  int32_t stop[2];
+  bool running[2] = {tile.inside[0], tile.inside[1]};
+  walk(in, table, tile, begin, min(begin + kSegment, tile.last), shared[warp], image, transmittance, running, stop);
+  S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
-    if (!tile.inside[k]) continue;
-    const int64_t at = tile.render * tile.area + tile.pixel[k];
-    in.transmittance[at] = transmittance[k];
-    in.stops[at] = stop[k];
+    start[32 * k] = running[k] ? transmittance[k] : S(0);  // 0: stops within, whatever is in front
 #pragma unroll
-    for (int i = 0; i < C; ++i)
-      in.images[(tile.render * C + i) * tile.area + tile.pixel[k]] =
-          image[k][i] + transmittance[k] * in.backgrounds[tile.render * C + i];
+    for (int i = 0; i < C; ++i) start[(1 + i) * kTilePixels + 32 * k] = image[k][i];
   }
+}
+
+/// Puts the segments of each tile together, and leaves in `starts` what is in front of each. Of a pixel that stops it
+/// finds the segment in which it does, and writes what is in front of that, and its first pair as the stop.
+template <class S, int C>
+__global__ void __launch_bounds__(32 * kWarps)
+    join_segments_kernel(const BlendArguments<S> in, const RenderTable table) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t at = int64_t(blockIdx.x) * kWarps + warp;
+  if (at >= in.tiles_x * in.tiles_y) return;
+  const Tile<S, C> tile(in, table, blockIdx.y, at);
+  const int32_t count = (tile.last - tile.first + kSegment - 1) / kSegment;
+  S image[2][C] = {}, transmittance[2] = {1, 1};
+  int32_t stop[2] = {kNeverStops, kNeverStops};
+  S ahead[2][C + 1] = {};  // of the next segment, asked for ahead of use
+  S* start = in.starts + tile.start + lane;
+  const auto ask = [&] {
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int i = 0; i <= C; ++i) ahead[k][i] = start[i * kTilePixels + 32 * k];
+  };
+  if (count > 0) ask();
+  for (int32_t segment = 0; segment < count; ++segment) {
+    S own[2][C + 1];
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+#pragma unroll
+      for (int i = 0; i <= C; ++i) {
+        own[k][i] = ahead[k][i];
+        start[i * kTilePixels + 32 * k] = i == 0 ? transmittance[k] : image[k][i > 0 ? i - 1 : 0];
+      }
+    start += tile.kStartSize;
+    if (segment + 1 < count) ask();
+#pragma unroll
+    for (int k = 0; k < 2; ++k) {
+      if (stop[k] != kNeverStops) continue;
+      const S next = transmittance[k] * own[k][0];
+      if (next < S(kMinTransmittance)) {
+        stop[k] = segment * kSegment;
+        continue;
+      }
+#pragma unroll
+      for (int i = 0; i < C; ++i) image[k][i] += transmittance[k] * own[k][1 + i];
+      transmittance[k] = next;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    if (tile.inside[k]) write_pixel(in, tile, k, image[k], transmittance[k], stop[k]);
+}
+
+/// Blends once more, from where they start, the segments in which pixels stop.
+template <class S, int C>
+__global__ void __launch_bounds__(32 * kWarps) stop_pixels_kernel(const BlendArguments<S> in, const RenderTable table) {
+  __shared__ Staged<S, C> shared[kWarps][32];
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int64_t segment = int64_t(blockIdx.x) * kWarps + warp, tiles = in.tiles_x * in.tiles_y;
+  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
+  const int r = at < 0 ? -1 : render_of(table, at / tiles);
+  if (r < 0) return;
+  const Tile<S, C> tile(in, table, r, at % tiles);
+  const int32_t first = int32_t(segment - tile.segment) * kSegment;  // in the tile's list
+  bool stops[2], running[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    stops[k] = running[k] = tile.inside[k] && in.stops[tile.render * tile.area + tile.pixel[k]] == first;
+  if (!__any_sync(kAllLanes, stops[0] || stops[1])) return;
+  const S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
+  S image[2][C], transmittance[2];
+  int32_t stop[2];
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    transmittance[k] = start[32 * k];
+    stop[k] = min(first + kSegment, tile.last - tile.first);  // kept where rounding spares the pixel
+#pragma unroll
+    for (int i = 0; i < C; ++i) image[k][i] = start[(1 + i) * kTilePixels + 32 * k];
+  }
+  const int32_t begin = tile.first + first;
+  walk(in, table, tile, begin, min(begin + kSegment, tile.last), shared[warp], image, transmittance, running, stop);
+#pragma unroll
+  for (int k = 0; k < 2; ++k)
+    if (stops[k]) write_pixel(in, tile, k, image[k], transmittance[k], stop[k]);
 }
 
 /// Sums eight numbers over the warp at once: each step halves the numbers that a lane still carries, 9 shuffles in all
@@ -256,31 +396,37 @@ __global__ void __launch_bounds__(32 * kWarps)
   constexpr int R = kRecordSize<C>;
   __shared__ Staged<S, C> shared[kWarps][32];
   Staged<S, C>* staged = shared[threadIdx.x / 32];
-  const Tile<S, C> tile(in, table);
-  if (!tile.exists || tile.first == tile.last) return;
   const int lane = threadIdx.x % 32;
+  const int64_t segment = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tiles = in.tiles_x * in.tiles_y;
+  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
+  const int r = at < 0 ? -1 : render_of(table, at / tiles);
+  if (r < 0) return;
+  const Tile<S, C> tile(in, table, r, at % tiles);
+  const int32_t begin = tile.first + int32_t(segment - tile.segment) * kSegment, end = min(begin + kSegment, tile.last);
+  const S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
   S v_image[2][C] = {}, transmittance[2] = {1, 1}, behind[2] = {0, 0};
   int32_t stop[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     if (!tile.inside[k]) continue;
-    const int64_t at = tile.render * tile.area + tile.pixel[k];
-    stop[k] = in.stops[at];
-    behind[k] = in.v_transmittance[at] * in.transmittance[at];
+    const int64_t pixel = tile.render * tile.area + tile.pixel[k];
+    stop[k] = in.stops[pixel];
+    transmittance[k] = start[32 * k];
+    behind[k] = in.v_transmittance[pixel] * in.transmittance[pixel];
 #pragma unroll
     for (int i = 0; i < C; ++i) {
       const int64_t channel = (tile.render * C + i) * tile.area + tile.pixel[k];
       v_image[k][i] = in.v_images[channel];
-      behind[k] += v_image[k][i] * in.images[channel];
+      behind[k] += v_image[k][i] * (in.images[channel] - start[(1 + i) * kTilePixels + 32 * k]);
     }
   }
   int32_t deepest = max(stop[0], stop[1]);
   for (int step = 16; step > 0; step /= 2) deepest = max(deepest, __shfl_xor_sync(kAllLanes, deepest, step));
-  S* records = in.records + table.slots[tile.render] * R;
+  S* records = in.records + table.layer[r] * in.pairs * R;
 
-  int32_t batch = tile.first;
-  for (; batch - tile.first < deepest; batch += 32) {
-    const int count = min(32, tile.last - batch);
+  int32_t batch = begin;
+  for (; batch < end && batch - tile.first < deepest; batch += 32) {
+    const int count = min(32, end - batch);
     int32_t slot = 0;
     if (lane < count) {
       stage(in, table, tile, batch + lane, staged[lane]);
@@ -332,52 +478,91 @@ __global__ void __launch_bounds__(32 * kWarps)
     __syncwarp();
   }
   // Pairs behind the last pixel's stop were never drawn.
-  for (int32_t pair = batch + lane; pair < tile.last; pair += 32) {
+  for (int32_t pair = batch + lane; pair < end; pair += 32) {
     S* record = records + int64_t(in.pair_slots[pair]) * R;
 #pragma unroll
     for (int r = 0; r < R; ++r) record[r] = 0;
   }
 }
 
-/// Lanes that sum the records of one Gaussian together, lane k the k-th number: whole records are read at once.
-template <int C>
-constexpr int kSumLanes = kRecordSize<C> <= 8 ? 8 : 16;
+/// Adds the numbers of one record, read as wide as they are aligned.
+template <int R, class S>
+__device__ __forceinline__ void add_record(const S* record, S (&sum)[R]) {
+  if constexpr (R % 4 == 0 && sizeof(S) == 4) {
+#pragma unroll
+    for (int i = 0; i < R; i += 4) {
+      const float4 part = *reinterpret_cast<const float4*>(record + i);
+      sum[i] += part.x;
+      sum[i + 1] += part.y;
+      sum[i + 2] += part.z;
+      sum[i + 3] += part.w;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < R; ++i) sum[i] += record[i];
+  }
+}
+
+/// Sums the records of one Gaussian in one view. Most have a few, which its thread adds by itself; the whole warp adds
+/// those of each that has many. Every lane of the warp calls this.
+template <int R, class S>
+__device__ __forceinline__ void sum_slots(const S* records, int32_t begin, int32_t end, S (&sum)[R]) {
+  const int lane = threadIdx.x % 32;
+  const bool many = end - begin > kOwnRecords;
+  if (!many)
+    for (int32_t slot = begin; slot < end; ++slot) add_record<R>(records + int64_t(slot) * R, sum);
+  for (unsigned left = __ballot_sync(kAllLanes, many); left; left &= left - 1) {
+    const int of = __ffs(int(left)) - 1;
+    const int32_t first = __shfl_sync(kAllLanes, begin, of), last = __shfl_sync(kAllLanes, end, of);
+    S part[R] = {};
+    for (int32_t slot = first + lane; slot < last; slot += 32) add_record<R>(records + int64_t(slot) * R, part);
+#pragma unroll
+    for (int i = 0; i < R; ++i) {
+      const S total = warp_sum(part[i]);
+      if (lane == of) sum[i] += total;
+    }
+  }
+}
 
 template <class S, int C>
 __global__ void __launch_bounds__(kScanThreads)
     sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads, S* v_means2d, S* v_conics,
                        S* v_opacities, S* v_colours) {
-  constexpr int R = kRecordSize<C>, L = kSumLanes<C>;
-  const int64_t n = (int64_t(blockIdx.x) * kScanThreads + threadIdx.x) / L;
-  const int lane = threadIdx.x % L;
-  const unsigned group = (L == 32 ? kAllLanes : ((1u << L) - 1)) << (threadIdx.x % 32 / L * L);
-  if (n >= in.gaussians) return;
+  constexpr int R = kRecordSize<C>;
+  const int64_t n = int64_t(blockIdx.x) * kScanThreads + threadIdx.x;
+  const bool exists = n < in.gaussians;
   for (int64_t head = 0; head < heads; ++head) {
-    const int64_t at = head * in.gaussians + n;
-    S appearance = 0;  // lane 5: opacity, lanes 6 ...: colour
+    S v_opacity = 0, v_colour[C] = {};
     for (int64_t view = 0; view < in.view_count; ++view) {
       const int64_t row = view * in.gaussians + n;
-      const int32_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
-      S sum = 0;
-      for (int64_t r = 0; first < last && r < in.renders; ++r) {
-        if (table.view[r] != view || table.head[r] != head) continue;
-        const S* record = in.records + (table.slots[r] + first) * R + lane;
-        if (lane < R)
-          for (int32_t slot = first; slot < last; ++slot, record += R) sum += *record;
+      int32_t begin = 0, end = 0;
+      if (exists) {
+        begin = in.gaussian_offsets[row];
+        end = int32_t(min(int64_t(in.gaussian_offsets[row + 1]), in.pairs));
       }
-      appearance += sum;
-      const S sx = __shfl_sync(group, sum, 0, L), sy = __shfl_sync(group, sum, 1, L);
-      if (lane < 2)
-        v_means2d[2 * (head * in.view_count * in.gaussians + row) + lane] =
-            first < last ? in.conics[3 * row + lane] * sx + in.conics[3 * row + lane + 1] * sy : S(0);
-      if (lane >= 2 && lane < 5) {
-        const S gradient = lane == 3 ? -sum : S(-0.5) * sum;
-        S* v_conic = v_conics + 3 * row + lane - 2;
-        *v_conic = head == 0 ? gradient : *v_conic + gradient;
-      }
+      S sum[R] = {}, conic[3] = {};
+      if (begin < end)
+#pragma unroll
+        for (int i = 0; i < 3; ++i) conic[i] = in.conics[3 * row + i];
+      for (int r = table.first[view]; r >= 0; r = table.next[r])
+        if (table.head[r] == head) sum_slots<R>(in.records + table.layer[r] * in.pairs * R, begin, end, sum);
+      if (!exists) continue;
+      S* v_mean = v_means2d + 2 * (head * in.view_count * in.gaussians + row);
+      v_mean[0] = conic[0] * sum[0] + conic[1] * sum[1];
+      v_mean[1] = conic[1] * sum[0] + conic[2] * sum[1];
+      S* v_conic = v_conics + 3 * row;
+      const S gradient[3] = {S(-0.5) * sum[2], -sum[3], S(-0.5) * sum[4]};
+#pragma unroll
+      for (int i = 0; i < 3; ++i) v_conic[i] = head == 0 ? gradient[i] : v_conic[i] + gradient[i];
+      v_opacity += sum[5];
+#pragma unroll
+      for (int i = 0; i < C; ++i) v_colour[i] += sum[6 + i];
     }
-    if (lane == 5) v_opacities[at] = appearance != S(0) ? appearance / in.opacities[at] : S(0);
-    if (lane >= 6 && lane < 6 + C) v_colours[at * C + lane - 6] = appearance;
+    if (!exists) continue;
+    const int64_t at = head * in.gaussians + n;
+    v_opacities[at] = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
+#pragma unroll
+    for (int i = 0; i < C; ++i) v_colours[at * C + i] = v_colour[i];
   }
 }
 
@@ -391,12 +576,20 @@ unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threa
 template <class S>
 RenderTable table_of(const BlendArguments<S>& in) {
   RenderTable table{};
-  for (int64_t r = 0; r < in.renders; ++r) {
-    table.view[r] = int(in.views[r]);
+  int latest[kMaxRenders];
+  std::fill(table.first, table.first + kMaxRenders, -1);
+  for (int r = 0; r < int(in.renders); ++r) {
+    const int view = table.view[r] = int(in.views[r]);
     table.head[r] = int(in.heads[r]);
     table.bit[r] = uint8_t(in.bits[r]);
     table.check[r] = in.check_bits[r];
-    table.slots[r] = in.render_slots ? in.render_slots[r] : 0;
+    table.next[r] = -1;
+    if (table.first[view] < 0)
+      table.first[view] = r;
+    else
+      table.next[latest[view]] = r;
+    table.layer[r] = table.first[view] == r ? 0 : table.layer[latest[view]] + 1;
+    latest[view] = r;
   }
   return table;
 }
@@ -447,13 +640,15 @@ cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32
 }
 
 cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners,
-                              cudaStream_t stream) {
+                              int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys, int32_t* slots,
+                              int32_t* owners, cudaStream_t stream) {
   const int64_t rows = views * gaussians;
-  if (rows == 0) return cudaSuccess;
-  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(static_cast<const TileRectangle*>(rectangles),
-                                                                          gaussian_offsets, rows, gaussians, tiles_x,
-                                                                          tiles_x * tiles_y, keys, slots, owners);
+  // What stays of the keys when there are fewer pairs belongs behind all tiles.
+  const cudaError_t error = cudaMemsetAsync(keys, 0xff, sizeof(uint32_t) * capacity, stream);
+  if (error != cudaSuccess || rows == 0) return error;
+  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(
+      static_cast<const TileRectangle*>(rectangles), gaussian_offsets, rows, gaussians, tiles_x, tiles_x * tiles_y,
+      int32_t(capacity), keys, slots, owners);
   return cudaGetLastError();
 }
 
@@ -464,31 +659,44 @@ cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, ui
 }
 
 cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners,
-                               int64_t pairs, int64_t views, int64_t tiles, int32_t* tile_offsets,
-                               int32_t* pair_gaussians, cudaStream_t stream) {
+                               const int32_t* total, int64_t capacity, int64_t views, int64_t tiles,
+                               int32_t* tile_offsets, int32_t* pair_gaussians, cudaStream_t stream) {
   if (views == 0) return cudaSuccess;
-  find_tiles<<<blocks_for(views * (tiles + 1), kScanThreads), kScanThreads, 0, stream>>>(sorted_keys, pairs, views,
+  find_tiles<<<blocks_for(views * (tiles + 1), kScanThreads), kScanThreads, 0, stream>>>(sorted_keys, capacity, views,
                                                                                          tiles, tile_offsets);
-  if (pairs > 0)
-    find_gaussians<<<blocks_for(pairs, kScanThreads), kScanThreads, 0, stream>>>(sorted_slots, owners, pairs,
-                                                                                 pair_gaussians);
+  if (capacity > 0)
+    find_gaussians<<<blocks_for(capacity, kScanThreads), kScanThreads, 0, stream>>>(sorted_slots, owners, total,
+                                                                                    capacity, pair_gaussians);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_list_segments(const int32_t* tile_offsets, int64_t views, int64_t tiles, int64_t segments,
+                                 int32_t* segment_tiles, cudaStream_t stream) {
+  const cudaError_t error = cudaMemsetAsync(segment_tiles, 0xff, sizeof(int32_t) * segments, stream);
+  if (error != cudaSuccess || views == 0) return error;
+  list_segments<<<blocks_for(views * tiles, kScanThreads), kScanThreads, 0, stream>>>(tile_offsets, views, tiles,
+                                                                                      segment_tiles);
   return cudaGetLastError();
 }
 
 template <class S>
 cudaError_t launch_blend(const BlendArguments<S>& in, cudaStream_t stream) {
-  const dim3 grid(blocks_for(in.tiles_x * in.tiles_y, kWarps), unsigned(in.renders));
+  const dim3 segments(blocks_for(in.segments, kWarps), unsigned(in.layers));
+  const dim3 tiles(blocks_for(in.tiles_x * in.tiles_y, kWarps), unsigned(in.renders));
   const RenderTable table = table_of(in);
-  return with_channels(in.channels,
-                       [&](auto c) { blend_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
+  return with_channels(in.channels, [&](auto c) {
+    blend_segments_kernel<S, c.value><<<segments, 32 * kWarps, 0, stream>>>(in, table);
+    join_segments_kernel<S, c.value><<<tiles, 32 * kWarps, 0, stream>>>(in, table);
+    stop_pixels_kernel<S, c.value><<<segments, 32 * kWarps, 0, stream>>>(in, table);
+  });
 }
 
 template <class S>
 cudaError_t launch_blend_backward(const BlendArguments<S>& in, cudaStream_t stream) {
-  const dim3 grid(blocks_for(in.tiles_x * in.tiles_y, kWarps), unsigned(in.renders));
+  const dim3 segments(blocks_for(in.segments, kWarps), unsigned(in.layers));
   const RenderTable table = table_of(in);
-  return with_channels(in.channels,
-                       [&](auto c) { blend_backward_kernel<S, c.value><<<grid, 32 * kWarps, 0, stream>>>(in, table); });
+  return with_channels(
+      in.channels, [&](auto c) { blend_backward_kernel<S, c.value><<<segments, 32 * kWarps, 0, stream>>>(in, table); });
 }
 
 template <class S>
@@ -497,9 +705,8 @@ cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_
   if (in.gaussians == 0) return cudaSuccess;
   const RenderTable table = table_of(in);
   return with_channels(in.channels, [&](auto c) {
-    sum_records_kernel<S, c.value>
-        <<<blocks_for(in.gaussians * kSumLanes<c.value>, kScanThreads), kScanThreads, 0, stream>>>(
-            in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
+    sum_records_kernel<S, c.value><<<blocks_for(in.gaussians, kScanThreads), kScanThreads, 0, stream>>>(
+        in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
   });
 }
 

@@ -12,6 +12,7 @@ namespace medgs {
 namespace cuda {
 
 constexpr int kTile = 8;             // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
+constexpr int kSegment = 128;        // pairs of a tile's list that one warp blends at a time
 constexpr int kSimilarityTile = 16;  // px: side of the square of pixels that one block compares
 constexpr int kFoldChunk = 32;       // Gaussians behind one partial sum of dL/dt: a warp
 
@@ -32,20 +33,27 @@ cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t*
 cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32_t* out, int64_t count,
                         cudaStream_t stream);
 
-/// Keys (view and tile) and owners of all pairs, in the order of the slots.
+/// Keys (view and tile) and owners of all pairs, in the order of the slots: of as many as there is room for.
 cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, uint32_t* keys, int32_t* slots, int32_t* owners,
-                              cudaStream_t stream);
+                              int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys, int32_t* slots,
+                              int32_t* owners, cudaStream_t stream);
 
 /// Stable radix sort of the pairs by key. Both buffers of keys and slots are scratch; the sorted slots end in
 /// `sorted_slots` and the sorted keys in `sorted_keys`. With `temporary` null, only writes the bytes it needs.
 cudaError_t launch_sort(void* temporary, size_t& bytes, const uint32_t* keys, uint32_t* sorted_keys,
                         const int32_t* slots, int32_t* sorted_slots, int64_t pairs, int key_bits, cudaStream_t stream);
 
-/// Range of each tile in the sorted keys, and the Gaussian of each sorted pair.
+/// Range of each tile in the sorted keys, and the Gaussian of each sorted pair, of which the device knows the `total`.
 cudaError_t launch_tile_ranges(const uint32_t* sorted_keys, const int32_t* sorted_slots, const int32_t* owners,
-                               int64_t pairs, int64_t views, int64_t tiles, int32_t* tile_offsets,
-                               int32_t* pair_gaussians, cudaStream_t stream);
+                               const int32_t* total, int64_t capacity, int64_t views, int64_t tiles,
+                               int32_t* tile_offsets, int32_t* pair_gaussians, cudaStream_t stream);
+
+/// Segments of kSegment pairs that the lists are cut into, those that stay unused included.
+inline int64_t segment_count(int64_t pairs, int64_t views, int64_t tiles) { return pairs / kSegment + views * tiles; }
+
+/// The tile (counted over all views) of each segment, -1 where it is unused.
+cudaError_t launch_list_segments(const int32_t* tile_offsets, int64_t views, int64_t tiles, int64_t segments,
+                                 int32_t* segment_tiles, cudaStream_t stream);
 
 template <class S>
 cudaError_t launch_blend(const BlendArguments<S>& in, cudaStream_t stream);

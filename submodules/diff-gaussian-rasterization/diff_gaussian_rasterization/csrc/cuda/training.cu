@@ -76,11 +76,18 @@ __global__ void __launch_bounds__(kThreads) sigma_sums(const SigmaArguments<S> i
 
 template <class S>
 __global__ void __launch_bounds__(kThreads) sigma_gradient(const SigmaArguments<S> in) {
+  // A warp adds the parts, each lane every 32nd; in the same order in every block.
   __shared__ S total[4];
-  if (threadIdx.x < 4) {
-    S sum = 0;
-    for (int64_t part = 0; part < in.parts; ++part) sum += in.sums[4 * part + threadIdx.x];
-    total[threadIdx.x] = sum;
+  if (threadIdx.x < 32) {
+    S sum[4] = {};
+    for (int64_t part = threadIdx.x; part < in.parts; part += 32)
+#pragma unroll
+      for (int k = 0; k < 4; ++k) sum[k] += in.sums[4 * part + k];
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      for (int step = 16; step > 0; step /= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], step);
+      if (threadIdx.x == 0) total[k] = sum[k];
+    }
   }
   __syncthreads();
   const S below = total[1] > 0 ? S(1) / total[1] : S(0), above = total[3] > 0 ? S(1) / total[3] : S(0);

@@ -1,0 +1,196 @@
+"""One iteration up to its gradients; on a GPU recorded once and replayed, until the parameters are exchanged."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from gaussian_renderer import Renders, render
+from scene.pipelines import Inputs, loss_terms, requested_renders, split, total_loss
+
+if TYPE_CHECKING:
+    from scene.training import Training
+
+_SPARE = 1.3  # room for pairs of Gaussian and tile over those seen last; with too little, the recording is made again
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an iteration leaves besides the gradients of the parameters."""
+
+    loss: Tensor  # ()
+    terms: list[dict[str, Tensor]]  # of each task, unweighted
+    images: Tensor  # (B, C, H, W): the first task's renders of its real views
+    targets: Tensor  # (B, C, H, W): what they should show
+    renders: Renders
+
+
+def forward_backward(
+    training: Training,
+    inputs: Inputs,
+    screen_gradients: bool,
+    capacity: int = 0,
+    counted: Tensor | None = None,
+) -> Outcome:
+    """Renders the views of ``inputs``, compares them with the targets, and adds to the parameters' gradients.
+
+    capacity, counted: see ``blend``; without a capacity this waits for the device once.
+    """
+    tasks, options = training.tasks, training.options
+    requested = requested_renders(tasks, inputs)
+    renders = render(
+        training.model,
+        training.camera,
+        inputs.views[0],
+        inputs.views[1],
+        [r for task in requested for r in task],
+        training.background,
+        options.rasterizer,
+        screen_gradients,
+        capacity,
+        counted,
+    )
+    images = split(renders.images, [len(task) for task in requested])
+    shown = [inputs.shown(task, training.background) for task in tasks]
+    terms = [
+        loss_terms(
+            task,
+            rendered,
+            *wanted,
+            training.model.params["sigma"].flatten(),
+            training.sampler.num_views,
+            training.iteration,
+            options,
+            options.rasterizer,
+        )
+        for task, rendered, wanted in zip(tasks, images, shown, strict=True)
+    ]
+    loss = total_loss(tasks, terms)
+    loss.backward()
+    return Outcome(
+        loss.detach(),
+        [{name: value.detach() for name, value in named.items()} for named in terms],
+        images[0][: inputs.real].detach(),
+        shown[0][0],
+        replace(renders, images=renders.images.detach()),
+    )
+
+
+@dataclass(frozen=True)
+class _Recording:
+    graph: torch.cuda.CUDAGraph
+    inputs: Inputs  # its own: filled before each replay
+    outcome: Outcome
+    gradients: Sequence[tuple[Tensor, Tensor | None]]  # of each parameter: where each replay leaves it
+    capacity: int
+
+
+def on_side_stream(function: Callable[[Training], None]) -> Callable[[Training], None]:
+    """``function``, whose work on a GPU goes to a stream of its own: the default one cannot be recorded."""
+
+    @functools.wraps(function)
+    def wrapped(training: Training) -> None:
+        device = training.model.device
+        if device.type != "cuda":
+            return function(training)
+        default, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+        side.wait_stream(default)
+        with torch.cuda.stream(side):
+            function(training)
+        default.wait_stream(side)
+
+    return wrapped
+
+
+class Replay:
+    """:func:`forward_backward` as CUDA graphs: one for each kind of iteration, recorded anew whenever the parameters
+    are exchanged. An iteration then costs the host a few calls instead of a few hundred.
+
+    The size of the lists of pairs is fixed in a recording. The device reports how many there are while it goes on; an
+    iteration that had no room for all is recorded with more and done again before anything uses its gradients.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.pool = torch.cuda.graph_pool_handle()
+        self.recordings: dict[tuple, _Recording] = {}
+        self.parameters: list[int] = []  # addresses of those that the recordings read
+        self.seen: set[tuple] = set()  # kinds that have run: what CUDA loads at first use is there
+        self.share = 0.0  # most pairs of a recent iteration, by views and Gaussians
+        self.counted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
+        self._count = self.counted.numpy()
+        # Keeps the pool alive while no recording uses it.
+        self.anchor = torch.cuda.CUDAGraph()
+        self.anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        self._held = torch.zeros(1, device=training.model.device)
+        self.anchor.capture_end()
+
+    def __call__(self, inputs: Inputs, screen_gradients: bool) -> Outcome:
+        training = self.training
+        model, options = training.model, training.options
+        parameters = [p.data_ptr() for p in model.params.values()]
+        if parameters != self.parameters:
+            self.recordings.clear()
+            self.parameters = parameters
+        kind = (
+            inputs.views.shape[1],
+            inputs.real,
+            screen_gradients,
+            training.iteration < options.sigma_until_iter,
+            model.active_sh_degree,
+        )
+        if kind not in self.seen:
+            self.seen.add(kind)
+            outcome = forward_backward(training, inputs, screen_gradients, counted=self.counted)
+            torch.cuda.current_stream().synchronize()
+            self._note(int(self._count[0]), inputs)
+            return outcome
+        recording = self.recordings.get(kind)
+        if recording is None:
+            capacity = int(_SPARE * self.share * inputs.views.shape[1] * len(model)) + 1024
+            recording = self.recordings[kind] = self._record(inputs, screen_gradients, capacity)
+        while True:
+            pairs = self._replay(recording, inputs)
+            self._note(pairs, inputs)
+            if pairs <= recording.capacity:
+                break
+            del self.recordings[kind], recording
+            recording = self.recordings[kind] = self._record(inputs, screen_gradients, int(_SPARE * pairs))
+        for parameter, gradient in recording.gradients:
+            parameter.grad = gradient
+        return recording.outcome
+
+    def _note(self, pairs: int, inputs: Inputs) -> None:
+        # The largest of late: views differ, and the model changes slowly.
+        now = pairs / (inputs.views.shape[1] * max(len(self.training.model), 1))
+        self.share = max(now, 0.99 * self.share)
+
+    def _record(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
+        parameters = [*self.training.model.params.values(), self.training.model.time_func]
+        for parameter in parameters:
+            parameter.grad = None
+        own = replace(inputs, views=inputs.views.clone())
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        try:
+            outcome = forward_backward(self.training, own, screen_gradients, capacity, self.counted)
+        finally:
+            graph.capture_end()
+        gradients = [(parameter, parameter.grad) for parameter in parameters]
+        return _Recording(graph, own, outcome, gradients, capacity)
+
+    def _replay(self, recording: _Recording, inputs: Inputs) -> int:
+        """Starts the graph and returns the number of pairs as soon as the device knows it."""
+        recording.inputs.views.copy_(inputs.views)
+        self._count[0] = -1
+        recording.graph.replay()
+        stream = torch.cuda.current_stream()
+        while self._count[0] < 0:
+            if stream.query() and self._count[0] < 0:  # raises the device's error, if there was one
+                raise RuntimeError("the recorded iteration ended without a count of its pairs")
+        return int(self._count[0])
