@@ -32,7 +32,7 @@ from utils.volumes import READERS, Volume, read_volume
 
 Say = Callable[[str], None]
 
-# Level and width in Hounsfield units, as customary: Radiopaedia, "Windowing (CT)", https://radiopaedia.org/articles/52108
+# Level and width in Hounsfield units, as customary: Radiopaedia, "Windowing (CT)", https://radiopaedia.org/articles/windowing-ct
 CT_WINDOWS = {
     "brain": (40, 80),
     "bone": (400, 1800),

@@ -6,7 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pydicom
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, UltrasoundMultiFrameImageStorage, generate_uid
+from pydicom.uid import (
+    CTImageStorage,
+    EnhancedCTImageStorage,
+    ExplicitVRLittleEndian,
+    UltrasoundMultiFrameImageStorage,
+    generate_uid,
+)
 
 
 def write_series(
@@ -48,6 +54,43 @@ def write_series(
         # 7 is prime to the number of slices in all tests: the order of the names is not that of the slices.
         header.save_as(folder / f"{prefix}{k * 7 % 101:03d}.dcm", enforce_file_format=True)
     return series
+
+
+def write_enhanced(
+    path: Path, values: np.ndarray, affine: np.ndarray, order: list[int], slopes: list[float]
+) -> None:
+    """One enhanced CT file of slices values[:, :, k] for k in `order`, whose places only its sequences tell."""
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :2], axis=0)
+    header = _header(EnhancedCTImageStorage, generate_uid())
+    header.Modality, header.NumberOfFrames = "CT", len(order)
+    shared, frames = pydicom.Dataset(), []
+    orientation = [*map(_ds, [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])])]
+    shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=orientation)]
+    shared.PixelMeasuresSequence = [
+        _dataset(PixelSpacing=[_ds(spacing[1]), _ds(spacing[0])], SliceThickness="1")
+    ]
+    for k, slope in zip(order, slopes, strict=True):
+        frames.append(
+            _dataset(
+                PlanePositionSequence=[
+                    _dataset(ImagePositionPatient=[*map(_ds, lps[:3, 2] * k + lps[:3, 3])])
+                ],
+                PixelValueTransformationSequence=[
+                    _dataset(RescaleSlope=_ds(slope), RescaleIntercept="-5", RescaleType="HU")
+                ],
+            )
+        )
+    header.SharedFunctionalGroupsSequence, header.PerFrameFunctionalGroupsSequence = [shared], frames
+    _pixels(header, values[:, :, order].transpose(2, 1, 0))
+    header.save_as(path, enforce_file_format=True)
+
+
+def _dataset(**tags: object) -> pydicom.Dataset:
+    dataset = pydicom.Dataset()
+    for name, value in tags.items():
+        setattr(dataset, name, value)
+    return dataset
 
 
 def write_cine(path: Path, frames: np.ndarray) -> None:

@@ -310,6 +310,12 @@ def _check_frame(path: Path, width: int, height: int) -> None:
 def _read_itk(path: Path, index: int | None) -> Volume:
     """NRRD and MetaImage, 3-D or 4-D; the 4th axis may be one of components."""
     sitk = _simple_itk(f"reading {path}")
+    if path.suffix.lower() in (".mhd", ".nhdr"):
+        named = re.search(
+            r"^(?:ElementDataFile *=|data ?file:) *(\S.*?) *$", path.read_text("latin-1"), re.M | re.I
+        )
+        if named and re.fullmatch(r"[^%\s]+\.\w+", named[1]) and not (path.parent / named[1]).exists():
+            raise UserError(f"{path} is a header alone: {named[1]}, which it names, is not beside it")
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -374,60 +380,58 @@ def _simple_itk(purpose: str) -> Any:
 
 # SOP classes of files that hold a volume as frames: enhanced CT, MR, PET and ultrasound, and legacy conversions.
 _ENHANCED = re.compile(r"1\.2\.840\.10008\.5\.1\.4\.1\.1\.(2\.[12]|4\.[14]|128\.1|130|6\.2)$")
+_PIXELS = b"\xe0\x7f\x10\x00"  # the tag of pixel data, which reports and plans have not
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Slice:
-    """One DICOM file: what its header says."""
+    """Where one slice lies."""
 
-    file: Path
-    reader: Any  # sitk.ImageFileReader, its header read
+    name: str
+    position: np.ndarray
+    """Of its first pixel's centre, LPS mm."""
+    steps: np.ndarray
+    """LPS millimetres from one column, and from one row, to the next, (3, 2)."""
+    number: int | None
+    """Its instance number."""
+
+
+@dataclass(frozen=True)
+class _File:
+    """One DICOM file, its header read."""
+
+    path: Path
+    reader: Any  # sitk.ImageFileReader
 
     def tag(self, key: str) -> str:
         return self.reader.GetMetaData(key).strip(" \0") if self.reader.HasMetaDataKey(key) else ""
 
     @property
-    def placed(self) -> bool:
-        return bool(self.tag("0020|0032") and self.tag("0020|0037"))
+    def size(self) -> tuple[int, int, int]:
+        """Columns, rows and frames."""
+        columns, rows, *frames = self.reader.GetSize()
+        return columns, rows, frames[0] if frames else 1
 
     @property
-    def position(self) -> np.ndarray:  # LPS mm
-        return np.array(self.reader.GetOrigin())
+    def number(self) -> int | None:
+        text = self.tag("0020|0013")
+        return int(text) if re.fullmatch(r"[+-]?\d+", text) else None
 
-    @property
-    def steps(self) -> np.ndarray:
-        """LPS millimetres from one column and from one row to the next, (3, 2)."""
-        direction = np.array(self.reader.GetDirection()).reshape(3, 3)
-        return direction[:, :2] * self.reader.GetSpacing()[:2]
-
-    @property
-    def frames(self) -> int:
-        return self.reader.GetSize()[2] if self.reader.GetDimension() > 2 else 1
+    def slice(self) -> _Slice | None:
+        """Where its one slice lies, if it says so."""
+        if not (self.tag("0020|0032") and self.tag("0020|0037")):
+            return None
+        steps = np.array(self.reader.GetDirection()).reshape(3, 3)[:, :2] * self.reader.GetSpacing()[:2]
+        return _Slice(self.path.name, np.array(self.reader.GetOrigin()), steps, self.number)
 
     def read(self, sitk: Any) -> np.ndarray:
         """Rescaled values (frame, row, column[, 3])."""
-        if self._is_cut_off():  # which GDCM fills with zeros
-            raise UserError(f"{self.file} is damaged: its pixels end early")
         try:
             image = self.reader.Execute()
         except RuntimeError as error:
-            raise UserError(f"{self.file} is damaged: {_reason(error)}") from error
+            raise UserError(f"{self.path} is damaged: {_reason(error)}") from error
         array = sitk.GetArrayFromImage(image)
         return array if image.GetDimension() > 2 else array[None]
-
-    def _is_cut_off(self) -> bool:
-        """Whether the file ends before its uncompressed pixels do."""
-        if self.tag("0002|0010") not in ("1.2.840.10008.1.2", "1.2.840.10008.1.2.1"):
-            return False
-        samples, bits = self.tag("0028|0002") or "1", self.tag("0028|0100")
-        pixels = int(np.prod(self.reader.GetSize())) * int(samples) * int(bits) // 8
-        data, mark = self.file.read_bytes(), -1
-        while (mark := data.find(b"\xe0\x7f\x10\x00", mark + 1)) >= 0:  # the tag of pixels, or bytes like it
-            for at in (mark + 4, mark + 8):  # implicit, explicit type
-                length = int.from_bytes(data[at : at + 4], "little")
-                if length in (pixels, pixels + 1) and at + 4 + length > len(data):
-                    return True
-        return False
 
 
 def _dicom_files(folder: Path) -> list[Path]:
@@ -455,7 +459,7 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
     """One series, its slices sorted along their normal; a single file of many frames is a volume or a cine."""
     sitk = _simple_itk(f"reading the DICOM files of {path}")
     notes: list[str] = []
-    found: dict[str, list[_Slice]] = {}
+    found: dict[str, list[_File]] = {}
     unread = []
     for file in files:
         reader = sitk.ImageFileReader()
@@ -463,10 +467,12 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
         reader.SetFileName(str(file))
         try:
             reader.ReadImageInformation()
-        except RuntimeError:
+        except RuntimeError as error:
+            if _PIXELS in file.read_bytes():
+                raise UserError(f"{file} is damaged, or cut off: copy it again, or take it out") from error
             unread.append(file.name)
             continue
-        header = _Slice(file, reader)
+        header = _File(file, reader)
         found.setdefault(header.tag("0020|000e"), []).append(header)
     if not found:
         raise UserError(f"{path} has no DICOM image that can be read (tried {_list(unread)})")
@@ -476,38 +482,38 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
         raise UserError(f"{path} has no series {series}: it has {_series(found)}")
     if series is None and len(found) > 1:
         raise UserError(f"{path} holds {len(found)} series: choose one with --series UID: {_series(found)}")
-    slices = found[series or next(iter(found))]
+    chosen = found[series or next(iter(found))]
 
-    first = slices[0]
-    for other in slices:
-        if (size := other.reader.GetSize()[:2]) != first.reader.GetSize()[:2]:
+    first = chosen[0]
+    for other in chosen:
+        if other.size[:2] != first.size[:2]:
             raise UserError(
-                f"{other.file} has {size[0]} x {size[1]} pixels, but {first.file.name}"
-                f" {first.reader.GetSize()[0]} x {first.reader.GetSize()[1]}: slices have one size"
+                f"{other.path} has {other.size[0]} x {other.size[1]} pixels, but {first.path.name} {first.size[0]} x"
+                f" {first.size[1]}: slices have one size"
             )
-        if len(slices) > 1 and other.frames > 1:
+        if len(chosen) > 1 and other.size[2] > 1:
             raise UserError(
-                f"{other.file} holds {other.frames} frames beside other files: give -i this file alone"
+                f"{other.path} holds {other.size[2]} frames beside other files: give -i this file alone"
             )
-    affine, depths = None, None
-    if first.frames > 1:
-        if _ENHANCED.match(first.tag("0008|0016")):
-            reader = first.reader
-            steps = np.array(reader.GetDirection()).reshape(3, 3) * reader.GetSpacing()
-            affine = _from_lps(steps, reader.GetOrigin(), path)
-            notes.append("a file of many frames: they are taken as evenly spaced, as ITK reads them")
-        else:
-            notes.append("frames in time: their place in the patient is not known")
-    elif all(header.placed for header in slices):
-        slices, affine, depths = _place(path, slices, notes)
+
+    affine, depths, order = None, None, list(range(max(len(chosen), first.size[2])))
+    if first.size[2] > 1 and not _ENHANCED.match(first.tag("0008|0016")):
+        notes.append("frames in time: their place in the patient is not known")
     else:
-        slices.sort(key=lambda header: (_number(header), header.file.name))
-        notes.append("the files do not say where slices lie: they are taken by their numbers, evenly spaced")
+        slices = [file.slice() for file in chosen] if first.size[2] == 1 else _enhanced_slices(first.path)
+        known = [place for place in slices if place is not None]
+        if len(known) == len(order):
+            order, affine, depths = _place(path, known, notes)
+        else:
+            order.sort(key=lambda k: -1 if (number := chosen[k].number) is None else number)
+            notes.append(
+                "the files do not say where slices lie: they are taken by their numbers, evenly spaced"
+            )
 
-    stack = [header.read(sitk) for header in slices]
+    stack = [file.read(sitk) for file in chosen]
     if len({array.shape[1:] for array in stack}) > 1:
         raise UserError(f"{path} mixes grey and colour slices: they have to be of one kind")
-    values = np.concatenate(stack)
+    values = np.concatenate(stack)[order]
     stored = first.tag("0028|0101")
     bits = 8 if values.dtype.itemsize == 1 or (stored.isdecimal() and int(stored) <= 8) else 16
     full_scale = (0.0, 255.0) if values.dtype == np.uint8 and (values.ndim == 4 or affine is None) else None
@@ -515,28 +521,52 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
     return Volume(values, affine, bits, path.name, None, full_scale, depths, notes=notes)
 
 
+def _enhanced_slices(path: Path) -> list[_Slice]:
+    """Where the frames of an enhanced file lie: each says it in a sequence of its own, which ITK does not show."""
+    pydicom = _optional("pydicom", "pydicom", f"reading {path}, a volume in one file,")
+    header = pydicom.dcmread(path, stop_before_pixels=True)
+    shared = header.get("SharedFunctionalGroupsSequence") or [pydicom.Dataset()]
+    slices, scales = [], set()
+    try:
+        for number, frame in enumerate(header.PerFrameFunctionalGroupsSequence):
+            groups = {element.keyword: element.value for place in (shared[0], frame) for element in place}
+            position = groups["PlanePositionSequence"][0].ImagePositionPatient
+            cosines = np.array(groups["PlaneOrientationSequence"][0].ImageOrientationPatient, float)
+            row, column = groups["PixelMeasuresSequence"][0].PixelSpacing  # from row to row, column to column
+            steps = cosines.reshape(2, 3).T * (float(column), float(row))
+            slices.append(_Slice(f"frame {number}", np.array(position, float), steps, None))
+            for scale in groups.get("PixelValueTransformationSequence", []):
+                scales.add((float(scale.RescaleSlope), float(scale.RescaleIntercept)))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not say where its frames lie ({error}): convert it to NIfTI") from error
+    if len(scales) > 1:
+        raise UserError(f"{path} rescales its frames differently, which is not read: convert it to NIfTI")
+    return slices
+
+
 def _place(
     path: Path, slices: list[_Slice], notes: list[str]
-) -> tuple[list[_Slice], np.ndarray, np.ndarray | None]:
-    """Slices in order, their affine, and their depths where they are uneven; what is unusual is noted."""
+) -> tuple[list[int], np.ndarray, np.ndarray | None]:
+    """The order of slices, their affine, and their depths where they are uneven; what is unusual is noted."""
     steps = slices[0].steps
     for other in slices:
         if np.abs(other.steps - steps).max() > _SAME * np.linalg.norm(steps, axis=0).max():
             raise UserError(
-                f"{other.file} and {slices[0].file.name} differ in orientation or pixel size: a volume has parallel"
+                f"{path}: {other.name} and {slices[0].name} differ in orientation or pixel size: a volume has parallel"
                 " slices (is a localizer among them?)"
             )
     normal = np.cross(steps[:, 0], steps[:, 1])
     normal /= np.linalg.norm(normal)
-    slices = sorted(slices, key=lambda header: float(header.position @ normal))
-    positions = np.array([header.position for header in slices])
+    order = sorted(range(len(slices)), key=lambda k: float(slices[k].position @ normal))
+    slices = [slices[k] for k in order]
+    positions = np.array([place.position for place in slices])
     heights = positions @ normal
     gaps = np.diff(heights)
     if not gaps.size:
-        return slices, _from_lps(np.column_stack((steps, normal)), positions[0], path), None
+        return order, _from_lps(np.column_stack((steps, normal)), positions[0], path), None
     twins = np.flatnonzero(gaps <= 0.01 * np.median(gaps))
     if twins.size:
-        a, b = slices[twins[0]].file.name, slices[twins[0] + 1].file.name
+        a, b = slices[twins[0]].name, slices[twins[0] + 1].name
         raise UserError(
             f"{path}: {twins.size} slices lie where another one does ({a} and {b}): the series has several time points,"
             " echoes or copies; put those of one into a folder"
@@ -545,8 +575,8 @@ def _place(
     astray = np.linalg.norm(positions - positions[0] - np.outer(heights - heights[0], line), axis=1)
     if astray.max() > 0.1 * np.linalg.norm(steps, axis=0).min():
         raise UserError(
-            f"{slices[int(astray.argmax())].file} lies {astray.max():.3g} mm beside the line of the others: slices of a"
-            " volume are stacked along one direction"
+            f"{path}: {slices[int(astray.argmax())].name} lies {astray.max():.3g} mm beside the line of the others:"
+            " slices of a volume are stacked along one direction"
         )
     tilt = float(np.degrees(np.arccos(min(1.0, 1 / np.linalg.norm(line)))))
     if tilt > _TILT:
@@ -554,7 +584,7 @@ def _place(
             f"gantry tilt of {tilt:.1f} degrees: slices are shifted against each other, and the affine is sheared as"
             " they are; nothing is resampled"
         )
-    numbers = sorted(number for header in slices if (number := _number(header)) is not None)
+    numbers = sorted(place.number for place in slices if place.number is not None)
     missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
     # Every second number of an even stack, say, is how some archives count.
     if missing and len(np.unique(np.diff(numbers))) > 1:
@@ -564,7 +594,7 @@ def _place(
     step = float(gaps.mean() if even else np.median(gaps))
     if not even:
         absent = np.rint(gaps / step).astype(int) - 1
-        places = [f"{absent[k]} behind {slices[k].file.name}" for k in np.flatnonzero(absent)]
+        places = [f"{absent[k]} behind {slices[k].name}" for k in np.flatnonzero(absent)]
         if places and np.abs(gaps / step - absent - 1).max() < 0.05:
             count = int(absent.sum())
             what = f"{count} slice{'s are' if count > 1 else ' is'} missing ({_list(places)})"
@@ -572,21 +602,15 @@ def _place(
             what = f"slices are unevenly spaced, {gaps.min():.4g} to {gaps.max():.4g} mm apart"
         notes.append(f"{what}: the others keep their true places and times")
     affine = _from_lps(np.column_stack((steps, line * step)), positions[0], path)
-    return slices, affine, None if even else (heights - heights[0]) / step
+    return order, affine, None if even else (heights - heights[0]) / step
 
 
-def _number(header: _Slice) -> int | None:
-    """The instance number."""
-    text = header.tag("0020|0013")
-    return int(text) if re.fullmatch(r"[+-]?\d+", text) else None
-
-
-def _series(found: dict[str, list[_Slice]]) -> str:
+def _series(found: dict[str, list[_File]]) -> str:
     """Every series with the number of its slices and what it says of itself."""
     lines = []
-    for uid, slices in found.items():
-        about = " ".join(filter(None, (slices[0].tag("0008|0060"), slices[0].tag("0008|103e"))))
-        lines.append(f"{uid or 'without UID'} ({len(slices)} files{', ' if about else ''}{about})")
+    for uid, files in found.items():
+        about = " ".join(filter(None, (files[0].tag("0008|0060"), files[0].tag("0008|103e"))))
+        lines.append(f"{uid or 'without UID'} ({len(files)} files{', ' if about else ''}{about})")
     return "; ".join(lines)
 
 
