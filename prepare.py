@@ -285,7 +285,8 @@ def _box(
     borders.
     """
     if label is None:
-        unit = np.clip((np.nan_to_num(volume.values, nan=window[0]) - window[0]) / np.ptp(window), 0, 1)
+        values = np.nan_to_num(volume.values.astype(np.float32), nan=window[0])
+        unit = np.clip((values - window[0]) / np.ptp(window), 0, 1)
         unit = unit if unit.ndim == 3 else unit[..., :3].max(axis=3)
         inside = unit > otsu(unit) / 2
     else:
@@ -417,9 +418,13 @@ def _describe(volume: Volume) -> str:
 
 def _summary(geometry: Geometry) -> str:
     columns, rows = geometry.size
-    place = (
-        "" if geometry.affine is None or geometry.spacing is None else f", {geometry.spacing[2]:.4g} mm apart"
-    )
+    place = ""
+    if geometry.affine is not None:
+        gaps = np.diff(geometry.positions)
+        uneven = geometry.durations() is not None
+        place = (
+            f", {gaps.min():.4g} to {gaps.max():.4g} mm apart" if uneven else f", {gaps.mean():.4g} mm apart"
+        )
     kept = f" of {geometry.slice_count} slices" if len(geometry.slices) < geometry.slice_count else ""
     kept += f", {len(geometry.heldout_slices)} held out" if geometry.heldout_slices else ""
     return (

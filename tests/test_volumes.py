@@ -11,7 +11,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import tifffile
-from dicom import write_cine, write_enhanced, write_series
+from dicom_files import write_cine, write_enhanced, write_series
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.affines import apply_affine
@@ -136,8 +136,8 @@ def test_missing_slices_are_named_and_keep_their_times(tmp_path, capsys):
     )
     frames, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "d")
     said = capsys.readouterr().out
-    assert "2 slices are missing (2 behind slice014.dcm)" in said and "true times" in said
-    assert "2 instance numbers 4, 5 missing" in said
+    assert "2 slices are missing (2 behind slice014.dcm)" in said and "2.5 to 7.5 mm apart" in said
+    assert "2 instance numbers are missing (4, 5)" in said
     assert geometry.positions == pytest.approx((0, 2.5, 5, 12.5), abs=1e-6)
     assert geometry.durations() == pytest.approx(np.array([1, 1, 3, 1]) / 6)
     _same_voxels(frames, geometry, VALUES[:, :, kept], affine, kept)
@@ -190,7 +190,7 @@ def test_series_are_chosen_by_uid(tmp_path, capsys):
     folder = tmp_path / "two"
     first = write_series(folder, VALUES, _affine(), SeriesDescription="thin")
     second = write_series(folder, VALUES[:, :, :4], _affine(), prefix="b", Modality="MR")
-    with pytest.raises(UserError, match=r"holds 2 series: choose one with --series UID: ") as error:
+    with pytest.raises(UserError, match=r"holds 2 series: choose one for -i with --series UID, ") as error:
         read_volume(folder)
     assert f"{first} (6 files, CT thin)" in str(error.value) and f"{second} (4 files, MR test)" in str(
         error.value
@@ -205,7 +205,7 @@ def test_dicom_cine_in_grey_and_colour(tmp_path, capsys):
         write_cine(tmp_path / f"{name}.dcm", stack)
         found, _, geometry = _prepare(tmp_path / name, "-i", tmp_path / f"{name}.dcm")
         assert np.array_equal(found, stack) and geometry.affine is None
-        assert "frames in time" in capsys.readouterr().out
+        assert "do not say where they lie" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 0, 5, 1, 4, 2], [0, 1, 5, 4]])
@@ -337,7 +337,7 @@ def test_missing_frame_numbers_are_named(tmp_path, capsys):
     for number in (3, 4, 5, 8, 9):
         write_image(tmp_path / "in" / f"frame_{number:03d}.png", np.full((5, 4), number / 10))
     _, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "in")
-    assert "2 numbers 6, 7 missing" in capsys.readouterr().out
+    assert "2 numbers are missing (6, 7)" in capsys.readouterr().out
     assert geometry.positions == (0, 1, 2, 5, 6) and geometry.slices == (0, 1, 2, 3, 4)
     assert geometry.durations() == pytest.approx(np.array([1, 1, 3, 1, 1]) / 7)
 
@@ -523,6 +523,7 @@ def _refusals(folder):
         "slices of two sizes": (["-i", folder / "sizes"], "slices have one size"),
         "scales of frames": (["-i", folder / "scaled.dcm"], "rescales its frames differently"),
         "frames twice": (["-i", folder / "copies.dcm"], "3 slices lie where another one does (frame 0 and frame 3)"),
+        "a mosaic": (["-i", Path(nibabel.__path__[0]) / "nicom/tests/data/0.dcm"], "is a mosaic"),
         "no DICOM image": (["-i", folder / "junk"], "no DICOM image that can be read (tried a.dcm)"),
         "one DICOM file": (["-i", folder / "localizer" / "slice000.dcm"], "give -i the folder of its series"),
         "no such series": (["-i", folder / "localizer", "--series", "1.2"], "has no series 1.2"),
@@ -564,9 +565,12 @@ def test_every_mistake_is_one_line_and_writes_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # libraries are silent too
 
 
-@pytest.mark.parametrize("module, name", [("SimpleITK", "a.nrrd"), ("imageio_ffmpeg", "a.mp4")])
+@pytest.mark.parametrize(
+    "module, name",
+    [("SimpleITK", "a.nrrd"), ("SimpleITK", "a.dcm"), ("pydicom", "a.dcm"), ("imageio_ffmpeg", "a.mp4")],
+)
 def test_a_missing_library_is_asked_for_by_name(tmp_path, monkeypatch, module, name):
-    (tmp_path / name).touch()
+    write_enhanced(tmp_path / name, VALUES, _affine(), [0, 1], [1.0, 1.0])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"{name} needs {module.replace('_', '-')}: pip3 install "):
+    with pytest.raises(UserError, match=f"{name}.* needs {module.replace('_', '-')}: pip3 install "):
         read_volume(tmp_path / name)

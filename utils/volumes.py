@@ -180,7 +180,7 @@ def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
         )
         return None
     if missing:
-        notes.append(f"{_count(missing, 'number')} {_list(missing)} missing: the others keep their times")
+        notes.append(f"{_missing(missing, 'number')}: the other frames keep their times")
     else:
         notes.append("the numbers in the file names are unevenly spaced, and so are the frames in time")
     return (numbers - numbers[0]) / step
@@ -481,7 +481,10 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
     if series is not None and series not in found:
         raise UserError(f"{path} has no series {series}: it has {_series(found)}")
     if series is None and len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} series: choose one with --series UID: {_series(found)}")
+        raise UserError(
+            f"{path} holds {len(found)} series: choose one for -i with --series UID, or give a folder of one:"
+            f" {_series(found)}"
+        )
     chosen = found[series or next(iter(found))]
 
     first = chosen[0]
@@ -491,6 +494,10 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
                 f"{other.path} has {other.size[0]} x {other.size[1]} pixels, but {first.path.name} {first.size[0]} x"
                 f" {first.size[1]}: slices have one size"
             )
+        if "MOSAIC" in other.tag("0008|0008"):
+            raise UserError(
+                f"{other.path} is a mosaic, all slices tiled in one image: convert it (dcm2niix) to NIfTI"
+            )
         if len(chosen) > 1 and other.size[2] > 1:
             raise UserError(
                 f"{other.path} holds {other.size[2]} frames beside other files: give -i this file alone"
@@ -498,7 +505,7 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
 
     affine, depths, order = None, None, list(range(max(len(chosen), first.size[2])))
     if first.size[2] > 1 and not _ENHANCED.match(first.tag("0008|0016")):
-        notes.append("frames in time: their place in the patient is not known")
+        notes.append("its frames do not say where they lie in the patient: they are taken in their order")
     else:
         slices = [file.slice() for file in chosen] if first.size[2] == 1 else _enhanced_slices(first.path)
         known = [place for place in slices if place is not None]
@@ -510,10 +517,11 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
                 "the files do not say where slices lie: they are taken by their numbers, evenly spaced"
             )
 
-    stack = [file.read(sitk) for file in chosen]
+    in_order = [chosen[k] for k in order] if len(chosen) > 1 else chosen
+    stack = [file.read(sitk) for file in in_order]
     if len({array.shape[1:] for array in stack}) > 1:
         raise UserError(f"{path} mixes grey and colour slices: they have to be of one kind")
-    values = np.concatenate(stack)[order]
+    values = np.concatenate(stack) if len(chosen) > 1 else stack[0][order]
     stored = first.tag("0028|0101")
     bits = 8 if values.dtype.itemsize == 1 or (stored.isdecimal() and int(stored) <= 8) else 16
     full_scale = (0.0, 255.0) if values.dtype == np.uint8 and (values.ndim == 4 or affine is None) else None
@@ -588,7 +596,7 @@ def _place(
     missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
     # Every second number of an even stack, say, is how some archives count.
     if missing and len(np.unique(np.diff(numbers))) > 1:
-        notes.append(f"{_count(missing, 'instance number')} {_list(map(str, missing))} missing")
+        notes.append(_missing(map(str, missing), "instance number"))
 
     even = is_even(heights)
     step = float(gaps.mean() if even else np.median(gaps))
@@ -647,8 +655,9 @@ def _list(words: Iterable[str], most: int = 8) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
-def _count(things: list[Any], noun: str) -> str:
-    return f"{len(things)} {noun}{'s' if len(things) > 1 else ''}"
+def _missing(words: Iterable[str], noun: str) -> str:
+    words = list(words)
+    return f"{len(words)} {noun}{'s are' if len(words) > 1 else ' is'} missing ({_list(words)})"
 
 
 READERS: dict[str, Callable[[Path, int | None], Volume]] = {
