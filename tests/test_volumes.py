@@ -164,6 +164,11 @@ def test_a_label_on_an_even_grid_meets_uneven_slices(tmp_path, capsys):
     )
     assert "another grid" in capsys.readouterr().out
     _same_voxels(masks > 0, geometry, label[:, :, kept] > 0, _affine(), kept)
+    # of as many slices, but elsewhere: nothing is known of the last frame
+    short = _nifti(tmp_path / "s.nii", label[:, :, :4])
+    _, masks, geometry = _prepare(tmp_path / "c", "-i", tmp_path / "d", "-l", short)
+    expected = np.where(np.arange(4) < 3, label[:, :, kept], 0)
+    _same_voxels(masks > 0, geometry, expected > 0, _affine(), kept)
     # and back: an uneven label on an even volume, where slices 3 and 4 take the nearest one
     write_series(tmp_path / "l", label[:, :, kept], _affine(), depths=kept)
     _, masks, geometry = _prepare(tmp_path / "b", "-i", _nifti(tmp_path / "v.nii"), "-l", tmp_path / "l")
