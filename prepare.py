@@ -308,7 +308,7 @@ def _label(
     shape = volume.values.shape[:3]
     if label.lossy:
         raise UserError(
-            f"{path} is a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
+            f"{path} is compressed like a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
         )
     values = label.values
     if values.ndim == 4:

@@ -279,6 +279,17 @@ def test_nrrd_without_space_is_mentioned(tmp_path):
     assert read_volume(_itk(tmp_path / "b.nrrd")).notes == []
 
 
+def test_nrrd_in_another_space(tmp_path):
+    header = (
+        "NRRD0005\ntype: uchar\ndimension: 3\nspace: right-anterior-superior\nsizes: 2 3 4\nencoding: raw\n"
+    )
+    header += "space directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (5,6,7)\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + bytes(range(24)))
+    expected = np.diag([1.0, 1, 2, 1])
+    expected[:3, 3] = 5, 6, 7
+    assert np.array_equal(read_volume(tmp_path / "a.nrrd").affine, expected)
+
+
 # --- Stacks of frames ---------------------------------------------------------------------------------------
 
 
@@ -348,8 +359,8 @@ def test_missing_frame_numbers_are_named(tmp_path, capsys):
 
 
 def test_numbers_that_do_not_count_frames_are_left_aside(tmp_path, capsys):
-    for name in ("101500", "101501", "101700", "101701"):  # clocks
-        write_image(tmp_path / "in" / f"{name}.png", np.full((5, 4), 0.5))
+    for seconds in (0, 1, 100, 101, 60 * 60 * 24 * 365):
+        write_image(tmp_path / "in" / f"2024{seconds:010d}.png", np.full((5, 4), 0.5))
     _, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "in")
     assert "do not count" in capsys.readouterr().out and geometry.durations() is None
     for number in (0, 2, 4, 6):  # every second one is even
@@ -369,6 +380,11 @@ def test_ct_windows(tmp_path, name):
     assert geometry.window == (level - width / 2, level + width / 2)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert f"| `{name}` | {level} | {width} |" in readme.replace("−", "-")
+
+
+def test_a_window_below_zero(tmp_path):
+    _, _, geometry = _prepare(tmp_path / "out", "-i", _nifti(tmp_path / "a.nii"), "--window", "-50", "-10.5")
+    assert geometry.window == (-50, -10.5)
 
 
 def test_a_ct_window_on_something_else_is_mentioned(tmp_path, capsys):
@@ -488,6 +504,7 @@ def _refusals(folder):
     cut = folder / "short" / "slice014.dcm"
     cut.write_bytes(cut.read_bytes()[:-60])
     (folder / "study").mkdir()
+    write_series(folder / "lossy", VALUES, affine, LossyImageCompression="01")
     write_series(folder / "study" / "series", VALUES, affine)
     write_series(folder / "sizes", VALUES[:, :, :3], affine)
     uid = pydicom.dcmread(folder / "sizes" / "slice000.dcm").SeriesInstanceUID
@@ -551,6 +568,7 @@ def _refusals(folder):
         "a negative margin": (["-i", good, "--crop", "-1"], "-1 is not a number of millimetres"),
         "two windows": (["-i", good, "--window", "0", "1", "--ct_window", "brain"], "not allowed with"),
         "a JPEG label": (["-i", pictures, "-l", folder / "jpegs"], "does not keep labels exactly"),
+        "a label of lossy DICOM": (["-i", good, "-l", folder / "lossy"], "does not keep labels exactly"),
         "a coloured label": (["-i", pictures, "-l", folder / "coloured"], "holds colours"),
         "another numbering": (["-i", pictures, "-l", folder / "numbered"], "numbered differently"),
     }  # fmt: skip

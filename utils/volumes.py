@@ -49,7 +49,7 @@ class Volume:
     depths: np.ndarray | None = None
     """Where the slices of axis 2 lie, as increasing indices of the affine; None where they are 0, 1, ..., K - 1."""
     lossy: bool = False
-    """Whether the values are near what was stored, but not it (JPEG, video)."""
+    """Whether the values are near what was measured or drawn, but not it (JPEG, video)."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about how it was read."""
 
@@ -159,7 +159,7 @@ def _read_folder(path: Path) -> Volume:
     notes: list[str] = []
     depths = _numbered_depths(files, notes)
     lossy = any(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
-    return _stack(np.stack(images), path.name, notes, lossy=lossy, depths=depths)
+    return _stack(np.stack(images), path.resolve().name, notes, lossy=lossy, depths=depths)
 
 
 def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
@@ -170,15 +170,15 @@ def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
     if len(numbers) < 3 or numbers.min() < 0 or steps.min() <= 0 or is_even(numbers):
         return None  # nothing is missing, or the names do not count
     step = float(np.median(steps))
-    present, missing = set(numbers), []
-    for number in np.arange(numbers[0], numbers[-1], step):
-        if number not in present:
-            missing.append(f"{number:.0f}")
-    if len(missing) > len(files):
+    if (numbers[-1] - numbers[0]) / step + 1 > 2 * len(files):
         notes.append(
             "the numbers in the file names do not count the frames: their order is taken, evenly spaced"
         )
         return None
+    present = set(numbers)
+    missing = [
+        f"{number:.0f}" for number in np.arange(numbers[0], numbers[-1], step) if number not in present
+    ]
     if missing:
         notes.append(f"{_missing(missing, 'number')}: the other frames keep their times")
     else:
@@ -192,7 +192,7 @@ def _describe(image: np.ndarray) -> str:
 
 
 def _stack(stack: np.ndarray, name: str, notes: list[str], **others: Any) -> Volume:
-    """Pictures (frame, row, column[, channel]) as a Volume that knows no millimetres."""
+    """Pictures (frame, row, column[, channel]) as a Volume without millimetres."""
     values = stack.transpose(2, 1, 0, *range(3, stack.ndim))
     full_scale = None
     if values.dtype in (np.uint8, np.uint16):
@@ -226,7 +226,7 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
             _check_frame(path, page.imagewidth, page.imagelength)
             array, axes = pages.asarray(), pages.axes
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-                array, axes = _grey_last((page.colormap[:, array] // 257).astype(np.uint8)), axes
+                array = _grey(np.moveaxis((page.colormap[:, array] // 257).astype(np.uint8), 0, -1))
             elif page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
                 array = np.invert(array)
     except UserError:
@@ -242,7 +242,7 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
     chosen = None
     if len(paged) == 2:
         chosen = _chosen(path, array.shape[0], index)
-        array = array[chosen]
+        array = array[chosen or 0]
     elif len(paged) != 1:
         what = f"{len(paged) + 2}-D ({axes})" if paged else "one page"
         raise UserError(f"{path} holds {what}: a stack has two pages or more, along one axis")
@@ -251,11 +251,6 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
             f"{path} holds {array.dtype} of shape {array.shape}: frames are real numbers, grey or RGB"
         )
     return _stack(array, path.name, [], index=chosen)
-
-
-def _grey_last(colours: np.ndarray) -> np.ndarray:
-    """(3, frame, row, column) to (frame, row, column[, 3])."""
-    return _grey(np.moveaxis(colours, 0, -1))
 
 
 def _read_pictures(path: Path, index: int | None) -> Volume:
@@ -526,7 +521,8 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
     bits = 8 if values.dtype.itemsize == 1 or (stored.isdecimal() and int(stored) <= 8) else 16
     full_scale = (0.0, 255.0) if values.dtype == np.uint8 and (values.ndim == 4 or affine is None) else None
     values = values.transpose(2, 1, 0, *range(3, values.ndim))
-    return Volume(values, affine, bits, path.name, None, full_scale, depths, notes=notes)
+    lossy = first.tag("0028|2110") == "01"
+    return Volume(values, affine, bits, path.resolve().name, None, full_scale, depths, lossy, notes)
 
 
 def _enhanced_slices(path: Path) -> list[_Slice]:
