@@ -305,6 +305,8 @@ def _label(
 ) -> np.ndarray:  # (I, J, K) bool
     """The label on the volume's grid."""
     label = read_volume(path, index)
+    for note in label.notes:
+        say(f"  note on {path}: {note}")
     shape = volume.values.shape[:3]
     if label.lossy:
         raise UserError(
@@ -315,9 +317,14 @@ def _label(
         if np.ptp(values[..., :3], axis=3).any():  # opacity is no label
             raise UserError(f"{path} holds colours: a label holds one number a voxel")
         values = values[..., 0]
-    values = np.nan_to_num(values)
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        say(f"  note: {bad:,} voxels of {path} are NaN or infinite; they count as background")
+        values = np.nan_to_num(values, posinf=0, neginf=0)
     if wanted:
         inside = np.isin(values, wanted)
+        absent = [f"{value:g}" for value in wanted if not (values == value).any()]
+        if absent and inside.any():
+            say(f"  note: no voxel of {path} has the value {' or '.join(absent)}")
     elif values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
         say("  note: the label has fractions; voxels of 0.5 and more count as inside")
         inside = values >= 0.5
@@ -334,7 +341,11 @@ def _label(
             raise UserError(f"{path} has shape {inside.shape}, but {volume.name} {shape}: they have to agree")
         if not np.array_equal(_depths(volume), _depths(label)):
             raise UserError(
-                f"{path} and {volume.name} are numbered differently: frames and masks have the same numbers"
+                f"{path} and {volume.name} are numbered differently: a mask has the number of its frame"
+            )
+        if (volume.affine is None) != (label.affine is None):
+            say(
+                f"  note: only one of them knows millimetres; [:, :, k] of {path} is taken as the mask of frame k"
             )
     elif not _same_grid(volume, label):
         to_label = np.linalg.inv(label.affine) @ volume.affine
