@@ -513,6 +513,10 @@ def _refusals(folder):
     write_enhanced(folder / "copies.dcm", VALUES, affine, [0, 1, 2, 0, 1, 2], [1.0] * 6)
     (folder / "junk").mkdir()
     (folder / "junk" / "a.dcm").write_text("hello")
+    Image.new("L", (4, 4)).save(folder / "vast.gif")
+    vast = bytearray((folder / "vast.gif").read_bytes())
+    vast[6:10] = b"\xff\xff\xff\xff"  # the size of its screen
+    (folder / "vast.gif").write_bytes(vast)
     for name in ("text.nrrd", "text.mha", "text.tif", "text.gif", "text.mp4"):
         (folder / name).write_text("hello")
     sitk.WriteImage(sitk.GetImageFromArray(VALUES[0]), str(folder / "flat.nrrd"))
@@ -555,6 +559,7 @@ def _refusals(folder):
         "no MetaImage": (["-i", folder / "text.mha"], "damaged, or not what its name says"),
         "no TIFF": (["-i", folder / "text.tif"], "cannot be read"),
         "no GIF": (["-i", folder / "text.gif"], "cannot be read"),
+        "a vast GIF": (["-i", folder / "vast.gif"], "65535 x 65535 pixels, over the limit"),
         "no video": (["-i", folder / "text.mp4"], "cannot be read"),
         "2-D NRRD": (["-i", folder / "flat.nrrd"], "is 2-D"),
         "5-D MetaImage": (["-i", folder / "5d.mha"], "is 5-D"),
