@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
+import slices_to_ply
 from prepare import main
 from utils.errors import UserError
 from utils.geometry import Geometry
@@ -102,10 +103,26 @@ def test_keep_every(tmp_path, volume):
     for kind in ("img", "seg"):
         kept = _frames(tmp_path / "some" / kind / "original")
         assert np.array_equal(kept, _frames(tmp_path / "all" / kind / "original")[::2])
+        heldout = tmp_path / "some" / kind / "heldout"
+        assert sorted(os.listdir(heldout)) == ["0001.png", "0003.png"]  # by their source slice
+        assert np.array_equal(_frames(heldout), _frames(tmp_path / "all" / kind / "original")[1::2])
+        assert os.listdir(tmp_path / "all" / kind) == ["original"]
     geometry = Geometry.load(tmp_path / "some" / "frames.json")
+    assert geometry.heldout_slices == (1, 3) and geometry.heldout_indices() == [0.5, 1.5]
     assert (
         geometry.slices == (0, 2, 4) and geometry.positions == (0.0, 5.0, 10.0) and geometry.spacing[2] == 5.0
     )
+
+
+def test_masks_left_out_are_no_case_of_a_mesh(tmp_path, volume):
+    label = np.zeros((6, 7, 5), np.uint8)
+    label[2:4, 2:5, 1:4] = 1
+    label = _save(tmp_path / "label.nii.gz", label)
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--keep_every", "2", "--quiet"])
+    slices_to_ply.main(
+        ["-i", str(tmp_path / "out" / "seg"), "-o", str(tmp_path / "mesh"), "--smoothing", "none"]
+    )
+    assert os.listdir(tmp_path / "mesh") == ["original.ply"]
 
 
 def test_label_values(tmp_path, volume):
@@ -143,6 +160,29 @@ def test_label_on_another_grid_is_resampled_and_that_is_said(tmp_path, volume, c
     assert np.array_equal(
         _frames(tmp_path / "a" / "seg" / "original"), _frames(tmp_path / "b" / "seg" / "original")
     )
+
+
+def test_what_is_odd_in_a_label_is_said(tmp_path, volume, capsys):
+    labels = np.zeros((6, 7, 5), np.float32)
+    labels[1, 2, 3], labels[2:4, 3, 3], labels[4, 4, 4] = np.nan, 2, np.inf
+    label = _save(tmp_path / "label.nii", labels)
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--label_value", "2", "9"])
+    said = capsys.readouterr().out
+    assert f"2 voxels of {label} are NaN or infinite" in said and "has the value 9" in said
+    assert (_frames(tmp_path / "out" / "seg" / "original") > 0).sum() == 2
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--force", "--quiet"])
+    assert (_frames(tmp_path / "out" / "seg" / "original") > 0).sum() == 2
+
+
+def test_a_label_with_millimetres_for_frames_without(tmp_path, capsys):
+    for number in range(5):
+        write_image(tmp_path / "in" / f"{number}.png", np.full((7, 6), number / 5))
+    labels = np.zeros((6, 7, 5), np.uint8)
+    labels[1, 2, 3] = 1
+    label = _save(tmp_path / "label.nii", labels)
+    main(["-i", str(tmp_path / "in"), "-l", label, "-o", str(tmp_path / "out")])
+    assert "only one of them knows millimetres" in capsys.readouterr().out
+    assert np.argwhere(_frames(tmp_path / "out" / "seg" / "original")).tolist() == [[3, 2, 1]]
 
 
 def test_fractional_labels_are_cut_at_a_half(tmp_path, volume, capsys):
@@ -223,7 +263,9 @@ def test_force_replaces_frames_and_nothing_else(tmp_path, volume):
     with pytest.raises(UserError, match="--force"):
         main(command)
     main([*command, "--force", "--keep_every", "2"])
-    assert sorted(os.listdir(out)) == ["frames.json", "img"] and os.listdir(out / "img") == ["original"]
+    assert sorted(os.listdir(out)) == ["frames.json", "img"]
+    assert sorted(os.listdir(out / "img")) == ["heldout", "original"]
+    main([*command, "--force", "--keep_every", "2"])  # heldout is ours too
     assert len(os.listdir(out / "img" / "original")) == 3
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):
@@ -243,7 +285,7 @@ def _bad_inputs(folder):
     (folder / "singular.nii").write_bytes(raw)
     (folder / "text.nii").write_text("hello")
     (folder / "text.nii.gz").write_text("hello")
-    (folder / "text.dcm").write_text("hello")
+    (folder / "text.doc").write_text("hello")
     (folder / "short.nii.gz").write_bytes(gzip.compress(gzip.decompress(Path(good).read_bytes())[:400]))
     (folder / "cut.nii.gz").write_bytes(Path(good).read_bytes()[:-30])
     (folder / "empty").mkdir()
@@ -261,7 +303,7 @@ def _bad_inputs(folder):
         "missing": (["-i", str(folder / "none.nii.gz")], "does not exist"),
         "not a NIfTI": (["-i", str(folder / "text.nii")], "not a NIfTI file"),
         "not even gzip": (["-i", str(folder / "text.nii.gz")], "not a NIfTI file"),
-        "another kind": (["-i", str(folder / "text.dcm")], "is not a kind that is read"),
+        "another kind": (["-i", str(folder / "text.doc")], "is not a kind that is read"),
         "truncated": (["-i", str(folder / "short.nii.gz")], "damaged"),
         "truncated gzip": (["-i", str(folder / "cut.nii.gz")], "damaged"),
         "2-D": (["-i", _save(folder / "2d.nii", cube[0])], "2-D"),
@@ -315,7 +357,7 @@ def test_a_failure_while_writing_leaves_the_old_frames(tmp_path, volume, monkeyp
     main(["-i", volume, "-o", str(out), "--quiet"])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     monkeypatch.setattr(Geometry, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="no space left on the disk for"):
         main(["-i", volume, "-o", str(out), "--quiet", "--force", "--bits", "8"])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(os.listdir(tmp_path)) == ["out", "volume.nii.gz"]
