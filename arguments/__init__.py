@@ -288,6 +288,14 @@ class RunOptions:
         "weights, add a segmentation head, start at 0",
         kind=str,
     )
+    eval: bool = _option(
+        False,
+        "hold out every --eval_every-th frame and report scores on those; needless where the data root has "
+        "heldout/ (prepare.py --keep_every)",
+    )
+    eval_every: int = _option(
+        8, "--eval: the last of each N frames is held out, but never the last of all", source=_KERBL, low=2
+    )
     iterations: int = _option(30_000, "iterations to train", source=_KERBL, low=1)
     test_iterations: tuple[int, ...] = _option(
         (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate there"
@@ -372,7 +380,6 @@ Options = TypeVar("Options", TrainOptions, RenderOptions)
 
 IGNORED: dict[str, Any] = {
     "depths": "",
-    "eval": False,
     "train_test_exp": False,
     "antialiasing": False,
     "convert_SHs_python": False,
@@ -391,11 +398,12 @@ IGNORED: dict[str, Any] = {
     "disable_viewer": False,
 }
 """Options of published command lines that cannot mean anything here: there are no depth maps, exposures,
-viewers or test splits. Their values stand in `cfg_args`, where the published reader looks for them."""
+or viewers. Their values stand in `cfg_args`, where the published reader looks for them."""
 
 _IGNORED_BY_RENDER = (
     "skip_train",
     "skip_test",
+    "eval",
     "sh_degree",
     "num_pts",
     "camera",
