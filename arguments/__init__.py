@@ -50,12 +50,13 @@ def _option(
     high: float | None = None,
     above: float | None = None,
     saved: bool = False,
+    bare: Any = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     The value's type is that of `default`, or `kind` where None is the default; a tuple holds whole numbers.
     `low` and `high` are inclusive bounds, `above` is an exclusive one. render.py takes `saved` options from
-    `cfg_args` where the command line does not give them.
+    `cfg_args` where the command line does not give them. `bare` is what the flag means without a value.
     """
     kind = kind or type(default)
     return field(
@@ -70,6 +71,7 @@ def _option(
             "high": high,
             "above": above,
             "saved": saved,
+            "bare": bare,
         },
     )
 
@@ -345,8 +347,29 @@ class RenderOptions(MachineOptions, DataOptions):
     pipeline: str = _option(
         "img", "img: render_img/; seg: render_mask/; both", choices=("img", "seg", "both")
     )
-    chunks: int = _option(1, "render in that many slices of the sequence, which bounds the memory", low=1)
+    chunks: int = _option(
+        1,
+        "render in at least that many slices of the sequence: more take less memory, and give the same files",
+        low=1,
+    )
     extension: str = _option(".png", "of the image files")
+    nifti: bool = _option(
+        False,
+        "write the rendered sequence also as render_img.nii.gz, render_mask.nii.gz: in the source's intensities, "
+        "and in its place",
+    )
+    video: float | None = _option(
+        None,
+        "write it also as a video of X frames a second (15 if X is left out): MP4, or GIF where imageio-ffmpeg is "
+        "not installed",
+        kind=float,
+        above=0,
+        high=1000,
+        bare=15.0,
+    )
+    video_format: str = _option(
+        "auto", "kind of video; mp4 needs imageio-ffmpeg", choices=("auto", "mp4", "gif")
+    )
     poly_degree: int | None = _option(
         None, "the model's P (default: the checkpoint's, which it must equal)", kind=int, low=0
     )
@@ -567,6 +590,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Field[Any]) -> None:
         arguments.update(nargs="*", type=int, metavar="N", action=_StoreTuple)
     elif not about["choices"]:
         arguments.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+        if about["bare"] is not None:
+            arguments.update(nargs="?", const=about["bare"])
     group.add_argument(*flags, f"--{option.name}", **arguments)
 
 
