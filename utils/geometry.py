@@ -90,10 +90,8 @@ class Geometry:
 
     @property
     def evenly_spaced(self) -> bool:
-        """Whether every frame lies within a hundredth of a gap of where even spacing would put it."""
-        even = np.linspace(self.positions[0], self.positions[-1], len(self.positions))
-        gap = even[-1] - even[-2] if len(even) > 1 else 1.0
-        return bool(np.abs(np.array(self.positions) - even).max() <= _EVEN * gap)
+        """Whether the frames are evenly spaced, to a hundredth of a gap."""
+        return is_even(self.positions)
 
     def heldout_indices(self) -> list[float]:
         """Where the frames left out lie in the sequence of frames: 0.5 is half-way from frame 0 to frame 1."""
@@ -280,7 +278,7 @@ def cut_geometry(
     shape: tuple[int, ...],
     keep_every: int = 1,
     box: tuple[slice, slice, slice] | None = None,
-    depths: Sequence[float] | None = None,
+    depths: Sequence[float] | np.ndarray | None = None,
     **others: Any,
 ) -> Geometry:
     """The Geometry of every `keep_every`-th frame of a volume of `shape` with `affine`, cut by `cut`.
@@ -313,6 +311,13 @@ def cut_geometry(
         heldout_positions=tuple(depth[list(heldout)].tolist()),
         **others,
     )
+
+
+def is_even(positions: Sequence[float] | np.ndarray) -> bool:
+    """Whether every position lies within a hundredth of a gap of where even spacing would put it."""
+    places = np.array(positions, np.float64)
+    even = np.linspace(places[0], places[-1], len(places))
+    return bool(np.abs(places - even).max() <= _EVEN * abs(places[-1] - places[0]) / max(len(places) - 1, 1))
 
 
 def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
