@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -12,6 +13,8 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.geometry import Geometry
+
+_MOST = 32767  # entries along an axis
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,11 @@ class Grid:
         if self.geometry.affine is None:
             raise UserError(
                 f"--nifti: {self.geometry.source} had no affine, so nobody knows where these frames lie; leave it out"
+            )
+        if len(self.positions) > _MOST:
+            raise UserError(
+                f"--nifti: {len(self.positions)} slices are more than the {_MOST} that a NIfTI volume holds; take a "
+                "smaller --interp"
             )
 
     @cached_property
@@ -114,5 +122,6 @@ class Volume:
         if not self.mask:  # levels as they are, and what they mean in the header: half the size of floats
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
-        with atomic_write(path) as temporary:
-            nibabel.save(image, temporary)
+        # Little is left to gain above the first level of compression. The same volume is the same file: no time in it.
+        with atomic_write(path) as temporary, gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file:
+            image.to_stream(file)

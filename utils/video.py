@@ -17,7 +17,7 @@ from utils.images import read_image, to_unit
 
 _SIDE = 480  # px: smaller pictures are enlarged to it
 _GAP, _STRIP = 8, 44  # px: between pictures, and the margin below them
-_ACCENT, _FAINT, _WHITE = (255, 176, 59), (120, 120, 120), (235, 235, 235)
+_ACCENT, _FAINT, _WHITE = (255, 176, 59), (150, 150, 150), (235, 235, 235)
 _MOST_GIF = 50  # images a second; browsers slow down what is faster
 
 
@@ -49,7 +49,7 @@ def video_format(wanted: str) -> str:
 def write_video(path: Path, shots: Sequence[Shot], rate: float, pixel_aspect: float = 1.0) -> None:
     """``shots`` at ``rate`` images a second, as MP4 or GIF by the suffix of ``path``; complete or not there.
 
-    pixel_aspect: height of a pixel over its width. One shot is in memory at a time.
+    pixel_aspect: height of a pixel over its width. Of an MP4 one shot is in memory at a time.
     """
     pictures = _pictures(shots, pixel_aspect)
     with atomic_write(path) as temporary:
