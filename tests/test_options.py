@@ -71,7 +71,7 @@ CHANGES = {
     "split_sigma": (0.1, {}),
     "split_children": (3, {}),
     "split_shrink": (3.0, {}),
-    "prune_opacity": (0.0098, {}),
+    "prune_opacity": (0.1, {"opacity_reset_interval": 1000}),
     "prune_scale": (0.02, {}),
     "prune_scale_from_iter": (23, {}),
     "opacity_reset_interval": (12, {}),

@@ -246,6 +246,20 @@ def test_a_file_that_cannot_be_written_ends_the_run(model, call, monkeypatch):
         call("-m", model, "--quiet")
 
 
+def test_a_long_run_ends_soon_after_a_file_that_cannot_be_written(model, call, monkeypatch):
+    tried = []
+
+    def full(path, *_):
+        tried.append(path.name)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(render, "write_image", full)
+    monkeypatch.setattr(render, "WRITERS", 2)
+    with pytest.raises(OSError, match="No space"):
+        call("-m", model, "--quiet", "--interp", 20, "--chunks", 1000)
+    assert len(tried) < 20, "of 80"
+
+
 def test_the_oracle_needs_no_compiled_code(model, call, monkeypatch):
     call("-m", model, "--quiet", "--extension", ".npy")
     compiled = images(model / "render_img")
