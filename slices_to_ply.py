@@ -29,7 +29,10 @@ from utils.images import image_files, read_image, to_grey
 from utils.meshes import MILLIMETRES, VOXELS, otsu, signed_volume, surface, write_ply
 from utils.volumes import nifti_grid
 
-NOT_CASES = ("mirror",)  # the flipped copies that training leaves beside original/
+NOT_CASES = (
+    "mirror",
+    "heldout",
+)  # beside original/: flipped copies from training, frames that prepare.py left out
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 PUBLISHED_INTER = 8
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
