@@ -118,6 +118,8 @@ def main() -> None:
         f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "
         f"{'grey' if frames.channels == 1 else 'colour'}; on {training.model.device}"
     )
+    if training.heldout:
+        say(f"held out: {max(map(len, training.heldout.values()))} frames")
     say(f"Gaussians: {len(training.model)}")
     train(training)
     say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")

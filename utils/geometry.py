@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +108,26 @@ class Geometry:
         gaps = np.diff(self.positions)
         gaps = np.append(gaps, np.median(gaps))
         return (gaps / gaps.sum()).tolist()
+
+    def hold_out(self, frames: Sequence[int]) -> Geometry:
+        """The geometry of the other frames, with ``frames`` (indices, neither the first nor the last) left out."""
+        left = set(frames)
+        kept = [k for k in range(len(self.slices)) if k not in left]
+        if not kept or (kept[0], kept[-1]) != (0, len(self.slices) - 1):
+            raise ValueError("the first and the last frame stay")
+        places = dict(zip(self.heldout_slices, self.heldout_positions, strict=True))
+        places |= {self.slices[k]: self.positions[k] for k in left}
+        affine = self.matrix
+        if affine is not None:
+            affine[:, 2] *= (len(self.slices) - 1) / (len(kept) - 1)  # exact for the first frame and the last
+        return replace(
+            self,
+            affine=None if affine is None else _tuples(affine.tolist()),
+            slices=tuple(self.slices[k] for k in kept),
+            positions=tuple(self.positions[k] for k in kept),
+            heldout_slices=tuple(sorted(places)),
+            heldout_positions=tuple(places[index] for index in sorted(places)),
+        )
 
     def for_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray | None:
         """The affine of (column, row, sub-frame) of renders: `sub_frames` per frame, `size` columns and rows.
