@@ -165,8 +165,8 @@ class GaussianModel:
         the direction of the raw (x, 0, z)."""
         if self.active_sh_degree == 0:
             return _stack([self.params["f_dc" + _SUFFIX[head]].flatten(1) for head in heads])
-        offset = self.params["xyz"] * self.params["xyz"].new_tensor([1, 0, 1])
-        offset = offset - camera.position(device=self.device)
+        x, _, z = self.params["xyz"].unbind(1)
+        offset = torch.stack([x, torch.full_like(x, camera.distance), z], 1)  # the camera is at (0, -distance, 0)
         harmonics = basis(offset / offset.norm(dim=1, keepdim=True), self.active_sh_degree)  # (N, K)
         colours = []
         for head in heads:
