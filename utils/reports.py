@@ -15,7 +15,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gaussian_renderer import render_frames
-from utils.errors import UserError
 from utils.files import atomic_write
 from utils.metrics import dice, psnr
 
@@ -103,10 +102,6 @@ class Report:
             return
         shown = float(loss.detach())
         self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
-        if not math.isfinite(shown):
-            raise UserError(
-                f"iteration {iteration}: the loss is {shown}; --debug names the value that went wrong first"
-            )
         batch_psnr = float(psnr(images.detach(), targets).mean())
         figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
         self.bar.set_postfix(figures, refresh=False)
