@@ -24,6 +24,10 @@ from utils.images import limit_pixels
 from utils.reports import BAR_INTERVAL, Report
 
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
+IF_OUT_OF_MEMORY = (
+    "lower --max_gaussians, --num_pts, --batch_size or --resolution, or keep the frames elsewhere with "
+    "--data_device cpu"
+)
 
 
 def train(training: Training, stop: StopRequest | None = None) -> None:
@@ -117,7 +121,10 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
         )
         if held_back and not training.bounded:
             training.bounded = True
-            training.say(f"[{iteration}] {len(model)} Gaussians: no more are added (--max_gaussians)")
+            training.say(
+                f"[{iteration}] {len(model)} Gaussians of --max_gaussians {options.max_gaussians}: "
+                "no more than it leaves room for are added from here on"
+            )
         if len(model) == 0:
             raise UserError(
                 f"iteration {iteration}: every Gaussian was pruned; lower --prune_opacity or the learning rates"
@@ -179,8 +186,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    run(
-        main,
-        "lower --max_gaussians, --num_pts, --batch_size or --resolution, or keep the frames elsewhere with "
-        "--data_device cpu",
-    )
+    run(main, IF_OUT_OF_MEMORY)

@@ -468,7 +468,7 @@ def test_archives_that_claim_more_than_the_file_holds_are_refused(path):
     data = path.read_bytes()
     place = data.rindex(b"PK\x01\x02")  # the last entry of the directory: its sizes come 20 bytes on
     path.write_bytes(data[: place + 20] + b"\0\0\0\x7f" * 2 + data[place + 28 :])
-    with pytest.raises(UserError, match="claims to hold more|damaged"):
+    with pytest.raises(UserError, match=r"claims to hold more|damaged"):
         load_checkpoint(path)
 
 
