@@ -29,7 +29,7 @@ from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
 from utils.geometry import FILE_NAME, Geometry
-from utils.images import WRITABLE, write_image
+from utils.images import WRITABLE, limit_pixels, write_image
 from utils.rendered_volume import Grid, Volume
 from utils.spherical_harmonics import to_colour
 from utils.video import Shot, video_format, write_video
@@ -105,6 +105,7 @@ class Renderer:
 
 def main() -> None:
     options = render_options()
+    limit_pixels(options.max_pixels)
     check(options)
 
     def say(message: str) -> None:

@@ -17,14 +17,21 @@ from PIL import Image, UnidentifiedImageError
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# A PNG of a few kB can claim any size. 8192 x 8192 is beyond every scanner's frame and 1 GiB as float RGBA.
 MAX_PIXELS = 8192 * 8192
+"""A PNG of a few kB can claim any size. This is beyond every scanner's frame, and 1 GiB as float RGBA."""
+_limit = MAX_PIXELS
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard: a warning on stderr first, and no file name
 
 READABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
 _AnyPath = TypeVar("_AnyPath", str, Path)
+
+
+def limit_pixels(limit: int) -> None:
+    """Refuse image files of more pixels from now on; before any call, `MAX_PIXELS` is the limit."""
+    global _limit
+    _limit = limit
 
 
 def natural_order(paths: Iterable[_AnyPath]) -> list[_AnyPath]:
@@ -56,7 +63,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """One frame as (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA: uint8, uint16, or float32 as stored.
 
     Palettes become the colours they stand for, 1-bit images 0 and 255, grey with transparency RGBA. Raises UserError
-    for a missing or damaged file, a kind of image that is not a frame, and more than MAX_PIXELS.
+    for a missing or damaged file, a kind of image that is not a frame, and more pixels than `limit_pixels` said.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -159,9 +166,10 @@ def _clamped(array: np.ndarray) -> np.ndarray:
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    if width * height > _limit:
         raise UserError(
-            f"{path} is {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: make it smaller"
+            f"{path} is {width} x {height} pixels, over the limit of {_limit:,}: make it smaller, or raise the limit "
+            "with --max_pixels"
         )
 
 
