@@ -26,7 +26,7 @@ from scipy.ndimage import find_objects
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_folder
 from utils.geometry import FILE_NAME, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
-from utils.images import write_image
+from utils.images import MAX_PIXELS, limit_pixels, write_image
 from utils.meshes import otsu
 from utils.volumes import READERS, Volume, read_volume
 
@@ -49,6 +49,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     say: Say = (lambda line: None) if options.quiet else print
+    limit_pixels(options.max_pixels)
     out = Path(options.output)
     _check_output(out, options.force)
 
@@ -171,6 +172,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--frame", type=int, metavar="INDEX", help="which volume of a 4-D file, from 0")
     parser.add_argument(
         "--force", action="store_true", help="replace frames that prepare.py wrote to OUT earlier"
+    )
+    parser.add_argument(
+        "--max_pixels",
+        type=_positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse image files of more pixels (default: %(default)s)",
     )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")

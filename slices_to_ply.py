@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from utils.errors import ArgumentParser, UserError, run
 from utils.geometry import Cut, Geometry, cut_geometry, swap_ras_lps
-from utils.images import image_files, read_image, to_grey
+from utils.images import MAX_PIXELS, image_files, limit_pixels, read_image, to_grey
 from utils.meshes import MILLIMETRES, VOXELS, otsu, signed_volume, surface, write_ply
 from utils.volumes import nifti_grid
 
@@ -54,6 +54,7 @@ class Case:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     say: Say = (lambda line: None) if options.quiet else print
+    limit_pixels(options.max_pixels)
     out = Path(options.output)
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: give -o a folder")
@@ -103,6 +104,13 @@ def _parser() -> argparse.ArgumentParser:
         "--space", choices=("lps", "ras"), default="lps", help="of the vertices (default: lps)"
     )
     parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse image files of more pixels (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
     return parser

@@ -166,7 +166,9 @@ class GaussianModel:
         if self.active_sh_degree == 0:
             return _stack([self.params["f_dc" + _SUFFIX[head]].flatten(1) for head in heads])
         x, _, z = self.params["xyz"].unbind(1)
-        offset = torch.stack([x, torch.full_like(x, camera.distance), z], 1)  # the camera is at (0, -distance, 0)
+        offset = torch.stack(
+            [x, torch.full_like(x, camera.distance), z], 1
+        )  # the camera is at (0, -distance, 0)
         harmonics = basis(offset / offset.norm(dim=1, keepdim=True), self.active_sh_degree)  # (N, K)
         colours = []
         for head in heads:

@@ -90,18 +90,18 @@ class _Recording:
     capacity: int
 
 
-def on_side_stream(function: Callable[[Training], None]) -> Callable[[Training], None]:
+def on_side_stream(function: Callable[..., None]) -> Callable[..., None]:
     """``function``, whose work on a GPU goes to a stream of its own: the default one cannot be recorded."""
 
     @functools.wraps(function)
-    def wrapped(training: Training) -> None:
+    def wrapped(training: Training, *more: object) -> None:
         device = training.model.device
         if device.type != "cuda":
-            return function(training)
+            return function(training, *more)
         default, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(default)
         with torch.cuda.stream(side):
-            function(training)
+            function(training, *more)
         default.wait_stream(side)
 
     return wrapped

@@ -18,7 +18,16 @@ from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic_folder, atomic_write
-from utils.images import MAX_PIXELS, image_files, natural_order, read_image, to_grey, to_unit, write_image
+from utils.images import (
+    MAX_PIXELS,
+    image_files,
+    natural_order,
+    read_image,
+    to_grey,
+    to_unit,
+    write_image,
+    write_levels,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -331,7 +340,7 @@ def test_png_files_hold_the_levels_exactly(tmp_path_factory, dtype, channels, he
     if strided:
         levels = levels[::-1, ::-1]
     path = tmp_path_factory.getbasetemp() / "levels.png"
-    write_image(path, levels)
+    write_levels(path, levels)
     expected = levels[:, :, 0] if channels == (1,) else levels
     found = read_image(path)
     assert found.dtype == dtype and np.array_equal(found, expected)
@@ -344,8 +353,6 @@ def test_png_files_hold_the_levels_exactly(tmp_path_factory, dtype, channels, he
 @pytest.mark.parametrize(("suffix", "dtype"), [(".tif", np.uint16), (".tif", np.uint8), (".jpg", np.uint8)])
 def test_levels_are_written_as_they_are(tmp_path, suffix, dtype):
     levels = np.full((8, 8), 77, dtype)
-    write_image(tmp_path / f"a{suffix}", levels, bits=8)  # bits say nothing of levels
+    write_levels(tmp_path / f"a{suffix}", levels)
     found = read_image(tmp_path / f"a{suffix}")
     assert found.dtype == dtype and (found == levels).all()
-    write_image(tmp_path / "a.npy", levels)
-    assert (np.load(tmp_path / "a.npy") == np.float32(77) / np.iinfo(dtype).max).all()

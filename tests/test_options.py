@@ -79,6 +79,7 @@ CHANGES = {
     "poly_degree": (1, {}),
     "sh_degree": (2, {}),
     "num_pts": (80, {}),
+    "max_gaussians": (160, {}),
     "camera": ("one", {}),
     "use_dff": (True, {}),
     "distance": (2.0, {}),
@@ -95,6 +96,7 @@ ELSEWHERE = {
     "source_path", "model_path", "images", "pipeline", "seg_source_path", "seg_head_only", "start_checkpoint",
     "test_iterations", "save_iterations", "checkpoint_iterations", "save_xyz", "quiet", "debug", "device", "rasterizer",
     "data_device", "debug_from", "detect_anomaly", "gs_type",
+    "keep_checkpoints", "checkpoint_interval", "max_pixels", "deterministic",
 }  # fmt: skip
 
 
@@ -155,16 +157,34 @@ def test_every_option_is_tested():
     tests = "".join(
         path.read_text() for path in sorted(__import__("pathlib").Path(__file__).parent.glob("test_*.py"))
     )
-    rendered = {option.name for option in fields(RenderOptions) if option.metadata}
-    for name in ELSEWHERE | rendered:
-        assert f'"--{name}' in tests or f"{name}=" in tests or f'"-{name[0]}"' in tests, name
+    options = {option.name: option.metadata["short"] for option in fields(RenderOptions) if option.metadata}
+    options |= {
+        option.name: option.metadata["short"] for option in fields(TrainOptions) if option.name in ELSEWHERE
+    }
+    for name, short in options.items():
+        assert f'"--{name}' in tests or f" --{name}" in tests or f'"-{short}"' in tests, name
 
 
-def test_anomaly_detection_is_turned_on(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("flag", "place", "name"),
+    [
+        ("--detect_anomaly", torch.autograd, "set_detect_anomaly"),
+        ("--deterministic", torch, "use_deterministic_algorithms"),
+    ],
+)
+def test_modes_of_pytorch_are_turned_on(tmp_path, monkeypatch, flag, place, name):
     set_to = []
-    monkeypatch.setattr(torch.autograd, "set_detect_anomaly", set_to.append)
-    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--iterations", 1, "--detect_anomaly")
+    monkeypatch.setattr(place, name, set_to.append)
+    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--iterations", 1, flag)
     assert set_to == [True]
+
+
+def test_larger_images_are_refused(tmp_path, capsys):
+    root = write(tmp_path / "data", blobs())
+    assert refused(root, tmp_path / "out", "--max_pixels", 479) == 2  # 24 x 20 is 480
+    assert "0000.png is 24 x 20 pixels" in capsys.readouterr().err
+    train_at(root, tmp_path / "out", "--max_pixels", 480, "--iterations", 1)
+    train_at(root, tmp_path / "two", "--iterations", 1)  # the limit is the process's: back to the usual one
 
 
 def test_there_is_one_kind_of_gaussians(tmp_path, capsys):

@@ -241,7 +241,7 @@ def test_a_file_that_cannot_be_written_ends_the_run(model, call, monkeypatch):
         if path.name == "00002_0.png":
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(render, "write_image", full)
+    monkeypatch.setattr(render, "write_levels", full)
     with pytest.raises(OSError, match="No space"):
         call("-m", model, "--quiet")
 
@@ -253,7 +253,7 @@ def test_a_long_run_ends_soon_after_a_file_that_cannot_be_written(model, call, m
         tried.append(path.name)
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(render, "write_image", full)
+    monkeypatch.setattr(render, "write_levels", full)
     monkeypatch.setattr(render, "WRITERS", 2)
     with pytest.raises(OSError, match="No space"):
         call("-m", model, "--quiet", "--interp", 20, "--chunks", 1000)
