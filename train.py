@@ -8,8 +8,6 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
 from arguments import AUTO, train_options
@@ -17,12 +15,12 @@ from gaussian_renderer import Renders
 from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
 from scene.iteration import on_side_stream
-from scene.pipelines import Inputs, Task
+from scene.pipelines import Inputs
 from scene.training import Training
 from utils.errors import StopRequest, UserError, run
 from utils.files import own_folder
 from utils.images import limit_pixels
-from utils.reports import BAR_INTERVAL, Report
+from utils.reports import Report
 
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 IF_OUT_OF_MEMORY = (
@@ -35,8 +33,8 @@ IF_OUT_OF_MEMORY = (
 def train(training: Training, stop: StopRequest | None = None) -> None:
     """The loop. Pipelines differ in ``training.tasks`` only. A ``stop`` that is asked for ends it after an iteration,
     with a checkpoint."""
-    options, tasks = training.options, training.tasks
-    report = Report(training, training.iteration)
+    options = training.options
+    report = Report(training)
     step = training.stepper()
     for iteration in range(training.iteration + 1, options.iterations + 1):
         model, optimizer = training.model, training.optimizer
@@ -44,12 +42,15 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
         last = iteration == options.iterations
         set_rates(model, optimizer, iteration, options, training.extent)
 
-        regularised = iteration >= options.ibfr_from_iter and any(task.terms.get("ibfr") for task in tasks)
+        regularised = iteration >= options.ibfr_from_iter and any(
+            task.terms.get("ibfr") for task in training.tasks
+        )
         batch = training.sampler.draw(in_between=regularised)
         controlled = iteration < options.densify_until_iter and not options.seg_head_only
         outcome = step(Inputs.of(batch, model.device), controlled)
-        if options.debug or 0 <= options.debug_from <= iteration or iteration % BAR_INTERVAL == 0 or last:
-            training.check_finite(named_losses(tasks, outcome.terms) | {"loss": outcome.loss})
+        if options.debug or 0 <= options.debug_from <= iteration:
+            training.check_finite(outcome.losses)
+        report.iteration(outcome)
 
         with torch.no_grad():
             if controlled:
@@ -58,9 +59,8 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
 
-        report.iteration(iteration, tasks, outcome, training)
         if iteration in options.test_iterations or last:
-            report.evaluation(training)
+            report.evaluation()
         if iteration in options.save_iterations or last:
             training.save_point_cloud()
         if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
@@ -104,17 +104,6 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
     at_start = options.white_background and iteration == options.densify_from_iter
     if iteration % options.opacity_reset_interval == 0 or at_start:
         reset_opacity(model, training.optimizer, options.opacity_reset_value)
-
-
-def named_losses(
-    tasks: Sequence[Task], terms: Sequence[Mapping[str, torch.Tensor]]
-) -> dict[str, torch.Tensor]:
-    """Each weighted term, by what a person would call it."""
-    return {
-        f"{name} loss of {task.name}": (task.weight * task.terms[name]) * value.detach()
-        for task, values in zip(tasks, terms, strict=True)
-        for name, value in values.items()
-    }
 
 
 def main() -> int:

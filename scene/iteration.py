@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gaussian_renderer import Renders, render
-from scene.pipelines import Inputs, loss_terms, requested_renders, split, total_loss
+from scene.pipelines import Inputs, loss_terms, named_losses, requested_renders, split, total_loss
 
 if TYPE_CHECKING:
     from scene.training import Training
@@ -23,7 +23,7 @@ _SPARE = 1.3  # room for pairs of Gaussian and tile over those seen last; with t
 class Outcome:
     """What an iteration leaves besides the gradients of the parameters."""
 
-    loss: Tensor  # ()
+    losses: dict[str, Tensor]  # () each: "loss", and each weighted term, by what a person would call it
     terms: list[dict[str, Tensor]]  # of each task, unweighted
     images: Tensor  # (B, C, H, W): the first task's renders of its real views
     targets: Tensor  # (B, C, H, W): what they should show
@@ -73,7 +73,7 @@ def forward_backward(
     loss = total_loss(tasks, terms)
     loss.backward()
     return Outcome(
-        loss.detach(),
+        named_losses(tasks, terms) | {"loss": loss.detach()},
         [{name: value.detach() for name, value in named.items()} for named in terms],
         images[0][: inputs.real].detach(),
         shown[0][0],

@@ -196,6 +196,15 @@ def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> 
     return values @ _on_device(weights, values.device)
 
 
+def named_losses(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Each weighted term, by what a person would call it."""
+    return {
+        f"{name} loss of {task.name}": (task.weight * task.terms[name]) * value.detach()
+        for task, values in zip(tasks, terms, strict=True)
+        for name, value in values.items()
+    }
+
+
 @functools.cache
 def _on_device(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)

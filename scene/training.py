@@ -164,24 +164,33 @@ class Training:
             digest.update(task.frames.levels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
+    def magnitudes(self) -> dict[str, Tensor]:
+        """The largest absolute value, () each, in every gradient and parameter; not finite where one of theirs is not."""
+        named = {f"gradient of {name}": parameter.grad for name, parameter in self._learned()}
+        named |= {name: parameter.detach() for name, parameter in self._learned()}
+        present = {name: value for name, value in named.items() if value is not None and value.numel()}
+        return dict(zip(present, torch._foreach_norm(list(present.values()), torch.inf), strict=True))
+
     def check_finite(self, values: Mapping[str, Tensor]) -> None:
         """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the state
-        that goes on (parameters, moments), where an earlier iteration left its traces."""
-        named: dict[str, Tensor | None] = dict(values)
-        for name, parameter in self._learned():
-            named[f"gradient of {name}"] = parameter.grad
-            named[name] = parameter.detach()
-            for key, moment in self.optimizer.state.get(parameter, {}).items():
-                named[f"{key} (of Adam) of {name}"] = moment
-        present = {name: value for name, value in named.items() if value is not None and value.numel()}
-        finite = torch.stack([value.isfinite().all().to(self.model.device) for value in present.values()])
-        if bool(finite.all()):  # the one time that this waits for the device
-            return
-        wrong = next(name for name, good in zip(present, finite.tolist(), strict=True) if not good)
-        earlier = [f"chkpnt{n}.pth" for n in all_of(self.folder) if n < self.iteration]
+        that goes on (parameters, moments), where an earlier iteration left its traces. Waits for the device."""
+        moments = {
+            f"{key} (of Adam) of {name}": moment.norm(torch.inf)
+            for name, parameter in self._learned()
+            for key, moment in self.optimizer.state.get(parameter, {}).items()
+            if moment.numel()
+        }
+        named = dict(values) | self.magnitudes() | moments
+        finite = torch.stack([value.isfinite().to(self.model.device) for value in named.values()]).tolist()
+        for name, good in zip(named, finite, strict=True):
+            if not good:
+                raise self.not_finite(name, self.iteration)
+
+    def not_finite(self, name: str, iteration: int) -> UserError:
+        earlier = [f"chkpnt{n}.pth" for n in all_of(self.folder) if n < iteration]
         kept = f"; {earlier[-1]} is kept" if earlier else ""
-        raise UserError(
-            f"iteration {self.iteration}: the {wrong} is not finite{kept}; lower the learning rates or the weights "
+        return UserError(
+            f"iteration {iteration}: the {name} is not finite{kept}; lower the learning rates or the weights "
             "of the losses (--debug looks at every iteration)"
         )
 

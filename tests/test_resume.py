@@ -25,6 +25,7 @@ from sequences import (
     write,
 )
 
+import scene.iteration
 import scene.training
 import train
 from scene.checkpoint import all_of, load_checkpoint
@@ -354,13 +355,13 @@ def test_the_second_ctrl_c_stops_at_once(data, tmp_path, monkeypatch, capfd):
         raise AssertionError("it went on")
 
     monkeypatch.setattr(scene.training, "save_checkpoint", slow)
-    step = train.named_losses
+    step = scene.iteration.named_losses
 
     def press_once(*things):
         os.kill(os.getpid(), signal.SIGINT)
         return step(*things)
 
-    monkeypatch.setattr(train, "named_losses", press_once)
+    monkeypatch.setattr(scene.iteration, "named_losses", press_once)
     before = signal.getsignal(signal.SIGINT)
     assert refused(data[0], tmp_path / "out", "--iterations", 30) == 130
     words = capfd.readouterr().err
@@ -538,15 +539,15 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(data, tmp_path, capsys, 
 def test_the_term_that_went_wrong_is_named(data, tmp_path, capsys, monkeypatch, pipeline, term):
     if pipeline == "seg" and term in ("ssim", "ibfr"):
         pytest.skip("masks have no such term")
-    real = train.loss_terms
+    real = scene.iteration.loss_terms
 
     def spoiled(task, *things):
-        terms, targets = real(task, *things)
+        terms = real(task, *things)
         if task.name == pipeline and things[5] >= 14:
             terms[term] = terms[term] * float("nan")
-        return terms, targets
+        return terms
 
-    monkeypatch.setattr(train, "loss_terms", spoiled)
+    monkeypatch.setattr(scene.iteration, "loss_terms", spoiled)
     joint = ("--pipeline", "joint", "--seg_source_path", data[1], "--ibfr_from_iter", 1)
     assert refused(data[0], tmp_path / "out", *joint, "--iterations", 40) == 2
     assert f"iteration 20: the {term} loss of {pipeline} is not finite" in capsys.readouterr().err
@@ -603,7 +604,7 @@ def test_out_of_memory_names_what_would_help(data, tmp_path, capsys, monkeypatch
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(train, "render", fail)
+    monkeypatch.setattr(scene.iteration, "render", fail)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", arguments(data[0], tmp_path / "out", "--iterations", 1))
         train.run(train.main, train.IF_OUT_OF_MEMORY)

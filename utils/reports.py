@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -103,11 +104,42 @@ def _batches(count: int) -> list[list[int]]:
     return [indices[first : first + _EVALUATED_AT_ONCE] for first in range(0, count, _EVALUATED_AT_ONCE)]
 
 
+class _Look:
+    """Numbers of one iteration on their way from the device."""
+
+    def __init__(self, training: Training, outcome: Outcome) -> None:
+        self.iteration, self.time = training.iteration, time.perf_counter()
+        terms = {
+            f"{task.name}/{name}_loss": value
+            for task, values in zip(training.tasks, outcome.terms, strict=True)
+            for name, value in values.items()
+        }
+        quality = {"PSNR": psnr(outcome.images, outcome.targets).mean()}
+        named = outcome.losses | training.magnitudes() | quality | terms
+        self.names, self.logged = list(named), ["loss", *terms]
+        values = torch.stack([value.detach().float() for value in named.values()])
+        self.event = torch.cuda.Event() if values.is_cuda else None
+        self.values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        if self.event:
+            self.event.record()
+
+    def numbers(self) -> dict[str, float]:
+        """Each by its name; waits for the device if they are still on their way."""
+        if self.event:
+            self.event.synchronize()
+        return dict(zip(self.names, self.values.tolist(), strict=True))
+
+    def scalars(self, numbers: Mapping[str, float]) -> dict[str, float]:
+        """What TensorBoard keeps of them."""
+        return {"total_loss" if name == "loss" else name: numbers[name] for name in self.logged}
+
+
 class Report:
     """Follows a run: a bar that shows loss, PSNR and points, and what TensorBoard and the plots keep."""
 
-    def __init__(self, training: Training, first: int) -> None:
-        options = training.options
+    def __init__(self, training: Training) -> None:
+        options, first = training.options, training.iteration
+        self.training = training
         self.folder, self.quiet = training.folder, options.quiet
         self.started = time.perf_counter()
         self.bar = tqdm(
@@ -115,7 +147,8 @@ class Report:
         )
         self.writer = _tensorboard(self.folder, self.say)
         self.smoothed: float | None = None
-        self.last_look = self.started, first
+        self.pending: _Look | None = None
+        self.last_shown = self.started, first
         self.rows = _earlier_rows(self.folder / EVALUATION_FILE, first)
         self.classical: dict[str, dict[str, Scores]] = {}  # by task; computed once
 
@@ -124,38 +157,49 @@ class Report:
         if not self.quiet:
             tqdm.write(message)
 
-    def iteration(
-        self,
-        iteration: int,
-        tasks: Sequence[Task],
-        outcome: Outcome,
-        training: Training,
-    ) -> None:
-        """Moves the bar; now and then looks at the numbers, which waits for the device."""
+    def iteration(self, outcome: Outcome) -> None:
+        """Moves the bar, and looks at the numbers every BAR_INTERVAL iterations. What a GPU computes is shown at the
+        next look, so that nobody waits for it. Raises `UserError` where a loss, gradient or parameter is not finite."""
         self.bar.update(1)
-        if iteration % BAR_INTERVAL and iteration != training.options.iterations:
+        training = self.training
+        last = training.iteration == training.options.iterations
+        if training.iteration % BAR_INTERVAL and not last:
             return
-        shown = float(outcome.loss)
-        self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
-        batch_psnr = float(psnr(outcome.images, outcome.targets).mean())
-        figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
+        if self.pending:
+            self._show(self.pending)
+        self.pending = _Look(training, outcome)
+        if last or training.model.device.type == "cpu":
+            self._show(self.pending)
+            self.pending = None
+
+    def _show(self, look: _Look) -> None:
+        numbers = look.numbers()
+        for name, value in numbers.items():
+            if not math.isfinite(value) and name != "PSNR":
+                raise self.training.not_finite(name, look.iteration)
+        loss = numbers["loss"]
+        self.smoothed = loss if self.smoothed is None else 0.6 * self.smoothed + 0.4 * loss
+        figures = {
+            "loss": f"{self.smoothed:.5f}",
+            "PSNR": f"{numbers['PSNR']:.2f}",
+            "points": len(self.training.model),
+        }
         self.bar.set_postfix(figures, refresh=False)
         if self.writer is None:
             return
-        now = time.perf_counter()
-        then, before = self.last_look
-        self.last_look = now, iteration
-        for task, values in zip(tasks, outcome.terms, strict=True):
-            for name, value in values.items():
-                self.writer.add_scalar(f"{task.name}/{name}_loss", float(value), iteration)
-        self.writer.add_scalar("total_loss", shown, iteration)
-        self.writer.add_scalar("points", len(training.model), iteration)
-        self.writer.add_scalar("iteration_ms", 1000 * (now - then) / max(iteration - before, 1), iteration)
-        if iteration % _HISTOGRAM_INTERVAL == 0:
-            self.writer.add_histogram("sigma", training.model.spreads().detach().cpu(), iteration)
+        then, before = self.last_shown
+        self.last_shown = look.time, look.iteration
+        milliseconds = 1000 * (look.time - then) / max(look.iteration - before, 1)
+        for name, value in look.scalars(numbers).items():
+            self.writer.add_scalar(name, value, look.iteration)
+        self.writer.add_scalar("points", len(self.training.model), look.iteration)
+        self.writer.add_scalar("iteration_ms", milliseconds, look.iteration)
+        if look.iteration % _HISTOGRAM_INTERVAL == 0:
+            self.writer.add_histogram("sigma", self.training.model.spreads().detach().cpu(), look.iteration)
 
-    def evaluation(self, training: Training) -> None:
+    def evaluation(self) -> None:
         """Scores every task on its frames and on those held out; prints, logs, plots and saves the scores."""
+        training = self.training
         iteration = training.iteration
         for task in training.tasks:
             middle = len(task.frames) // 2
