@@ -165,7 +165,7 @@ class Training:
         return digest.hexdigest()
 
     def magnitudes(self) -> dict[str, Tensor]:
-        """The largest absolute value, () each, in every gradient and parameter; not finite where one of theirs is not."""
+        """The largest absolute value, () each, of every gradient and parameter; not finite where one of its is not."""
         named = {f"gradient of {name}": parameter.grad for name, parameter in self._learned()}
         named |= {name: parameter.detach() for name, parameter in self._learned()}
         present = {name: value for name, value in named.items() if value is not None and value.numel()}
