@@ -8,6 +8,7 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -148,6 +149,8 @@ def named_losses(
 def main() -> int:
     options = train_options()
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
     torch.use_deterministic_algorithms(options.deterministic)
     limit_pixels(options.max_pixels)
 
@@ -157,6 +160,7 @@ def main() -> int:
 
     with own_folder(options.model_path):
         training = Training.start(options, say)
+        training.remove_temporaries()
         options = training.options  # with what the checkpoint says
         if training.iteration >= options.iterations:
             done = f"{options.start_checkpoint} is already at iteration {training.iteration}"
@@ -164,7 +168,6 @@ def main() -> int:
                 say(f"{done}: nothing to do")
                 return 0
             raise UserError(f"{done}: give more --iterations")
-        training.remove_temporaries()
         training.write_inputs(say)
         frames = training.tasks[0].frames
         say(f"output: {options.model_path}")

@@ -158,14 +158,14 @@ class Training:
             digest.update(task.frames.levels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def check_finite(self, values: Mapping[str, Tensor]) -> None:
-        """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the state
-        that goes on (parameters, moments), where an earlier iteration left its traces."""
+    def check_finite(self, values: Mapping[str, Tensor], moments: bool = False) -> None:
+        """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the parameters,
+        where an earlier iteration left its traces; with ``moments`` also of the optimizer's."""
         named: dict[str, Tensor | None] = dict(values)
         for name, parameter in self._learned():
             named[f"gradient of {name}"] = parameter.grad
             named[name] = parameter.detach()
-            for key, moment in self.optimizer.state.get(parameter, {}).items():
+            for key, moment in self.optimizer.state.get(parameter, {}).items() if moments else ():
                 named[f"{key} (of Adam) of {name}"] = moment
         present = {name: value for name, value in named.items() if value is not None and value.numel()}
         finite = torch.stack([value.isfinite().all().to(self.model.device) for value in present.values()])
@@ -216,7 +216,7 @@ class Training:
         saved then, so that a longer run can begin with the step. Raises `UserError`, and writes nothing, where
         something of the run is not finite.
         """
-        self.check_finite({})
+        self.check_finite({}, moments=True)
         frames = self.tasks[0].frames
         extras = {
             "width": self.camera.width,
