@@ -9,6 +9,7 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -179,9 +180,10 @@ def main() -> int:
         with StopRequest() as stop:
             train(training, stop)
         if stop and training.iteration < options.iterations:
-            say(
+            print(
                 f"stopped at iteration {training.iteration} of {options.iterations}; to go on: the same command with "
-                f"-m {options.model_path} --start_checkpoint {AUTO}"
+                f"-m {options.model_path} --start_checkpoint {AUTO}",
+                file=sys.stderr,
             )
             return stop.status
     say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")

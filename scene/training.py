@@ -314,7 +314,7 @@ def _starting_point(
                 f"among them (--start_checkpoint {AUTO} goes on)"
             )
         return options, None
-    found = newest_readable(folder, device, say)
+    found = newest_readable(folder, device)
     if found is not None:
         return replace(options, start_checkpoint=str(found[0])), found[1]
     if options.seg_head_only:
