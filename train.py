@@ -161,7 +161,7 @@ def main() -> int:
 
     with own_folder(options.model_path):
         training = Training.start(options, say)
-        training.remove_temporaries()
+        training.tidy()
         options = training.options  # with what the checkpoint says
         if training.iteration >= options.iterations:
             done = f"{options.start_checkpoint} is already at iteration {training.iteration}"

@@ -244,10 +244,14 @@ class Training:
             extras,
         )
         save_checkpoint(self.folder / f"chkpnt{self.iteration}.pth", checkpoint)
+        self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Leaves as many checkpoints as the options say. Those of later iterations are another run's, or damaged: they
+        do not count."""
         if self.options.keep_checkpoints:
-            # Those of later iterations are another run's, or damaged: they do not count.
-            older = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
-            for file in older[: -self.options.keep_checkpoints]:
+            there = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
+            for file in there[: -self.options.keep_checkpoints]:
                 file.unlink()
 
     def save_xyz(self) -> None:
@@ -255,8 +259,9 @@ class Training:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(self.model.params["xyz"].detach().cpu(), file)
 
-    def remove_temporaries(self) -> None:
-        """Removes what an earlier run in the folder was writing when it was killed."""
+    def tidy(self) -> None:
+        """Removes what an earlier run in the folder was writing, or about to remove, when it was killed."""
+        self._remove_older()
         below = (self.folder / "xyz", self.folder / "plots", *self.folder.glob("point_cloud/*"))
         for folder in (self.folder, *below):
             remove_temporaries(folder)
