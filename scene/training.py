@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Training:
                 "(it was not optimising these parameters)"
             )
             return
-        _check_continues(options, saved, self._pixels())
+        _check_continues(options, saved, self.pixels)
         groups = self.optimizer.state_dict()["param_groups"]  # rates come from the options
         assert saved.optimizer is not None
         self.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
@@ -151,7 +152,8 @@ class Training:
         yield from self.model.params.items()
         yield "time_func", self.model.time_func
 
-    def _pixels(self) -> str:
+    @cached_property
+    def pixels(self) -> str:
         """A digest of all frames: those of another patient may have the same names and sizes."""
         digest = hashlib.blake2b(digest_size=16)
         for task in self.tasks:
@@ -206,6 +208,7 @@ class Training:
             self.geometry.save(self.folder / FILE_NAME)
 
     def save_point_cloud(self) -> None:
+        self.check_finite({})
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
         write_point_cloud(path, self.model.params, self.model.time_func)
 
@@ -224,7 +227,7 @@ class Training:
             "distance": self.camera.distance,
             "bits": frames.bits,
             "numbers": frames.numbers,
-            "pixels": self._pixels(),
+            "pixels": self.pixels,
             "options": _as_saved(self.options),
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
