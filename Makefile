@@ -25,7 +25,12 @@ CSRC := $(wildcard submodules/*/*/csrc submodules/*/*/csrc/*)
 CPP_FILES := $(sort $(foreach folder,$(CSRC),$(wildcard $(folder)/*.h $(folder)/*.cpp $(folder)/*.cu)))
 CUDA_OBJECTS := $(patsubst submodules/%.cu,build/cuda-check/%.o,$(filter %.cu,$(CPP_FILES)))
 
-.PHONY: help setup demo test lint format bench cuda-check clean
+# Every access and every conversion of the CPU kernels checked; what is found ends the tests.
+SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr \
+  -fno-sanitize-recover=all
+OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
+
+.PHONY: help setup demo test lint format bench cuda-check sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -95,6 +100,16 @@ format: $(STAMPS)/requirements-dev  ## rewrite the files in the style that lint 
 	$(BIN)/ruff check --fix --exit-zero --quiet .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP_FILES)
+
+sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels built with sanitizers; needs g++, no GPU
+	@echo "compiling the CPU kernels with sanitizers (a minute or two the first time), then testing them"
+	@for kernels in "" portable; do \
+	  env MEDGS_CXX_FLAGS="$(SANITIZE_FLAGS)" TORCH_EXTENSIONS_DIR="$(CURDIR)/build/sanitize" MEDGS_FORCE_CPU=1 \
+	    MEDGS_CPU_KERNELS=$$kernels ASAN_OPTIONS=detect_leaks=0 FUZZ_EXAMPLES=300 \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    $(BIN)/python -m pytest -q -p no:cacheprovider -W ignore::UserWarning \
+	      $$(if [ -z "$$kernels" ]; then echo $(OPERATOR_TESTS); else echo tests/operators_fuzz.py; fi) || exit 1; \
+	done
 
 cuda-check: $(if $(NVCC),$(CUDA_OBJECTS),no-nvcc)  ## compile every CUDA kernel; needs nvcc, neither a GPU nor torch
 

@@ -8,6 +8,9 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
+import os
+import sys
+
 import torch
 
 from arguments import AUTO, train_options
@@ -109,6 +112,8 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
 def main() -> int:
     options = train_options()
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
+    if options.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
     torch.use_deterministic_algorithms(options.deterministic)
     limit_pixels(options.max_pixels)
 
@@ -118,6 +123,7 @@ def main() -> int:
 
     with own_folder(options.model_path):
         training = Training.start(options, say)
+        training.tidy()
         options = training.options  # with what the checkpoint says
         if training.iteration >= options.iterations:
             done = f"{options.start_checkpoint} is already at iteration {training.iteration}"
@@ -125,7 +131,6 @@ def main() -> int:
                 say(f"{done}: nothing to do")
                 return 0
             raise UserError(f"{done}: give more --iterations")
-        training.remove_temporaries()
         training.write_inputs(say)
         frames = training.tasks[0].frames
         say(f"output: {options.model_path}")
@@ -139,9 +144,10 @@ def main() -> int:
         with StopRequest() as stop:
             train(training, stop)
         if stop and training.iteration < options.iterations:
-            say(
+            print(
                 f"stopped at iteration {training.iteration} of {options.iterations}; to go on: the same command with "
-                f"-m {options.model_path} --start_checkpoint {AUTO}"
+                f"-m {options.model_path} --start_checkpoint {AUTO}",
+                file=sys.stderr,
             )
             return stop.status
     say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")

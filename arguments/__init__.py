@@ -511,6 +511,8 @@ def merge(
     for name, value in (saved or {}).items():
         if name in options and options[name].metadata["saved"] and value is not None:
             values[name] = _check(options[name], value, f"{saved_in}: {name}")
+            if name == "resolution":
+                _check_resolution(value, f"{saved_in}: {name}")
     values.update({name: value for name, value in given.items() if name in options})
     return kind(**values, given=frozenset(given) & frozenset(options))
 
@@ -692,6 +694,6 @@ def _check_device(name: str, flag: str) -> None:
         raise UserError(f"{flag} {name}: choose from auto, cuda, cuda:N, cpu")
 
 
-def _check_resolution(resolution: int) -> None:
+def _check_resolution(resolution: int, name: str = "--resolution") -> None:
     if resolution != -1 and resolution < 1:
-        raise UserError(f"--resolution {resolution}: give -1, a divisor (1, 2, 4, 8) or a width in pixels")
+        raise UserError(f"{name} is {resolution}: give -1, a divisor (1, 2, 4, 8) or a width in pixels")

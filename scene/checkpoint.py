@@ -14,8 +14,9 @@ import math
 import os
 import pickle
 import re
+import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -228,16 +229,14 @@ def all_of(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def newest_readable(
-    folder: Path, map_location: torch.device | str, say: Callable[[str], object]
-) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint of `folder` with the highest iteration of those that can be read, None where none can. Says why
-    it passes over others."""
+def newest_readable(folder: Path, map_location: torch.device | str) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint of `folder` with the highest iteration of those that can be read, None where none can. Says on
+    stderr why it passes over others."""
     for path in reversed(all_of(folder).values()):
         try:
             return path, load_checkpoint(path, map_location)
         except UserError as error:
-            say(f"passed over: {error}")
+            print(f"passed over: {error}", file=sys.stderr)
     return None
 
 

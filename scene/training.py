@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +126,7 @@ class Training:
                 "(it was not optimising these parameters)"
             )
             return
-        _check_continues(options, saved, self._pixels())
+        _check_continues(options, saved, self.pixels)
         groups = self.optimizer.state_dict()["param_groups"]  # rates come from the options
         assert saved.optimizer is not None
         self.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
@@ -157,7 +157,8 @@ class Training:
         yield from self.model.params.items()
         yield "time_func", self.model.time_func
 
-    def _pixels(self) -> str:
+    @cached_property
+    def pixels(self) -> str:
         """A digest of all frames: those of another patient may have the same names and sizes."""
         digest = hashlib.blake2b(digest_size=16)
         for task in self.tasks:
@@ -171,16 +172,14 @@ class Training:
         present = {name: value for name, value in named.items() if value is not None and value.numel()}
         return dict(zip(present, torch._foreach_norm(list(present.values()), torch.inf), strict=True))
 
-    def check_finite(self, values: Mapping[str, Tensor]) -> None:
-        """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the state
-        that goes on (parameters, moments), where an earlier iteration left its traces. Waits for the device."""
-        moments = {
-            f"{key} (of Adam) of {name}": moment.norm(torch.inf)
-            for name, parameter in self._learned()
-            for key, moment in self.optimizer.state.get(parameter, {}).items()
-            if moment.numel()
-        }
-        named = dict(values) | self.magnitudes() | moments
+    def check_finite(self, values: Mapping[str, Tensor], moments: bool = False) -> None:
+        """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the parameters,
+        where an earlier iteration left its traces; with ``moments`` also of the optimizer's. Waits for the device."""
+        named = dict(values) | self.magnitudes()
+        for name, parameter in self._learned() if moments else ():
+            for key, moment in self.optimizer.state.get(parameter, {}).items():
+                if moment.numel():
+                    named[f"{key} (of Adam) of {name}"] = moment.norm(torch.inf)
         finite = torch.stack([value.isfinite().to(self.model.device) for value in named.values()]).tolist()
         for name, good in zip(named, finite, strict=True):
             if not good:
@@ -201,7 +200,7 @@ class Training:
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
             return Replay(self)
-        return functools.partial(forward_backward, self)
+        return partial(forward_backward, self)
 
     @property
     def extent(self) -> float:
@@ -230,6 +229,7 @@ class Training:
             self.geometry.save(self.folder / FILE_NAME)
 
     def save_point_cloud(self) -> None:
+        self.check_finite({})
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
         write_point_cloud(path, self.model.params, self.model.time_func)
 
@@ -240,7 +240,7 @@ class Training:
         saved then, so that a longer run can begin with the step. Raises `UserError`, and writes nothing, where
         something of the run is not finite.
         """
-        self.check_finite({})
+        self.check_finite({}, moments=True)
         frames = self.tasks[0].frames
         extras = {
             "width": self.camera.width,
@@ -248,7 +248,7 @@ class Training:
             "distance": self.camera.distance,
             "bits": frames.bits,
             "numbers": frames.numbers,
-            "pixels": self._pixels(),
+            "pixels": self.pixels,
             "options": _as_saved(self.options),
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
@@ -268,10 +268,14 @@ class Training:
             extras,
         )
         save_checkpoint(self.folder / f"chkpnt{self.iteration}.pth", checkpoint)
+        self._remove_older()
+
+    def _remove_older(self) -> None:
+        """Leaves as many checkpoints as the options say. Those of later iterations are another run's, or damaged: they
+        do not count."""
         if self.options.keep_checkpoints:
-            # Those of later iterations are another run's, or damaged: they do not count.
-            older = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
-            for file in older[: -self.options.keep_checkpoints]:
+            there = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
+            for file in there[: -self.options.keep_checkpoints]:
                 file.unlink()
 
     def save_xyz(self) -> None:
@@ -279,8 +283,9 @@ class Training:
         with atomic_write(path) as temporary, temporary.open("wb") as file:
             torch.save(self.model.params["xyz"].detach().cpu(), file)
 
-    def remove_temporaries(self) -> None:
-        """Removes what an earlier run in the folder was writing when it was killed."""
+    def tidy(self) -> None:
+        """Removes what an earlier run in the folder was writing, or about to remove, when it was killed."""
+        self._remove_older()
         below = (self.folder / "xyz", self.folder / "plots", *self.folder.glob("point_cloud/*"))
         for folder in (self.folder, *below):
             remove_temporaries(folder)
@@ -353,7 +358,7 @@ def _starting_point(
                 f"among them (--start_checkpoint {AUTO} goes on)"
             )
         return options, None
-    found = newest_readable(folder, device, say)
+    found = newest_readable(folder, device)
     if found is not None:
         return replace(options, start_checkpoint=str(found[0])), found[1]
     if options.seg_head_only:

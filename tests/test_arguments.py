@@ -113,7 +113,7 @@ def test_nothing_ignored_nothing_said(capsys):
         ("-s data --num_pts 0", "--num_pts"),
         ("-s data --distance 0", "--distance is 0.0: give a number above 0"),
         ("-s data --distance nan", "finite"),
-        ("-s data --resolution 0", "--resolution 0"),
+        ("-s data --resolution 0", "--resolution is 0"),
         ("-s data --lambda_dssim -1", "--lambda_dssim"),
         ("-s data --ibfr_alpha_min 0.9", "--ibfr_alpha_min is above"),
         ("-s data --camera two", "--camera"),

@@ -438,3 +438,32 @@ def test_a_refused_adam_step_leaves_the_steps_where_they_were():
             parameters, wrong, moments, moments, steps, [0.1, 0.1], 0.9, 0.999, 1e-15
         )
     assert [float(step) for step in steps] == [7.0, 7.0]
+
+
+@pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 5])
+def test_a_bound_leaves_room_for_the_strongest(room):
+    """Of four that would be cloned (or split, of those that are large), as many as there is room for."""
+    case = Case(6)
+    case.model.params["scaling"].data[1] = math.log(LARGE)
+    case.position_gradient([LOW, 5e-4, 3e-4, 6e-4, 4e-4, LOW])
+    options = OptimisationOptions(max_gaussians=6 + room)
+    generator = torch.Generator().manual_seed(1)
+    held_back = case.control.step(case.model, case.optimizer, 600, options, EXTENT, generator)
+    rows = case.model.params["w1"][:, 0].int().tolist()
+    assert held_back == (room < 4) and len(rows) == 6 + min(room, 4)
+    twice = {row for row in rows if rows.count(row) == 2}
+    assert twice == set([3, 1, 4, 2][:room])  # by falling gradient
+
+
+def test_a_bound_that_is_exceeded_already_adds_none():
+    case = Case(6)
+    case.position_gradient(torch.full((6,), HIGH))
+    assert case.control.step(
+        case.model,
+        case.optimizer,
+        600,
+        OptimisationOptions(max_gaussians=3),
+        EXTENT,
+        torch.Generator().manual_seed(1),
+    )
+    assert len(case.model) == 6

@@ -96,6 +96,15 @@ def test_library_of_another_torch_has_another_name(toy: Path, monkeypatch: pytes
     assert here != loader.installed_library("cpu")
 
 
+def test_library_of_other_flags_has_another_name(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = loader_of(toy)
+    monkeypatch.setenv("MEDGS_CXX_FLAGS", "-O1 -fsanitize=address")
+    other = loader_of(toy)
+    assert here.installed_library("cpu") != other.installed_library("cpu")
+    assert "-fsanitize=address" in other.CXX_FLAGS and "-fsanitize=address" in other.LINK_FLAGS
+    assert "-O1" not in other.LINK_FLAGS
+
+
 @needs_compiler
 def test_library_made_at_install_is_preferred(toy: Path, tmp_path: Path) -> None:
     loader_of(toy).load()

@@ -1,193 +1,231 @@
-"""Every option that --help shows does something: another value makes another model, or is tested by name elsewhere."""
+"""Every option that --help shows has an effect: a run with it differs from one without, or a test named here shows it.
 
+An option that is new, and is in neither table, fails; so does a test that is named and does not exist.
+"""
+
+import ast
+import re
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
-from sequences import blobs, checkpoint, masks, refused, threads, train_at, write
+from sequences import checkpoint, colours, masks, threads, train_at, write
 
-from arguments import RenderOptions, TrainOptions
+import prepare
+import slices_to_ply
+from arguments import OptimisationOptions, render_parser, train_parser
 
-# A schedule in which all that can happen does happen within 24 iterations.
-SCHEDULE = {
-    "iterations": 24,
-    "densify_from_iter": 5,
-    "densification_interval": 5,
-    "densify_until_iter": 23,
-    "opacity_reset_interval": 9,
-    "ibfr_from_iter": 12,
-    "position_lr_max_steps": 30,
-    "sigma_until_iter": 22,
+TESTS = Path(__file__).resolve().parent
+
+# A joint run in which every option of the optimisation plays a part: 24 iterations.
+BASE = {
+    "pipeline": "joint", "iterations": 24, "sh_degree": 1, "sh_degree_interval": 5, "densify_from_iter": 4,
+    "densification_interval": 5, "densify_until_iter": 22, "prune_scale_from_iter": 8, "opacity_reset_interval": 12,
+    "prune_opacity": 0.005, "ibfr_from_iter": 3, "position_lr_max_steps": 40, "sigma_until_iter": 20,
+    "sigma_high": 0.9, "sigma_low_views": 1.0, "use_dff": True, "opacity_reset_value": 0.09, "max_gaussians": 500,
     "prune_scale": 0.05,
-    "prune_scale_from_iter": 9,
-    "densify_grad_threshold": 2e-3,
-    "prune_opacity": 0.002,
-}
-JOINT = {"pipeline": "joint", "seg_source_path": "SEG"}
-SEG = {"pipeline": "seg"}
-HEAD = {"pipeline": "seg", "seg_head_only": True, "start_checkpoint": "MODEL"}
-HARMONICS = {"sh_degree": 1, "sh_degree_interval": 8}
-LEARNED = {"use_dff": True}
-
-# Option -> another value, and what the run needs for it to matter.
-CHANGES = {
-    "lambda_img": (2.0, JOINT),
-    "lambda_seg": (2.0, JOINT),
-    "lambda_l1": (1.0, {}),
-    "lambda_dssim": (0.5, {}),
-    "lambda_ibfr": (1.0, {}),
-    "lambda_sigma": (1.0, {}),
-    "lambda_l1_seg": (1.0, SEG),
-    "lambda_sigma_seg": (1.0, SEG),
-    "sigma_until_iter": (3, {}),
-    "sigma_low_views": (4.0, {}),
-    "sigma_high": (0.5, {}),
-    "ibfr_from_iter": (18, {}),
-    "ibfr_alpha_min": (0.6, {}),
-    "ibfr_alpha_max": (0.4, {}),
-    "batch_size": (1, {}),
-    "random_background": (True, {}),
-    "extent_per_distance": (3.0, {}),
-    "position_lr_init": (1e-3, {}),
-    "position_lr_final": (1e-4, {}),
-    "position_lr_max_steps": (10, {}),
-    "feature_lr": (1e-2, {}),
-    "feature_rest_divisor": (2.0, HARMONICS),
-    "opacity_lr": (1e-2, {}),
-    "scaling_lr": (1e-2, {}),
-    "rotation_lr": (1e-2, {}),
-    "m_lr": (1e-2, {}),
-    "sigma_lr": (1e-2, {}),
-    "w1_lr": (1e-2, {}),
-    "time_func_lr": (1e-2, LEARNED),
-    "seg_head_lr": (1e-2, HEAD),
-    "adam_eps": (1e-3, {}),
-    "sh_degree_interval": (4, HARMONICS),
-    "densification_interval": (7, {}),
-    "densify_from_iter": (11, {}),
-    "densify_until_iter": (12, {}),
-    "densify_grad_threshold": (1.0, {}),
-    "percent_dense": (1.0, {}),
-    "split_sigma": (0.1, {}),
-    "split_children": (3, {}),
-    "split_shrink": (3.0, {}),
-    "prune_opacity": (0.1, {"opacity_reset_interval": 1000}),
-    "prune_scale": (0.02, {}),
-    "prune_scale_from_iter": (23, {}),
-    "opacity_reset_interval": (12, {}),
-    "opacity_reset_value": (0.05, {}),
-    "poly_degree": (1, {}),
-    "sh_degree": (2, {}),
-    "num_pts": (80, {}),
-    "max_gaussians": (160, {}),
-    "camera": ("one", {}),
-    "use_dff": (True, {}),
-    "distance": (2.0, {}),
-    "white_background": (True, {}),
-    "resolution": (2, {}),
-    "seed": (1, {}),
-    "eval": (True, {"eval_every": 2}),
-    "eval_every": (3, {"eval": True, "eval_every": 2}),
-    "iterations": (23, {}),
-}
-
-# What does not change the model, or what the runs above give as a means; each has its own test.
-ELSEWHERE = {
-    "source_path", "model_path", "images", "pipeline", "seg_source_path", "seg_head_only", "start_checkpoint",
-    "test_iterations", "save_iterations", "checkpoint_iterations", "save_xyz", "quiet", "debug", "device", "rasterizer",
-    "data_device", "debug_from", "detect_anomaly", "gs_type",
-    "keep_checkpoints", "checkpoint_interval", "max_pixels", "deterministic",
 }  # fmt: skip
 
+# Option -> another value, after which the tensors at the end are others.
+CHANGES_THE_MODEL = {
+    "lambda_img": 0.5, "lambda_seg": 2.0, "lambda_l1": 1.0, "lambda_dssim": 0.5, "lambda_ibfr": 0.1,
+    "lambda_sigma": 1.0, "lambda_l1_seg": 1.0, "lambda_sigma_seg": 1.0, "sigma_until_iter": 5, "sigma_low_views": 4.0,
+    "sigma_high": 0.5,
+    "ibfr_from_iter": 20, "ibfr_alpha_min": 0.5, "ibfr_alpha_max": 0.5, "batch_size": 2, "random_background": True,
+    "extent_per_distance": 2.0, "position_lr_init": 1e-3, "position_lr_final": 1e-4, "position_lr_max_steps": 10,
+    "feature_lr": 1e-2, "feature_rest_divisor": 5.0, "opacity_lr": 1e-2, "scaling_lr": 1e-2, "rotation_lr": 1e-2,
+    "m_lr": 1e-2, "sigma_lr": 1e-2, "w1_lr": 1e-2, "time_func_lr": 1e-2, "adam_eps": 1e-3, "sh_degree_interval": 20,
+    "densification_interval": 7, "densify_from_iter": 12, "densify_until_iter": 9, "densify_grad_threshold": 1e-2,
+    "percent_dense": 1.0, "split_sigma": 0.3, "split_children": 3, "split_shrink": 3.0, "prune_opacity": 0.088,
+    "prune_scale": 0.02, "prune_scale_from_iter": 23, "max_gaussians": 160, "opacity_reset_interval": 9,
+    "opacity_reset_value": 0.05, "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
+    "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
+}  # fmt: skip
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+SHOWN_BY = {
+    "train.py": {
+        "seg_head_lr": "test_options.py::test_the_rate_of_the_head_alone",
+        "source_path": "test_train.py::test_a_missing_folder_as_a_script",
+        "images": "test_train.py::test_resolution_and_images",
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "gs_type": "test_options.py::test_there_is_one_kind_of_gaussians",
+        "model_path": "test_train.py::test_without_m_there_is_a_fresh_folder",
+        "seg_source_path": "test_pipelines.py::test_resumed_runs_go_on_bit_for_bit",
+        "seg_head_only": "test_pipelines.py::test_resumed_runs_go_on_bit_for_bit",
+        "start_checkpoint": "test_resume.py::test_a_run_that_was_over_goes_on_as_a_longer_one",
+        "test_iterations": "test_train.py::test_a_run_says_what_it_does",
+        "save_iterations": "test_train.py::test_a_run_leaves_exactly_these_files",
+        "checkpoint_iterations": "test_resume.py::test_keep_checkpoints_bounds_their_number",
+        "checkpoint_interval": "test_resume.py::test_keep_checkpoints_bounds_their_number",
+        "keep_checkpoints": "test_resume.py::test_keep_checkpoints_bounds_their_number",
+        "save_xyz": "test_train.py::test_centres",
+        "data_device": "test_frames.py",
+        "deterministic": "test_options.py::test_deterministic_and_anomaly_detection_are_turned_on",
+        "detect_anomaly": "test_options.py::test_deterministic_and_anomaly_detection_are_turned_on",
+        "debug_from": "test_train.py::test_debug_stops_at_values_that_are_not_finite",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+        "device": "test_train.py::test_flags_that_will_not_do",
+        "rasterizer": "test_pipelines.py",
+        "quiet": "test_train.py::test_quiet_prints_nothing",
+    },
+    "render.py": {
+        "source_path": "test_render.py::test_published_checkpoints_take_sizes_from_the_source_frames",
+        "images": "test_arguments.py::test_frames_folder",
+        "resolution": "test_arguments.py::test_command_line_wins_over_cfg_args_and_defaults_do_not",
+        "white_background": "test_render.py::test_the_command_line_wins_over_the_run_and_the_run_over_defaults",
+        "distance": "test_render.py::test_published_checkpoints_take_sizes_from_the_source_frames",
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "model_path": "test_render.py::test_frames_and_the_frames_between",
+        "iteration": "test_render.py::test_the_newest_checkpoint_unless_told_otherwise",
+        "interp": "test_render.py::test_frames_and_the_frames_between",
+        "pipeline": "test_render.py::test_both_is_what_img_and_seg_are",
+        "chunks": "test_render.py::test_chunks_change_no_bit",
+        "extension": "test_render.py::test_files_keep_the_depth_of_the_frames",
+        "poly_degree": "test_render.py::test_mistakes_end_in_one_line_before_anything_is_rendered",
+        "modify": "test_render.py::test_the_function_gets_all_gaussians_at_the_time",
+        "generate_points_path": "test_render.py::test_points_are_the_active_centres_of_every_frame",
+        "mask_path": "test_render.py::test_a_segmentation_cuts_an_organ_out_of_an_image",
+        "device": "test_arguments.py::test_resolve_device",
+        "rasterizer": "test_render.py::test_the_oracle_needs_no_compiled_code",
+        "quiet": "test_render.py",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+    },
+    "prepare.py": {
+        **dict.fromkeys(("input", "label", "label_value", "output", "axis", "window"), "test_prepare.py"),
+        **dict.fromkeys(("percentiles", "bits", "keep_every", "frame", "force", "quiet"), "test_prepare.py"),
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+    },
+    "slices_to_ply.py": {
+        **dict.fromkeys(("input", "output", "nifti", "thresh", "inter"), "test_slices_to_ply.py"),
+        **dict.fromkeys(("smoothing", "space", "extension", "quiet"), "test_slices_to_ply.py"),
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+    },
+}  # fmt: skip
+PARSERS = {
+    "train.py": train_parser,
+    "render.py": render_parser,
+    "prepare.py": prepare._parser,
+    "slices_to_ply.py": slices_to_ply._parser,
+}
+
+
+def shown(program: str) -> dict[str, list[str]]:
+    """The options that --help shows, with their flags."""
+    return {
+        action.dest: action.option_strings
+        for action in PARSERS[program]()._actions
+        if action.help != "==SUPPRESS==" and action.dest != "help"
+    }
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_every_option_is_in_a_table_and_no_other(program):
+    expected = set(SHOWN_BY[program]) | (set(CHANGES_THE_MODEL) if program == "train.py" else set())
+    assert set(shown(program)) == expected
+    assert not set(SHOWN_BY[program]) & (set(CHANGES_THE_MODEL) if program == "train.py" else set())
+
+
+@pytest.mark.parametrize("program", PARSERS)
+def test_the_tests_of_the_table_exist_and_use_the_option(program):
+    """A file alone stands for the tests in it: the option's flag is in the file then."""
+    for option, place in SHOWN_BY[program].items():
+        file, _, name = place.partition("::")
+        text = (TESTS / file).read_text()
+        if name:
+            functions = [node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+            assert name in functions, place
+        else:
+            flags = "|".join(map(re.escape, [*shown(program)[option], f"{option}=", f'"{option}"']))
+            assert re.search(rf"({flags})(?![\w])|{option}=", text), f"{option} in {file}"
+
+
+# ---- a run with it differs from one without ------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    """options -> the parameters and times of the model that they train; each run once."""
-    folder = tmp_path_factory.mktemp("options")
-    roots = {"seg": write(folder / "seg", masks()), "img": write(folder / "img", blobs())}
-    runs = {}
+def runs(tmp_path_factory):
+    """A function: the run with some options changed, as a checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    images, seg = write(folder / "img", transparent()), write(folder / "seg", masks())
 
-    def model(**options):
-        options = SCHEDULE | options
-        key = repr(sorted(options.items()))
-        if key not in runs:
-            if options.get("start_checkpoint"):
-                start = folder / "start"
-                if not start.exists():
-                    train_at(roots["img"], start, "--iterations", 2)
-                options["start_checkpoint"] = start / "chkpnt2.pth"
-            if "seg_source_path" in options:
-                options["seg_source_path"] = roots["seg"]
-            root = roots["seg" if options.get("pipeline") == "seg" else "img"]
-            flags = [word for name, value in options.items() for word in (f"--{name}", value)]
-            out = folder / f"run{len(runs)}"
-            train_at(root, out, *flags)
-            saved = checkpoint(out, options["iterations"])
-            runs[key] = {**saved.params, "time_func": saved.time_func}
-        return runs[key]
+    def run(**changes):
+        values = {**BASE, **changes}
+        out = folder / ("_".join(f"{k}{v}" for k, v in changes.items()) or "base")
+        flags = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+        train_at(images, out, "--seg_source_path", seg, *flags)
+        return checkpoint(out, values["iterations"])
 
-    return model
+    with threads(1):
+        yield run
 
 
-def same(a, b):
-    return a.keys() == b.keys() and all(
-        value.shape == b[name].shape and torch.equal(value, b[name]) for name, value in a.items()
-    )
+def transparent():
+    """Frames in colour whose left edge shows the background."""
+    frames = []
+    for frame in colours():
+        alpha = torch.full((*frame.shape[:2], 1), 255, dtype=torch.uint8)
+        alpha[:, :4] = 0
+        frames.append(torch.cat([torch.from_numpy(frame), alpha], 2).numpy())
+    return frames
 
 
-@pytest.mark.parametrize("name", CHANGES)
-def test_another_value_makes_another_model(model, name):
-    value, needed = CHANGES[name]
-    assert not same(model(**needed), model(**needed | {name: value}))
+@pytest.fixture(scope="module")
+def base(runs):
+    return runs()
 
 
-def test_the_same_values_make_the_same_model(model):
-    assert same(model(), model(seed=0))  # given, and by default: two runs
+def differ(a, b):
+    """Do the models differ? A tensor of another shape is another tensor."""
+    names = a.params.keys() | b.params.keys()
+    pairs = [(a.params.get(name), b.params.get(name)) for name in names] + [(a.time_func, b.time_func)]
+    return any(x is None or y is None or x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)
 
 
-def test_every_option_is_tested():
-    named = {option.name for option in fields(TrainOptions) if option.metadata}
-    assert named == CHANGES.keys() | ELSEWHERE and not CHANGES.keys() & ELSEWHERE
-    tests = "".join(
-        path.read_text() for path in sorted(__import__("pathlib").Path(__file__).parent.glob("test_*.py"))
-    )
-    options = {option.name: option.metadata["short"] for option in fields(RenderOptions) if option.metadata}
-    options |= {
-        option.name: option.metadata["short"] for option in fields(TrainOptions) if option.name in ELSEWHERE
-    }
-    for name, short in options.items():
-        assert f'"--{name}' in tests or f" --{name}" in tests or f'"-{short}"' in tests, name
+def test_the_same_options_give_the_same_model(runs, base):
+    assert not differ(base, runs())
 
 
-@pytest.mark.parametrize(
-    ("flag", "place", "name"),
-    [
-        ("--detect_anomaly", torch.autograd, "set_detect_anomaly"),
-        ("--deterministic", torch, "use_deterministic_algorithms"),
-    ],
-)
-def test_modes_of_pytorch_are_turned_on(tmp_path, monkeypatch, flag, place, name):
-    set_to = []
-    monkeypatch.setattr(place, name, set_to.append)
-    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--iterations", 1, flag)
-    assert set_to == [True]
+@pytest.mark.parametrize("name", CHANGES_THE_MODEL)
+def test_an_option_changes_the_model(runs, base, name):
+    changes = {name: CHANGES_THE_MODEL[name]}
+    assert BASE.get(name) != changes[name]
+    assert differ(base, runs(**changes)), name
 
 
-def test_larger_images_are_refused(tmp_path, capsys):
-    root = write(tmp_path / "data", blobs())
-    assert refused(root, tmp_path / "out", "--max_pixels", 479) == 2  # 24 x 20 is 480
-    assert "0000.png is 24 x 20 pixels" in capsys.readouterr().err
-    train_at(root, tmp_path / "out", "--max_pixels", 480, "--iterations", 1)
-    train_at(root, tmp_path / "two", "--iterations", 1)  # the limit is the process's: back to the usual one
+def test_all_options_of_the_optimisation_are_tried():
+    names = {option.name for option in fields(OptimisationOptions)}
+    assert names - set(CHANGES_THE_MODEL) == {"seg_head_lr"}
 
 
-def test_there_is_one_kind_of_gaussians(tmp_path, capsys):
-    root = write(tmp_path / "data", blobs())
-    assert refused(root, tmp_path / "out", "--gs_type", "gs_flat") == 2
-    assert "gs_flat" in capsys.readouterr().err
+def test_the_rate_of_the_head_alone(tmp_path):
+    images, seg = write(tmp_path / "img", colours()), write(tmp_path / "seg", masks())
+    train_at(images, tmp_path / "start", "--iterations", 2)
+    head = ("--pipeline", "seg", "--seg_head_only", "--start_checkpoint", tmp_path / "start" / "chkpnt2.pth")
+    for name, rate in (("slow", 1e-4), ("fast", 1e-2)):
+        train_at(seg, tmp_path / name, *head, "--iterations", 3, "--seg_head_lr", rate)
+    assert differ(checkpoint(tmp_path / "slow", 3), checkpoint(tmp_path / "fast", 3))
+
+
+def test_there_is_one_kind_of_gaussians():
+    """--gs_type is published, and takes one value."""
+    (action,) = [action for action in train_parser()._actions if action.dest == "gs_type"]
+    assert tuple(action.choices) == ("gs",)
+
+
+def test_deterministic_and_anomaly_detection_are_turned_on(tmp_path):
+    images = write(tmp_path / "img", colours())
+    try:
+        for flag, on in (
+            ("--deterministic", torch.are_deterministic_algorithms_enabled),
+            ("--detect_anomaly", torch.is_anomaly_enabled),
+        ):
+            train_at(images, tmp_path / "out", "--iterations", 1, flag)
+            assert on()
+            train_at(images, tmp_path / "out", "--iterations", 1)
+            assert not on()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.autograd.set_detect_anomaly(False)

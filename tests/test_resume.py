@@ -68,7 +68,8 @@ def until(condition, seconds=60):
 
 
 def said(capsys):
-    return capsys.readouterr().out
+    captured = capsys.readouterr()
+    return captured.out + captured.err
 
 
 def loud(root, out, *more):
