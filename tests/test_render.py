@@ -765,7 +765,7 @@ def test_a_volume_of_uneven_frames_has_even_slices(tmp_path, call, capsys):
         affine=((-0.5, 0, 0, 20), (0, -0.5, 0, 16), (0, 0, 7 / 3, 5), (0, 0, 0, 1)),
     )
     call("-m", folder, "--interp", 2, "--nifti", "--extension", ".npy")
-    assert "unevenly spaced: its slices are drawn at even steps" in capsys.readouterr().out
+    assert "unevenly spaced: slices are drawn at even steps" in capsys.readouterr().out
     image = nibabel.load(folder / "render_img.nii.gz")
     assert image.shape == (WIDTH, HEIGHT, 15) and image.affine[2].tolist() == [0, 0, 0.5, 5]
     values = (image.get_fdata() + 100) / 400
