@@ -294,8 +294,8 @@ def write_volumes(renderer: Renderer, volumes: Sequence[Volume], say: Say) -> No
         volume.write(path)
         shape = " x ".join(map(str, volume.values.shape))
         say(f"{shape} voxels in {path}")
-        if not volume.grid.geometry.evenly_spaced:
-            say("  the frames are unevenly spaced: its slices are drawn at even steps between them")
+    if volumes and not volumes[0].grid.geometry.evenly_spaced:
+        say("  the frames are unevenly spaced: slices are drawn at even steps between them")
 
 
 def write_sequence(
