@@ -19,3 +19,10 @@ def dice(images: Tensor, targets: Tensor, threshold: float = 0.5) -> Tensor:
     predicted, truth = images >= threshold, targets >= threshold
     total = predicted.sum() + truth.sum()
     return (2 * (predicted & truth).sum() + (total == 0)) / total.clamp_min(1)
+
+
+def iou(images: Tensor, targets: Tensor, threshold: float = 0.5) -> Tensor:
+    """Intersection over union (Jaccard) as `dice` counts it; 1 where both are empty. (B, C, H, W) each -> ()."""
+    predicted, truth = images >= threshold, targets >= threshold
+    union = (predicted | truth).sum()
+    return ((predicted & truth).sum() + (union == 0)) / union.clamp_min(1)
