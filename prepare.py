@@ -4,7 +4,8 @@
     python train.py -s data/case/img --pipeline joint --seg_source_path data/case/seg
 
 writes data/case/img/original/0000.png ..., data/case/seg/original/0000.png ... (0 and 255) and data/case/frames.json,
-which records where the frames lie (`utils.geometry.Geometry`), so that meshes come out in patient millimetres.
+which records where the frames lie (`utils.geometry.Geometry`), so that meshes come out in patient millimetres. With
+--keep_every, the frames left out between the others go to img/heldout and seg/heldout, named by their source slice.
 
 Frames show anatomy upright: columns and rows grow towards the patient's left, posterior or inferior. All is written
 beside OUT first and renamed at the end: OUT is complete or untouched.
@@ -13,21 +14,36 @@ beside OUT first and renamed at the end: OUT is complete or untouched.
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
-from scipy.ndimage import affine_transform
+from scipy.ndimage import find_objects
 
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_folder
 from utils.geometry import FILE_NAME, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from utils.images import write_image
+from utils.meshes import otsu
 from utils.volumes import READERS, Volume, read_volume
 
 Say = Callable[[str], None]
+
+# Level and width in Hounsfield units, as customary: Radiopaedia, "Windowing (CT)", https://radiopaedia.org/articles/windowing-ct
+CT_WINDOWS = {
+    "brain": (40, 80),
+    "bone": (400, 1800),
+    "lung": (-600, 1500),
+    "soft_tissue": (50, 400),
+}
+MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source knows none
+KINDS = {
+    "original": "slices",
+    "heldout": "heldout_slices",
+}  # folders of frames, and the field that lists theirs
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.output)
     _check_output(out, options.force)
 
-    volume = read_volume(options.input, options.frame)
+    volume = read_volume(options.input, options.frame, options.series)
     if options.frame and volume.index is None:
         raise UserError(f"{options.input} holds one volume: there is no --frame {options.frame}")
     say(f"{options.input}: {_describe(volume)}")
@@ -44,12 +60,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"  note: {note}")
     cut = upright_cut(volume.affine, _axis(options.axis, volume))
     finite = _count_finite(volume, say)
-    window = _window(volume, finite, options.window, options.percentiles, say)
+    window = _window(volume, finite, options, say)
+    label = None
+    if options.label is not None:
+        label = _label(options.label, options.label_value, options.frame, volume, say)
     geometry = cut_geometry(
         cut,
         volume.affine,
         volume.values.shape,
         options.keep_every,
+        None if options.crop is None else _box(cut, volume, label, window, options.crop),
+        volume.depths if cut.axes[2] == 2 else None,
         window=window,
         bits=options.bits or volume.bits,
         source=volume.name,
@@ -60,24 +81,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"{options.input} gives {len(geometry.slices)} frame across axis {geometry.axis} of its shape"
             f" {volume.values.shape[:3]}: at least 2 are needed (see --axis and --keep_every)"
         )
-    label = None
-    if options.label is not None:
-        label = _label(options.label, options.label_value, options.frame, volume, say)
-        if not cut.frames(label)[:: options.keep_every].any():
-            raise UserError(f"{options.label} has nothing labelled in the frames that --keep_every keeps")
+    masks = None if label is None else cut.frames(label)
+    if masks is not None and not masks[list(geometry.slices)].any():
+        raise UserError(f"{options.label} has nothing labelled in the frames that --keep_every keeps")
 
-    with atomic_folder(out) as folder:
-        _write_frames(folder / "img" / "original", volume, cut, geometry)
-        if label is not None:
-            for number, frame in enumerate(cut.frames(label)[:: options.keep_every]):
-                write_image(folder / "seg" / "original" / f"{number:04d}.png", frame)
-        geometry.save(folder / FILE_NAME)
+    try:
+        with atomic_folder(out) as folder:
+            _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
+            if masks is not None:
+                _write_frames(folder / "seg", masks, None, geometry, mask=True)
+            geometry.save(folder / FILE_NAME)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise UserError(
+            f"no space left on the disk for {out}, of which nothing was kept: free some, or write elsewhere"
+        ) from error
 
     say(_summary(geometry))
+    if geometry.durations() is not None:
+        say("  unevenly spaced: frames.json has their positions, and train.py takes true times from them")
     say(
         f"  {out / 'img'}: {len(geometry.slices)} frames of {geometry.bits} bits; train with -s {out / 'img'}"
     )
-    if label is not None:
+    if masks is not None:
         say(f"  {out / 'seg'}: their masks; train with --pipeline joint --seg_source_path {out / 'seg'}")
     return 0
 
@@ -85,10 +112,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="prepare.py", description=(__doc__ or "").split("\n")[0])
     kinds = ", ".join(READERS)
-    parser.add_argument("-i", "--input", required=True, help=f"volume ({kinds}), or a folder of images")
+    parser.add_argument(
+        "-i", "--input", required=True, help=f"volume ({kinds}), or a folder of DICOM files or images"
+    )
     parser.add_argument(
         "-l", "--label", help="its label, of the same kinds; another grid is resampled (nearest)"
     )
+    parser.add_argument("--series", metavar="UID", help="which series of a DICOM folder that holds several")
     parser.add_argument(
         "--label_value", type=float, nargs="+", metavar="V", help="which labels count (default: all but 0)"
     )
@@ -110,6 +140,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar=("LO", "HI"),
         help="the window, as percentiles of the volume (default: 0.5 99.5; images keep their full scale)",
     )
+    window.add_argument(
+        "--ct_window",
+        choices=CT_WINDOWS,
+        help="a customary window of CT in Hounsfield units, as level and width: "
+        + ", ".join(f"{name} {level} {width}" for name, (level, width) in CT_WINDOWS.items()),
+    )
     parser.add_argument(
         "--bits",
         type=int,
@@ -117,7 +153,20 @@ def _parser() -> argparse.ArgumentParser:
         help="bits of a pixel (default: 16, or 8 where the source has no more)",
     )
     parser.add_argument(
-        "--keep_every", type=_positive, default=1, metavar="N", help="keep one frame in N, the first on"
+        "--keep_every",
+        type=_positive,
+        default=1,
+        metavar="N",
+        help="train on one frame in N; the others are held out",
+    )
+    parser.add_argument(
+        "--crop",
+        type=_margin,
+        nargs="?",
+        const=MARGIN,
+        metavar="MM",
+        help="keep the box of the label, or else of what is not background, and this margin around it (default:"
+        f" {MARGIN:g} mm; pixels and slices where no millimetres are known)",
     )
     parser.add_argument("--frame", type=int, metavar="INDEX", help="which volume of a 4-D file, from 0")
     parser.add_argument(
@@ -134,13 +183,24 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _margin(text: str) -> float:
+    try:
+        margin = float(text)
+    except ValueError:
+        margin = -1.0
+    if not 0 <= margin < np.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of millimetres")
+    return margin
+
+
 def _check_output(out: Path, force: bool) -> None:
     """Refuse to replace anything that this script did not write."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file: give -o a folder")
-    ours = {"img", "seg", "img/original", "img/mirror", "seg/original", "seg/mirror", FILE_NAME}
+    ours = {"img", "seg", FILE_NAME}
+    ours |= {f"{root}/{folder}" for root in ("img", "seg") for folder in (*KINDS, "mirror")}
     entries = [*out.iterdir(), *out.glob("img/*"), *out.glob("seg/*")]
     foreign = sorted(name for entry in entries if (name := entry.relative_to(out).as_posix()) not in ours)
     if foreign:
@@ -151,8 +211,13 @@ def _check_output(out: Path, force: bool) -> None:
 
 def _axis(wanted: str, volume: Volume) -> int:
     if wanted != "auto":
+        if volume.depths is not None and wanted != "2":
+            raise UserError(
+                f"the slices of {volume.name} are unevenly spaced: cut along them, with --axis 2 (frames across axis"
+                f" {wanted} would have uneven pixels)"
+            )
         return int(wanted)
-    if volume.affine is None:
+    if volume.affine is None or volume.depths is not None:
         return 2
     spacing = np.array(voxel_sizes(volume.affine))
     return int(
@@ -174,30 +239,35 @@ def _count_finite(volume: Volume, say: Say) -> np.ndarray | None:
 
 
 def _window(
-    volume: Volume,
-    finite: np.ndarray | None,
-    window: Sequence[float] | None,
-    percentiles: Sequence[float] | None,
-    say: Say,
+    volume: Volume, finite: np.ndarray | None, options: argparse.Namespace, say: Say
 ) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
-    if window is not None:
-        low, high = window
-        if not (np.isfinite(window).all() and low < high):
-            raise UserError(f"--window {low:g} {high:g} is empty: LO has to be below HI")
+    values = volume.values if finite is None else volume.values[finite]
+    smallest, largest = float(values.min()), float(values.max())
+    low, high = options.window or (0.0, 0.0)
+    if options.ct_window is not None:
+        level, width = CT_WINDOWS[options.ct_window]
+        low, high = level - width / 2, level + width / 2
+    elif options.window is not None and not (np.isfinite(options.window).all() and low < high):
+        raise UserError(f"--window {low:g} {high:g} is empty: LO has to be below HI")
+    if low < high:
+        if largest <= low or smallest >= high:
+            raise UserError(
+                f"the window {low:g} to {high:g} shows nothing: {volume.name} goes from {smallest:g} to {largest:g}"
+            )
+        if options.ct_window is not None and smallest > -200:
+            say(f"  note: no value is under {smallest:g}: are these Hounsfield units, where air is -1000?")
         return low, high
-    if percentiles is None and volume.full_scale is not None:
+    if options.percentiles is None and volume.full_scale is not None:
         return volume.full_scale
-    first, last = percentiles or (0.5, 99.5)
+    first, last = options.percentiles or (0.5, 99.5)
     if not 0 <= first < last <= 100:
         raise UserError(
             f"--percentiles {first:g} {last:g} is empty: they go from 0 to 100, the lower one first"
         )
-    values = volume.values if finite is None else volume.values[finite]
     low, high = (float(value) for value in np.percentile(values, (first, last)))
     if low < high:
         return low, high
-    smallest, largest = float(values.min()), float(values.max())
     if smallest == largest:
         raise UserError(
             f"{volume.name} is {smallest:g} everywhere: its window is empty, and there is nothing to see"
@@ -206,15 +276,44 @@ def _window(
     return smallest, largest
 
 
+def _box(
+    cut: Cut, volume: Volume, label: np.ndarray | None, window: tuple[float, float], margin: float
+) -> tuple[slice, slice, slice]:
+    """Columns, rows and slices that hold the label, or else what is not background, and the margin around it.
+
+    Background is what is darker in the window than half of Otsu's threshold: the threshold itself would cut off dim
+    borders.
+    """
+    if label is None:
+        unit = np.clip((np.nan_to_num(volume.values, nan=window[0]) - window[0]) / np.ptp(window), 0, 1)
+        unit = unit if unit.ndim == 3 else unit[..., :3].max(axis=3)
+        inside = unit > otsu(unit) / 2
+    else:
+        inside = label
+    found = find_objects(cut.frames(inside).astype(np.uint8))[0]  # frame, row, column
+    steps = (1.0, 1.0, 1.0) if volume.affine is None else voxel_sizes(volume.affine)
+    box = []
+    for axis, kept in zip(cut.axes, reversed(found), strict=True):
+        more = int(np.ceil(margin / steps[axis] - 1e-6))
+        box.append(slice(max(kept.start - more, 0), min(kept.stop + more, inside.shape[axis])))
+    return box[0], box[1], box[2]
+
+
 def _label(
     path: str, wanted: Sequence[float] | None, index: int | None, volume: Volume, say: Say
 ) -> np.ndarray:  # (I, J, K) bool
     """The label on the volume's grid."""
     label = read_volume(path, index)
     shape = volume.values.shape[:3]
-    values = (
-        label.values if label.values.ndim == 3 else label.values[..., :3].max(axis=3)
-    )  # colours, not opacity
+    if label.lossy:
+        raise UserError(
+            f"{path} is a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
+        )
+    values = label.values
+    if values.ndim == 4:
+        if np.ptp(values[..., :3], axis=3).any():  # opacity is no label
+            raise UserError(f"{path} holds colours: a label holds one number a voxel")
+        values = values[..., 0]
     values = np.nan_to_num(values)
     if wanted:
         inside = np.isin(values, wanted)
@@ -232,12 +331,13 @@ def _label(
     if volume.affine is None or label.affine is None:
         if inside.shape != shape:
             raise UserError(f"{path} has shape {inside.shape}, but {volume.name} {shape}: they have to agree")
-    elif not _same_grid(volume.affine, label.affine, shape, inside.shape):
+        if not np.array_equal(_depths(volume), _depths(label)):
+            raise UserError(
+                f"{path} and {volume.name} are numbered differently: frames and masks have the same numbers"
+            )
+    elif not _same_grid(volume, label):
         to_label = np.linalg.inv(label.affine) @ volume.affine
-        # grid-constant: the outer half of a border voxel belongs to it, and rounding errors do not cut it off
-        resampled = affine_transform(
-            inside.view(np.uint8), to_label[:3, :3], to_label[:3, 3], shape, order=0, mode="grid-constant"
-        ).astype(bool)
+        resampled = _resample(inside, _depths(label), to_label, shape, _depths(volume))
         if not resampled.any():
             raise UserError(
                 f"{path} of shape {inside.shape} does not overlap {volume.name} of shape {shape}: their affines place"
@@ -252,22 +352,59 @@ def _label(
     return inside
 
 
-def _same_grid(first: np.ndarray, second: np.ndarray, shape: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two grids agree to a hundredth of a voxel in every corner."""
-    corners = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    apart = np.abs(apply_affine(first, corners) - apply_affine(second, corners)).max()
-    return shape == other and bool(apart < 0.01 * min(voxel_sizes(first)))
+def _same_grid(first: Volume, second: Volume) -> bool:
+    """Whether two grids agree to a hundredth of a voxel in every corner, and so do their slices."""
+    shape = first.values.shape[:3]
+    if first.affine is None or second.affine is None or shape != second.values.shape[:3]:
+        return False
+    indices = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
+    apart = np.abs(apply_affine(first.affine, indices) - apply_affine(second.affine, indices)).max()
+    depths = np.abs(_depths(first) - _depths(second)).max()
+    return bool(apart < 0.01 * min(voxel_sizes(first.affine)) and depths < 0.01)
 
 
-def _write_frames(folder: Path, volume: Volume, cut: Cut, geometry: Geometry) -> None:
-    low, high = geometry.window
-    stack = cut.frames(volume.values)  # (frame, row, column[, channel])
-    for number, index in enumerate(geometry.slices):
-        stored = stack[index].astype(np.float64)
-        unit = np.where(np.isfinite(stored), (stored - low) / (high - low), 0.0)
-        if unit.shape[2:] == (4,) and volume.full_scale is not None:
-            unit[:, :, 3] = stored[:, :, 3] / volume.full_scale[1]  # opacity is no intensity
-        write_image(folder / f"{number:04d}.png", unit, geometry.bits)
+def _depths(volume: Volume) -> np.ndarray:  # (K,)
+    return np.arange(volume.values.shape[2], dtype=float) if volume.depths is None else volume.depths
+
+
+def _resample(
+    inside: np.ndarray, depths: np.ndarray, to_label: np.ndarray, shape: tuple[int, ...], targets: np.ndarray
+) -> np.ndarray:
+    """A label's mask on a volume's grid of `shape`: each voxel takes the one that it lies in, if any.
+
+    inside: (I, J, K) bool, with slices at `depths`. to_label: indices of the volume to the label's. targets: where the
+    volume's slices lie.
+    """
+    resampled = np.zeros(shape, bool)
+    plane = np.stack(np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij"), -1)  # (I, J, 2)
+    for k, depth in enumerate(targets):
+        at = plane @ to_label[:3, :2].T + (to_label[:3, 2] * depth + to_label[:3, 3])  # (I, J, 3)
+        before, after = np.minimum(at[..., 2], 0), np.maximum(at[..., 2] - depths[-1], 0)
+        at[..., 2] = np.interp(at[..., 2], depths, np.arange(len(depths))) + before + after  # to slices
+        nearest = np.floor(at + (0.5 + 1e-6)).astype(int)  # rounding errors do not cut off a border
+        there = ((nearest >= 0) & (nearest < inside.shape)).all(axis=-1)
+        resampled[:, :, k][there] = inside[tuple(nearest[there].T)]
+    return resampled
+
+
+def _write_frames(
+    root: Path,
+    stack: np.ndarray,
+    full_scale: tuple[float, float] | None,
+    geometry: Geometry,
+    mask: bool = False,
+) -> None:
+    """The kept and the held-out frames of stack (frame, row, column[, channel]) as PNG files."""
+    low, high = (0.0, 1.0) if mask else geometry.window
+    (left, top), (columns, rows) = geometry.offset, geometry.size
+    for folder, field in KINDS.items():
+        for number, index in enumerate(getattr(geometry, field)):
+            stored = stack[index, top : top + rows, left : left + columns].astype(np.float64)
+            unit = np.where(np.isfinite(stored), (stored - low) / (high - low), 0.0)
+            if unit.shape[2:] == (4,) and full_scale is not None:
+                unit[:, :, 3] = stored[:, :, 3] / full_scale[1]  # opacity is no intensity
+            name = number if folder == "original" else index
+            write_image(root / folder / f"{name:04d}.png", unit, 8 if mask else geometry.bits)
 
 
 def _describe(volume: Volume) -> str:
@@ -284,6 +421,7 @@ def _summary(geometry: Geometry) -> str:
         "" if geometry.affine is None or geometry.spacing is None else f", {geometry.spacing[2]:.4g} mm apart"
     )
     kept = f" of {geometry.slice_count} slices" if len(geometry.slices) < geometry.slice_count else ""
+    kept += f", {len(geometry.heldout_slices)} held out" if geometry.heldout_slices else ""
     return (
         f"{len(geometry.slices)} frames{kept} across axis {geometry.axis}, {columns} x {rows} pixels{place},"
         f" window {geometry.window[0]:.6g} to {geometry.window[1]:.6g}"

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -28,10 +30,16 @@ from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
 from utils.geometry import FILE_NAME, Geometry
 from utils.images import WRITABLE, write_image
+from utils.rendered_volume import Grid, Volume
 from utils.spherical_harmonics import to_colour
+from utils.video import Shot, video_format, write_video
 
-VIEWS_AT_ONCE = 8
-WRITERS = min(8, os.cpu_count() or 1)  # threads that encode images while the next are rendered
+# What the views that are rendered at once may take, unless one alone takes more. A view takes what `fold` says of each
+# Gaussian, and the lists of the tiles, a few entries each; and the image, as floats, levels and bytes.
+MEMORY = 2**30  # bytes
+BYTES_PER_GAUSSIAN, BYTES_PER_VALUE = 100, 16
+MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
+WRITERS = min(32, os.cpu_count() or 1)  # threads that encode images while the next are rendered
 
 Say = Callable[[str], object]
 
@@ -103,6 +111,7 @@ def main() -> None:
         if not options.quiet:
             print(message, flush=True)
 
+    kind = video_format(options.video_format) if options.video else None
     modify = editing.Modification(options.modify) if options.modify else None
     path = find(options.model_path, options.iteration)
     saved = load_checkpoint(path, resolve_device(options.device))
@@ -120,7 +129,11 @@ def main() -> None:
 
     background = background_of(saved, options).to(model.device)
     renderer = Renderer(model, camera, background, outputs, options.rasterizer, mask, modify)
-    write_images(renderer, bits, options, say)
+    volumes = volumes_of(renderer, options)
+    names = write_images(renderer, bits, volumes, options, say)
+    write_volumes(renderer, volumes, say)
+    if kind is not None:
+        write_sequence(renderer, names, kind, options, say)
     if options.generate_points_path:
         folder = editing.write_points(model, options.generate_points_path, outputs[-1].test)
         say(f"active centres of {model.num_frames} frames in {folder}")
@@ -185,46 +198,122 @@ def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
         say(f"the frames' place in the patient: {kept}")
 
 
-def write_images(renderer: Renderer, bits: int, options: RenderOptions, say: Say) -> None:
-    """Renders chunk after chunk, while threads write the chunk before; no more than two are in memory."""
+def volumes_of(renderer: Renderer, options: RenderOptions) -> list[Volume]:
+    """For ``--nifti``: an empty volume for each output. Refuses what has no place in a patient, or no one intensity."""
+    if not options.nifti:
+        return []
+    path = Path(options.model_path) / FILE_NAME
+    if not path.exists():
+        raise UserError(
+            f"--nifti: there is no {path}, so nobody knows where the frames lie; train on a folder of prepare.py, "
+            "or give it here with -s"
+        )
+    geometry, model = Geometry.load(path), renderer.model
+    if len(geometry.slices) != model.num_frames:
+        raise UserError(
+            f"--nifti: {path} is of {len(geometry.slices)} frames, the model of {model.num_frames}: put the "
+            "frames.json of these frames there"
+        )
+    if model.channels != 1:
+        raise UserError("--nifti: a volume holds one intensity, and this is a colour model; leave it out")
+    grid = Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
+    return [Volume(grid, mask=out.folder.name == "render_mask") for out in renderer.outputs]
+
+
+def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
+    """How many views to render in one go: what --chunks asks for, if that fits into MEMORY."""
+    camera, model, outputs = renderer.camera, renderer.model, len(renderer.outputs)
+    pixels = outputs * model.channels * camera.width * camera.height
+    fitting = MEMORY // (BYTES_PER_GAUSSIAN * len(model) + BYTES_PER_VALUE * pixels)
+    return max(1, min(-(-positions // chunks), fitting, MAX_RENDERS // outputs))
+
+
+def write_images(
+    renderer: Renderer, bits: int, volumes: Sequence[Volume], options: RenderOptions, say: Say
+) -> list[str]:
+    """Renders chunk after chunk, while threads write what is done; no more than two chunks are in memory, or one image
+    a thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
     numbers = [(k, i) for k in range(renderer.model.num_frames) for i in range(options.interp)]
-    names = [f"{k:05d}_{i}{options.extension}" for k, i in numbers]
-    positions = [k + i / options.interp for k, i in numbers]
+    names = {k + i / options.interp: f"{k:05d}_{i}{options.extension}" for k, i in numbers}
+    slots = {position: slot for slot, position in enumerate(volumes[0].grid.positions)} if volumes else {}
+    positions = sorted(names.keys() | slots.keys())
     bits = 8 if bits == 8 else 16
     if bits > 8 and options.extension.lower() in (".jpg", ".jpeg"):
         say("JPEG holds 8 bits a channel: the 16 of these frames are rounded to them")
         bits = 8
 
-    step = min(VIEWS_AT_ONCE, -(-len(positions) // options.chunks))
+    step = views_at_once(renderer, len(positions), options.chunks)
     folders = [out.folder for out in renderer.outputs]
-    jobs: list[Future[None]] = []
+    waiting: deque[Future[None]] = deque()
+    most = max(step * len(folders), WRITERS)
     with (
         ThreadPoolExecutor(WRITERS) as writers,
         tqdm(total=len(names) * len(folders), desc="rendering", unit="image", disable=options.quiet) as bar,
     ):
         for first in range(0, len(positions), step):
-            images = (
-                renderer(positions[first : first + step]).movedim(2, -1).cpu().numpy()
-            )  # (outputs, V, H, W, C)
-            wait(jobs)
-            jobs = [
-                writers.submit(write_image, folder / name, array, bits)
-                for folder, arrays in zip(folders, images, strict=True)
-                for name, array in zip(names[first : first + step], arrays, strict=True)
-            ]
-            bar.update(len(jobs))
-        wait(jobs)
+            batch = positions[first : first + step]
+            images = renderer(batch).clamp_(0, 1)  # (outputs, V, C, H, W)
+            for volume, own in zip(volumes, images, strict=bool(volumes)):
+                for position, image in zip(batch, own.cpu().numpy(), strict=True):
+                    if position in slots:
+                        volume.put(slots[position], image[0])
+            stored = images if options.extension.lower() == ".npy" else levels_of(images, bits)
+            arrays = stored.movedim(2, -1).cpu().numpy()
+            for folder, own in zip(folders, arrays, strict=True):
+                for position, array in zip(batch, own, strict=True):
+                    if position in names:
+                        if array.dtype == np.int32:
+                            array = array.astype(np.uint16)
+                        waiting.append(writers.submit(write_image, folder / names[position], array, bits))
+            while len(waiting) > most:
+                waiting.popleft().result()  # raises what the thread raised
+                bar.update()
+        while waiting:
+            waiting.popleft().result()
+            bar.update()
     for folder in folders:
-        removed = remove_older(folder, set(names), options.extension)
+        removed = remove_older(folder, set(names.values()), options.extension)
         say(
             f"{len(names)} images in {folder}"
             + (f" ({removed} of an earlier render removed)" if removed else "")
         )
+    return list(names.values())
 
 
-def wait(jobs: Sequence[Future[None]]) -> None:
-    for job in jobs:
-        job.result()  # raises what the thread raised
+def levels_of(images: Tensor, bits: int) -> Tensor:
+    """Values in [0, 1] as levels of a file: uint8, or for 16 bits int32, as not every device has uint16."""
+    levels = (images.nan_to_num(0) * (2**bits - 1)).round_()
+    return levels.to(torch.uint8 if bits == 8 else torch.int32)
+
+
+def write_volumes(renderer: Renderer, volumes: Sequence[Volume], say: Say) -> None:
+    for out, volume in zip(renderer.outputs, volumes, strict=bool(volumes)):
+        path = out.folder.with_name(f"{out.folder.name}.nii.gz")
+        volume.write(path)
+        shape = " x ".join(map(str, volume.values.shape))
+        say(f"{shape} voxels in {path}")
+        if not volume.grid.geometry.evenly_spaced:
+            say("  the frames are unevenly spaced: its slices are drawn at even steps between them")
+
+
+def write_sequence(
+    renderer: Renderer, names: Sequence[str], kind: str, options: RenderOptions, say: Say
+) -> None:
+    """The video of what was written, up to the last frame."""
+    assert options.video is not None
+    folders = [out.folder for out in renderer.outputs]
+    shots = [
+        Shot([folder / name for folder in folders], *divmod(k, options.interp), options.interp)
+        for k, name in enumerate(names[: (renderer.model.num_frames - 1) * options.interp + 1])
+    ]
+    geometry_file = Path(options.model_path) / FILE_NAME
+    spacing = Geometry.load(geometry_file).spacing if geometry_file.exists() else None
+    what = "both" if len(folders) > 1 else folders[0].name.removeprefix("render_")
+    path = Path(options.model_path) / f"render_{what}.{kind}"
+    write_video(path, shots, options.video, spacing[1] / spacing[0] if spacing else 1.0)
+    say(f"{len(shots)} images, {len(shots) / options.video:.1f} s, in {path}")
+    if kind == "gif" and options.video_format == "auto":
+        say("  (pip install imageio-ffmpeg for MP4)")
 
 
 def remove_older(folder: Path, names: set[str], extension: str) -> int:

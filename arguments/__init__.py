@@ -50,12 +50,13 @@ def _option(
     high: float | None = None,
     above: float | None = None,
     saved: bool = False,
+    bare: Any = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     The value's type is that of `default`, or `kind` where None is the default; a tuple holds whole numbers.
     `low` and `high` are inclusive bounds, `above` is an exclusive one. render.py takes `saved` options from
-    `cfg_args` where the command line does not give them.
+    `cfg_args` where the command line does not give them. `bare` is what the flag means without a value.
     """
     kind = kind or type(default)
     return field(
@@ -70,6 +71,7 @@ def _option(
             "high": high,
             "above": above,
             "saved": saved,
+            "bare": bare,
         },
     )
 
@@ -288,6 +290,14 @@ class RunOptions:
         "weights, add a segmentation head, start at 0",
         kind=str,
     )
+    eval: bool = _option(
+        False,
+        "hold out every --eval_every-th frame and report scores on those; needless where the data root has "
+        "heldout/ (prepare.py --keep_every)",
+    )
+    eval_every: int = _option(
+        8, "--eval: the last of each N frames is held out, but never the last of all", source=_KERBL, low=2
+    )
     iterations: int = _option(30_000, "iterations to train", source=_KERBL, low=1)
     test_iterations: tuple[int, ...] = _option(
         (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate there"
@@ -337,8 +347,29 @@ class RenderOptions(MachineOptions, DataOptions):
     pipeline: str = _option(
         "img", "img: render_img/; seg: render_mask/; both", choices=("img", "seg", "both")
     )
-    chunks: int = _option(1, "render in that many slices of the sequence, which bounds the memory", low=1)
+    chunks: int = _option(
+        1,
+        "render in at least that many slices of the sequence: more take less memory, and give the same files",
+        low=1,
+    )
     extension: str = _option(".png", "of the image files")
+    nifti: bool = _option(
+        False,
+        "write the rendered sequence also as render_img.nii.gz, render_mask.nii.gz: in the source's intensities, "
+        "and in its place",
+    )
+    video: float | None = _option(
+        None,
+        "write it also as a video of X frames a second (15 if X is left out): MP4, or GIF where imageio-ffmpeg is "
+        "not installed",
+        kind=float,
+        above=0,
+        high=1000,
+        bare=15.0,
+    )
+    video_format: str = _option(
+        "auto", "kind of video; mp4 needs imageio-ffmpeg", choices=("auto", "mp4", "gif")
+    )
     poly_degree: int | None = _option(
         None, "the model's P (default: the checkpoint's, which it must equal)", kind=int, low=0
     )
@@ -372,7 +403,6 @@ Options = TypeVar("Options", TrainOptions, RenderOptions)
 
 IGNORED: dict[str, Any] = {
     "depths": "",
-    "eval": False,
     "train_test_exp": False,
     "antialiasing": False,
     "convert_SHs_python": False,
@@ -391,11 +421,12 @@ IGNORED: dict[str, Any] = {
     "disable_viewer": False,
 }
 """Options of published command lines that cannot mean anything here: there are no depth maps, exposures,
-viewers or test splits. Their values stand in `cfg_args`, where the published reader looks for them."""
+or viewers. Their values stand in `cfg_args`, where the published reader looks for them."""
 
 _IGNORED_BY_RENDER = (
     "skip_train",
     "skip_test",
+    "eval",
     "sh_degree",
     "num_pts",
     "camera",
@@ -559,6 +590,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Field[Any]) -> None:
         arguments.update(nargs="*", type=int, metavar="N", action=_StoreTuple)
     elif not about["choices"]:
         arguments.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
+        if about["bare"] is not None:
+            arguments.update(nargs="?", const=about["bare"])
     group.add_argument(*flags, f"--{option.name}", **arguments)
 
 

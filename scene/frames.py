@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -51,6 +51,7 @@ class Frames:
         device: torch.device | str = "cpu",
         data_device: torch.device | str | None = None,
         say: Callable[[str], object] = print,
+        consecutive: bool = True,
     ) -> Frames:
         """Read all image files of `folder`, in the order of the number that ends their names.
 
@@ -58,12 +59,14 @@ class Frames:
             up to WIDEST as they are.
         device: where frames are handed out. data_device: where they are kept (None: there too).
         say: gets one line for each thing that the user should know, such as a gap in the numbering.
+        consecutive: whether numbers ought to follow each other, so that a gap is worth a line.
 
         RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout goes.
         Raises `UserError`: no folder, no frames, no or equal numbers, different sizes, unreadable files.
         """
         files = frame_files(folder)
-        _report_gaps([_number(file) for file in files], say)
+        if consecutive:
+            _report_gaps([_number(file) for file in files], say)
         planes: list[np.ndarray] = []
         alphas: list[np.ndarray | None] = []
         for file in files:
@@ -95,6 +98,16 @@ class Frames:
 
     def __len__(self) -> int:
         return self.levels.shape[0]
+
+    def take(self, indices: Sequence[int]) -> Frames:
+        """Frames ``indices`` as a sequence of their own."""
+        levels = self.levels[list(indices)]
+        return replace(
+            self,
+            levels=levels.pin_memory() if self.levels.is_pinned() else levels,
+            names=[self.names[k] for k in indices],
+            numbers=[self.numbers[k] for k in indices],
+        )
 
     @property
     def channels(self) -> int:

@@ -52,9 +52,14 @@ class GaussianModel:
         channels: int,
         generator: torch.Generator,
         device: torch.device | str = "cpu",
+        durations: Sequence[float] | None = None,
     ) -> GaussianModel:
         """N = ``options.num_pts`` Gaussians, uniform over the plane and over time; drawn on the CPU, so that a seed
-        means the same model everywhere."""
+        means the same model everywhere.
+
+        durations: (K,) of the frames, of sum 1; None where they are evenly spaced, 1 / K each. Learned times start
+        from them.
+        """
         from simple_knn._C import distCUDA2
 
         n, p, rest = options.num_pts, options.poly_degree, (options.sh_degree + 1) ** 2 - 1
@@ -82,10 +87,12 @@ class GaussianModel:
             "sigma": sigma,
             "w1": w1,
         }
-        if options.use_dff and num_frames > 1:
-            time_func = torch.zeros(num_frames - 1, 1)
-        else:
-            time_func = torch.full((num_frames,), 1 / num_frames)
+        time_func = torch.tensor(durations or [1 / num_frames] * num_frames)
+        if (
+            options.use_dff and num_frames > 1
+        ):  # logits, whose softmax are the durations of all frames but the last
+            gaps = time_func[:-1, None]
+            time_func = torch.log(gaps / gaps.max())
         params = {name: value.to(device) for name, value in params.items()}
         return cls(params, time_func.to(device))
 

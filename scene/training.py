@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.density_control import DensityControl
 from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer
+from scene.heldout import HeldOut, hold_out
 from scene.pipelines import Sampler, Task, tasks
 from scene.point_cloud import write_point_cloud, write_points
 from utils.errors import UserError
@@ -42,13 +43,14 @@ class Training:
     generator: torch.Generator  # on the CPU; all that is random comes from it
     background: Tensor  # (C,)
     geometry: Geometry | None = None  # of the frames, where prepare.py wrote it
+    heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task, where there are such frames
     iteration: int = 0
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
-        frames, masks = _read_frames(options, device, say)
+        frames, masks, geometry, tests = _read_data(options, device, say)
         todo = tasks(options, frames, masks)
         _check_batch(options, todo)
         saved = load_checkpoint(options.start_checkpoint, device) if options.start_checkpoint else None
@@ -60,7 +62,8 @@ class Training:
             background = torch.rand(channels, generator=generator)
 
         if saved is None:
-            model = GaussianModel.random(options, camera, len(frames), channels, generator, device)
+            durations = geometry.durations() if geometry else None
+            model = GaussianModel.random(options, camera, len(frames), channels, generator, device, durations)
         else:
             _check_fits(options, saved, frames)
             model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
@@ -79,7 +82,8 @@ class Training:
             Sampler(len(frames), 2 if options.camera == "mirror" else 1, options, generator),
             generator,
             background.to(device),
-            Geometry.find(options.source_path),
+            geometry,
+            {task.name: test for task, test in zip(todo, tests, strict=True) if test is not None},
         )
         if saved is not None:
             training._resume(saved, say)
@@ -166,21 +170,37 @@ class Training:
             torch.save(self.model.params["xyz"].detach().cpu(), temporary)
 
 
-def _read_frames(
+def _read_data(
     options: TrainOptions, device: torch.device, say: Callable[[str], object]
-) -> tuple[Frames, Frames | None]:
-    """The frames of ``-s`` and, for joint training, the masks that belong to them."""
+) -> tuple[Frames, Frames | None, Geometry | None, list[HeldOut | None]]:
+    """The frames of ``-s``, for joint training the masks that belong to them, the frames' geometry, and for each of
+    the two what is held out of it."""
     data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
 
     def read(root: str) -> Frames:
         return Frames.read(options.folder_of(root), options.resolution, device, data_device, say)
 
-    frames = read(options.source_path)
-    if options.pipeline != "joint":
-        return frames, None
-    assert options.seg_source_path is not None
-    masks = read(options.seg_source_path)
-    where = f"{options.seg_source_path} against {options.source_path}"
+    def read_heldout(folder: Path) -> Frames:
+        return Frames.read(folder, options.resolution, device, data_device, say, consecutive=False)
+
+    sequences = [(options.source_path, read(options.source_path))]
+    geometry = Geometry.find(options.source_path)
+    if geometry is not None and len(geometry.slices) != len(sequences[0][1]):
+        raise UserError(
+            f"{options.source_path} has {len(sequences[0][1])} frames, its {FILE_NAME} has {len(geometry.slices)}: "
+            "run prepare.py again, or remove that file"
+        )
+    if options.pipeline == "joint":
+        assert options.seg_source_path is not None
+        masks = read(options.seg_source_path)
+        _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
+        sequences.append((options.seg_source_path, masks))
+    (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)
+    return frames, others[0] if others else None, geometry, tests
+
+
+def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
+    """Do the masks belong to the frames?"""
     if len(masks) != len(frames):
         raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
     for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
@@ -190,7 +210,6 @@ def _read_frames(
         raise UserError(
             f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
         )
-    return frames, masks
 
 
 def _check_batch(options: TrainOptions, todo: list[Task]) -> None:

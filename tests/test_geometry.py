@@ -74,6 +74,67 @@ def test_spacing_positions_and_slices():
     assert geometry.size == (6, 7)
 
 
+def test_frames_left_out_are_known_between_the_kept_ones():
+    _, geometry = _geometry(_affine(), keep_every=3, shape=(5, 6, 12))
+    assert geometry.slices == (0, 3, 6, 9) and geometry.heldout_slices == (
+        1,
+        2,
+        4,
+        5,
+        7,
+        8,
+    )  # 10, 11 follow the last
+    assert geometry.heldout_positions == (2.0, 4.0, 8.0, 10.0, 14.0, 16.0)
+    thirds = [1 / 3, 2 / 3, 4 / 3, 5 / 3, 7 / 3, 8 / 3]
+    assert geometry.heldout_indices() == pytest.approx(thirds, abs=1e-12)
+    assert geometry.evenly_spaced and geometry.durations() is None
+    told = json.loads(geometry.to_json())
+    assert told["heldout_indices"] == geometry.heldout_indices() and told["durations"] is None
+    assert Geometry.from_json(geometry.to_json()) == geometry
+
+
+def test_uneven_slices_have_true_times_and_places():
+    cut = upright_cut(affine := _affine(tilt=0.2), 2)
+    depths = [0, 1, 2, 4, 5, 6, 7]  # slice 3 of 8 is missing; steps are 2 mm
+    others = {"window": (0, 1), "bits": 16, "source": "a", "depths": depths}
+    every = cut_geometry(cut, affine, SHAPE, **others)
+    assert every.positions == (0, 2, 4, 8, 10, 12, 14) and not every.evenly_spaced
+    assert every.durations() == pytest.approx(np.array([1, 1, 2, 1, 1, 1, 1]) / 8)
+    with pytest.raises(UserError, match="unevenly spaced"):
+        every.for_renders(every.size, 2)
+    for sub_frames in (1, 4):
+        points = np.array([(2.0, 3.0, index * sub_frames) for index in (0, 2, 2.5, 3, 6, 6.5)])
+        expected = apply_affine(affine @ cut.matrix(SHAPE), [(2, 3, depth) for depth in (0, 2, 3, 4, 7, 7.5)])
+        assert np.allclose(every.to_patient(points, every.size, sub_frames), expected, atol=1e-9)
+
+    other = cut_geometry(cut, affine, SHAPE, 2, **others)
+    assert other.slices == (0, 2, 5 - 1, 6) and other.positions == (0, 4, 10, 14)
+    assert other.heldout_slices == (1, 3, 5) and other.heldout_positions == (2, 8, 12)
+    assert other.heldout_indices() == pytest.approx([0.5, 1 + 4 / 6, 2.5])
+    assert other.durations() == pytest.approx(np.array([4, 6, 4, 4]) / 18)
+    assert Geometry.from_json(other.to_json()) == other
+
+
+def test_headers_that_round_are_even():
+    """Positions to a hundredth of a gap: equal steps of 0.625 mm written with two decimals."""
+    depths = [round(index * 0.625, 2) / 0.625 for index in range(7)]
+    others = {"window": (0, 1), "bits": 16, "source": "a"}
+    geometry = cut_geometry(upright_cut(None, 2), None, SHAPE, depths=depths, **others)
+    assert geometry.durations() is None
+
+
+def test_crop_follows_exactly():
+    affine = _affine(((1, -1), (2, 1), (0, 1)), tilt=0.3)
+    cut = upright_cut(affine, 2)
+    others = {"window": (0, 1), "bits": 16, "source": "a"}
+    box = (slice(1, 4), slice(2, 5), slice(3, 7))
+    whole, part = (cut_geometry(cut, affine, SHAPE, **more) for more in (others, {**others, "box": box}))
+    assert part.size == (3, 3) and part.offset == (1, 2) and part.slices == (3, 4, 5, 6)
+    assert part.positions == whole.positions[3:]
+    at = apply_affine(whole.matrix, (1 + 2, 2 + 1, 3 + 3))
+    assert np.allclose(apply_affine(part.matrix, (2, 1, 3)), at, atol=1e-9)
+
+
 def test_without_an_affine_nothing_is_turned():
     cut, geometry = _geometry(None)
     volume = np.arange(np.prod(SHAPE)).reshape(SHAPE)
@@ -115,6 +176,8 @@ def test_find_looks_in_the_data_root_and_above(tmp_path):
         lambda fields: fields.update(affine=[[1, 0], [0, 1]]),
         lambda fields: fields.update(affine=np.zeros((4, 4)).tolist()),
         lambda fields: fields.update(slices=[]),
+        lambda fields: fields.update(heldout_slices=[1]),
+        lambda fields: fields.update(positions=fields["positions"][::-1]),
     ],
 )
 def test_other_files_are_refused(tmp_path, change):

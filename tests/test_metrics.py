@@ -1,10 +1,11 @@
 """Scores worked out by hand."""
 
+import numpy as np
 import pytest
 import torch
+from skimage.metrics import structural_similarity
 
-from utils.metrics import dice, psnr
-from utils.reports import Evaluation
+from utils.metrics import Scores, psnr, ssim
 
 
 def test_psnr_of_each_image():
@@ -31,17 +32,54 @@ def test_psnr_of_exact_images_is_100_db(error):
 
 
 def test_a_sequence_scores_the_mean_of_its_frames():
-    assert Evaluation(0.0, [10.0, 20.0, 60.0], 1.0).mean_psnr == pytest.approx(30)
+    targets = torch.full((3, 1, 9, 9), 0.5)
+    images = targets + torch.tensor([0.1, 0.01, -0.5]).view(3, 1, 1, 1)
+    scores = Scores.of(images[:1], targets[:1]) + Scores.of(images[1:], targets[1:])
+    assert len(scores) == 3
+    assert scores.psnr == pytest.approx([20, 40, 6.0206], abs=1e-3)
+    assert scores.mean_psnr == pytest.approx(66.0206 / 3, abs=1e-3)
+    assert scores.mean_l1 == pytest.approx(0.61 / 3)
 
 
-def test_dice_counts_over_all_images_at_one_half():
-    images = torch.tensor([[0.5, 0.9, 0.49, 0.0], [0.6, 0.0, 0.0, 0.0]]).view(2, 1, 2, 2)
-    truth = torch.tensor([[1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]]).view(2, 1, 2, 2)
-    assert dice(images, truth).item() == pytest.approx(2 * 2 / (3 + 4))
-    assert dice(images, truth, threshold=0.4).item() == pytest.approx(2 * 3 / (4 + 4))
+@pytest.mark.parametrize("channels", [1, 3])
+def test_ssim_is_that_of_scikit_image(channels):
+    rng = np.random.default_rng(0)
+    truth, image = rng.random((2, 2, channels, 12, 20))
+    found = ssim(torch.from_numpy(image), torch.from_numpy(truth))
+    expected = [
+        np.mean([structural_similarity(t, p, data_range=1.0) for t, p in zip(*frames, strict=True)])
+        for frames in zip(truth, image, strict=True)
+    ]
+    assert found == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5, 7])
+def test_ssim_of_frames_smaller_than_its_window(side):
+    frame = torch.rand(1, 1, side, 30, generator=torch.Generator().manual_seed(0))
+    assert ssim(frame, frame) == pytest.approx([1])
+    assert ssim(1 - frame, frame)[0] < 0.99
+
+
+def masks(*rows):
+    return torch.tensor(rows).view(len(rows), 1, 2, -1)
+
+
+def test_dice_is_pooled_over_the_frames_and_counts_from_one_half():
+    images = masks([0.5, 0.9, 0.49, 0.0], [0.6, 0.0, 0.0, 0.0])
+    truth = masks([1.0, 0.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0])
+    scores = Scores.of(images, truth)
+    assert scores.dice == pytest.approx(2 * 2 / (3 + 4 + 0))
+    assert scores.frame_dice == pytest.approx([2 * 1 / 4, 2 * 1 / 3])
 
 
 @pytest.mark.parametrize(("predicted", "truth", "expected"), [(0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 1, 1)])
 def test_dice_of_empty_masks(predicted, truth, expected):
     images = torch.full((2, 1, 3, 3), float(predicted))
-    assert dice(images, torch.full_like(images, float(truth))).item() == expected
+    assert Scores.of(images, torch.full_like(images, float(truth))).dice == expected
+
+
+def test_masks_in_colour_count_by_the_mean_of_their_channels():
+    images = torch.zeros(1, 3, 2, 2)
+    images[0, :2, 0, 0] = 1  # a mean of 2/3
+    images[0, 0, 1, 1] = 1  # of 1/3
+    assert Scores.of(images, images).sizes == [2]

@@ -102,7 +102,12 @@ def test_keep_every(tmp_path, volume):
     for kind in ("img", "seg"):
         kept = _frames(tmp_path / "some" / kind / "original")
         assert np.array_equal(kept, _frames(tmp_path / "all" / kind / "original")[::2])
+        heldout = tmp_path / "some" / kind / "heldout"
+        assert sorted(os.listdir(heldout)) == ["0001.png", "0003.png"]  # by their source slice
+        assert np.array_equal(_frames(heldout), _frames(tmp_path / "all" / kind / "original")[1::2])
+        assert os.listdir(tmp_path / "all" / kind) == ["original"]
     geometry = Geometry.load(tmp_path / "some" / "frames.json")
+    assert geometry.heldout_slices == (1, 3) and geometry.heldout_indices() == [0.5, 1.5]
     assert (
         geometry.slices == (0, 2, 4) and geometry.positions == (0.0, 5.0, 10.0) and geometry.spacing[2] == 5.0
     )
@@ -223,7 +228,9 @@ def test_force_replaces_frames_and_nothing_else(tmp_path, volume):
     with pytest.raises(UserError, match="--force"):
         main(command)
     main([*command, "--force", "--keep_every", "2"])
-    assert sorted(os.listdir(out)) == ["frames.json", "img"] and os.listdir(out / "img") == ["original"]
+    assert sorted(os.listdir(out)) == ["frames.json", "img"]
+    assert sorted(os.listdir(out / "img")) == ["heldout", "original"]
+    main([*command, "--force", "--keep_every", "2"])  # heldout is ours too
     assert len(os.listdir(out / "img" / "original")) == 3
     (out / "thesis.tex").write_text("years of work")
     with pytest.raises(UserError, match=r"thesis\.tex"):
@@ -243,7 +250,7 @@ def _bad_inputs(folder):
     (folder / "singular.nii").write_bytes(raw)
     (folder / "text.nii").write_text("hello")
     (folder / "text.nii.gz").write_text("hello")
-    (folder / "text.dcm").write_text("hello")
+    (folder / "text.doc").write_text("hello")
     (folder / "short.nii.gz").write_bytes(gzip.compress(gzip.decompress(Path(good).read_bytes())[:400]))
     (folder / "cut.nii.gz").write_bytes(Path(good).read_bytes()[:-30])
     (folder / "empty").mkdir()
@@ -261,7 +268,7 @@ def _bad_inputs(folder):
         "missing": (["-i", str(folder / "none.nii.gz")], "does not exist"),
         "not a NIfTI": (["-i", str(folder / "text.nii")], "not a NIfTI file"),
         "not even gzip": (["-i", str(folder / "text.nii.gz")], "not a NIfTI file"),
-        "another kind": (["-i", str(folder / "text.dcm")], "is not a kind that is read"),
+        "another kind": (["-i", str(folder / "text.doc")], "is not a kind that is read"),
         "truncated": (["-i", str(folder / "short.nii.gz")], "damaged"),
         "truncated gzip": (["-i", str(folder / "cut.nii.gz")], "damaged"),
         "2-D": (["-i", _save(folder / "2d.nii", cube[0])], "2-D"),
@@ -315,7 +322,7 @@ def test_a_failure_while_writing_leaves_the_old_frames(tmp_path, volume, monkeyp
     main(["-i", volume, "-o", str(out), "--quiet"])
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     monkeypatch.setattr(Geometry, "save", lambda *_: (_ for _ in ()).throw(OSError(28, "disk full")))
-    with pytest.raises(OSError):
+    with pytest.raises(UserError, match="no space left on the disk for"):
         main(["-i", volume, "-o", str(out), "--quiet", "--force", "--bits", "8"])
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(os.listdir(tmp_path)) == ["out", "volume.nii.gz"]

@@ -113,7 +113,7 @@ def test_a_run_leaves_exactly_these_files(joint):
     assert files - {events} == {
         "cfg_args", "cameras.json", "input.ply", "time.json", "frames.json",
         "chkpnt25.pth", "chkpnt34.pth", "xyz/1.pt", "xyz/34.pt",
-        "point_cloud/iteration_20/point_cloud.ply", "point_cloud/iteration_34/point_cloud.ply",
+        "evaluation.json", "point_cloud/iteration_20/point_cloud.ply", "point_cloud/iteration_34/point_cloud.ply",
         "plots/img_15.png", "plots/seg_15.png", "plots/img_34.png", "plots/seg_34.png",
     }  # fmt: skip
 
@@ -575,9 +575,17 @@ def test_an_output_folder_that_is_a_file(tmp_path, capsys):
 
 
 def test_options_without_meaning_are_accepted_and_said(tmp_path, capsys):
-    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--eval", "-d", "depths", "--iterations", 1)
+    train_at(
+        write(tmp_path / "data", blobs()),
+        tmp_path / "out",
+        "--antialiasing",
+        "-d",
+        "depths",
+        "--iterations",
+        1,
+    )
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ignored: ") and "--eval" in line
+    assert line.startswith("ignored: ") and "--antialiasing" in line
 
 
 # ---- it learns -----------------------------------------------------------------------------------------------------

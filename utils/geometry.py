@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from utils.files import atomic_write
 
 FILE_NAME = "frames.json"
 _VERSION = 1
+_EVEN = 0.01  # of a gap: how far a frame may lie from where even spacing puts it, because headers round
 
 Affine = tuple[tuple[float, float, float, float], ...]  # 4 rows
 
@@ -45,13 +47,17 @@ class Geometry:
     size: tuple[int, int]
     """Columns and rows of a frame, pixels."""
     affine: Affine | None
-    """(column, row, frame) indices to RAS millimetres; None where the source does not say (a folder of images)."""
+    """(column, row, frame) indices to RAS millimetres; None where the source does not say (a folder of images).
+
+    Columns need not be orthogonal: a gantry tilt is a shear. Where frames are unevenly spaced it is exact for the first
+    and the last of them, and `to_patient` for all."""
     slices: tuple[int, ...]
     """Source slice of each frame."""
     slice_count: int
     """Slices of the source, those left out included."""
     positions: tuple[float, ...]
-    """Place of each frame along the frame axis, from the source's first slice: mm, or slices without an affine."""
+    """Place of each frame along the frame axis, from the source's first slice: mm, or slices without an affine.
+    Increasing."""
     window: tuple[float, float]
     """Source intensities that became 0 and 1."""
     bits: int
@@ -60,6 +66,12 @@ class Geometry:
     """File or folder name of the source."""
     volume: int | None = None
     """Which volume of a 4-D source."""
+    offset: tuple[int, int] = (0, 0)
+    """Columns and rows that were cropped before the first one, pixels."""
+    heldout_slices: tuple[int, ...] = ()
+    """Source slices between the frames that were left out of them (`--keep_every`)."""
+    heldout_positions: tuple[float, ...] = ()
+    """Their places, as `positions`."""
 
     @property
     def axis(self) -> int:
@@ -73,17 +85,85 @@ class Geometry:
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres from one (column, row, frame) to the next."""
+        """Millimetres from one (column, row, frame) to the next; the mean of frames that are unevenly spaced."""
         return None if self.matrix is None else voxel_sizes(self.matrix)
+
+    @property
+    def evenly_spaced(self) -> bool:
+        """Whether the frames are evenly spaced, to a hundredth of a gap."""
+        return is_even(self.positions)
+
+    def heldout_indices(self) -> list[float]:
+        """Where the frames left out lie in the sequence of frames: 0.5 is half-way from frame 0 to frame 1."""
+        return np.interp(self.heldout_positions, self.positions, np.arange(len(self.positions))).tolist()
+
+    def durations(self) -> list[float] | None:
+        """The frames' share of time, one each, of sum 1: frame k sits at the sum of the first k.
+
+        Proportional to the gap behind each frame; behind the last one to the median gap. None when the frames are
+        evenly spaced, where each has 1 / K.
+        """
+        if self.evenly_spaced:
+            return None
+        gaps = np.diff(self.positions)
+        gaps = np.append(gaps, np.median(gaps))
+        return (gaps / gaps.sum()).tolist()
+
+    def hold_out(self, frames: Sequence[int]) -> Geometry:
+        """The geometry of the other frames, with ``frames`` (indices, neither the first nor the last) left out."""
+        left = set(frames)
+        kept = [k for k in range(len(self.slices)) if k not in left]
+        if not kept or (kept[0], kept[-1]) != (0, len(self.slices) - 1):
+            raise ValueError("the first and the last frame stay")
+        places = dict(zip(self.heldout_slices, self.heldout_positions, strict=True))
+        places |= {self.slices[k]: self.positions[k] for k in left}
+        affine = self.matrix
+        if affine is not None:
+            affine[:, 2] *= (len(self.slices) - 1) / (len(kept) - 1)  # exact for the first frame and the last
+        return replace(
+            self,
+            affine=None if affine is None else _tuples(affine.tolist()),
+            slices=tuple(self.slices[k] for k in kept),
+            positions=tuple(self.positions[k] for k in kept),
+            heldout_slices=tuple(sorted(places)),
+            heldout_positions=tuple(places[index] for index in sorted(places)),
+        )
 
     def for_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray | None:
         """The affine of (column, row, sub-frame) of renders: `sub_frames` per frame, `size` columns and rows.
 
         Renders of a model that was trained at another resolution cover the same field of view. Raises UserError when
-        no single factor leads from the frames' size to `size`, because then they show something else.
+        no single factor leads from the frames' size to `size`, because then they show something else, and when
+        frames are unevenly spaced, because then there is no such affine (see `to_patient`).
         """
         if self.affine is None:
             return None
+        if not self.evenly_spaced:
+            raise UserError(f"the frames of {self.source} are unevenly spaced: no affine places all of them")
+        return self.matrix @ self._from_renders(size, sub_frames)
+
+    def to_patient(
+        self, points: np.ndarray, size: tuple[int, int] | None = None, sub_frames: int = 1
+    ) -> np.ndarray | None:
+        """Points (..., 3), as (column, row, sub-frame) of renders, in RAS millimetres; exact for uneven spacing too.
+
+        size: columns and rows of a render (default: the frames'). Between two frames depth is linear, as render.py
+        spaces sub-frames; beyond the last one it goes on by the median gap. Raises UserError as `for_renders`.
+        """
+        matrix = self.matrix
+        if matrix is None:
+            return None
+        indices = points @ (step := self._from_renders(size or self.size, sub_frames))[:3, :3].T + step[:3, 3]
+        gaps = np.diff(self.positions)
+        if not self.evenly_spaced:
+            first, frames = self.positions[0], indices[..., 2]
+            before, after = np.minimum(frames, 0), np.maximum(frames - len(gaps), 0)
+            depth = np.interp(frames, np.arange(len(gaps) + 1), self.positions) - first
+            indices[..., 2] = (depth + (before + after) * np.median(gaps)) / gaps.mean()
+        return indices @ matrix[:3, :3].T + matrix[:3, 3]
+
+    def _from_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray:
+        """(column, row, sub-frame) of renders to (column, row, frame), as a (4, 4) array."""
         factors = np.array(self.size) / np.array(size)  # frame pixels per render pixel
         # Sizes are rounded to whole pixels, so each factor is known to one part in its side.
         if abs(factors[0] / factors[1] - 1) > 1 / min(size) + 1e-9:
@@ -93,26 +173,31 @@ class Geometry:
             )
         step = np.diag([*factors, 1 / sub_frames, 1.0])
         step[:2, 3] = (factors - 1) / 2  # pixel centres are on integers, and the outer pixel edges coincide
-        return self.matrix @ step
+        return step
 
     def to_json(self) -> str:
-        """Every field, a line each, and what follows from them (axis, spacing) for people and other programs."""
-        fields = {"version": _VERSION, "axis": self.axis, "spacing": self.spacing, **asdict(self)}
-        return "{\n" + ",\n".join(f' "{name}": {json.dumps(value)}' for name, value in fields.items()) + "\n}"
+        """Every field, a line each, and what follows from them (axis, spacing, ...) for people and other programs."""
+        told = {"version": _VERSION, "axis": self.axis, "spacing": self.spacing, **asdict(self)}
+        told |= {"heldout_indices": self.heldout_indices(), "durations": self.durations()}
+        return "{\n" + ",\n".join(f' "{name}": {json.dumps(value)}' for name, value in told.items()) + "\n}"
 
     @classmethod
     def from_json(cls, text: str) -> Geometry:
         """The geometry that `to_json` wrote, exactly. Raises ValueError for anything else."""
         try:
-            fields = json.loads(text)
-            if fields["version"] != _VERSION:
+            told = json.loads(text)
+            if told["version"] != _VERSION:
                 raise ValueError(
-                    f"its version is {fields['version']}, and this program reads version {_VERSION}"
+                    f"its version is {told['version']}, and this program reads version {_VERSION}"
                 )
-            known = {name: _tuples(fields[name]) for name in cls.__dataclass_fields__}
-            geometry = cls(**known)
+            needed = [field.name for field in fields(cls) if field.name in told or field.default is MISSING]
+            geometry = cls(**{name: _tuples(told[name]) for name in needed})
             if len(geometry.slices) != len(geometry.positions) or not geometry.slices:
                 raise ValueError("slices and positions disagree")
+            if len(geometry.heldout_slices) != len(geometry.heldout_positions):
+                raise ValueError("heldout_slices and heldout_positions disagree")
+            if not (np.diff(np.array(geometry.positions, np.float64)) > 0).all():
+                raise ValueError("positions do not increase")
             if geometry.affine is not None:
                 check_affine(np.array(geometry.affine, np.float64))
         except (KeyError, TypeError) as error:
@@ -157,14 +242,13 @@ class Cut:
         steps = [-1 if flip else 1 for flip in self.flips]
         return stack[:, :: steps[1], :: steps[0]]
 
-    def matrix(self, shape: tuple[int, ...], keep_every: int = 1) -> np.ndarray:
-        """(column, row, frame) indices to voxel indices (i, j, k) of a volume of `shape`, as a (4, 4) array."""
+    def matrix(self, shape: tuple[int, ...]) -> np.ndarray:
+        """(column, row, slice) indices to voxel indices (i, j, k) of a volume of `shape`, as a (4, 4) array."""
         to_voxels = np.zeros((4, 4))
         to_voxels[3, 3] = 1
         for index, (axis, flip) in enumerate(zip(self.axes, (*self.flips, False), strict=True)):
             to_voxels[axis, index] = -1 if flip else 1
             to_voxels[axis, 3] = shape[axis] - 1 if flip else 0
-        to_voxels[:, 2] *= keep_every
         return to_voxels
 
 
@@ -189,26 +273,51 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> Cut:
 
 
 def cut_geometry(
-    cut: Cut, affine: np.ndarray | None, shape: tuple[int, ...], keep_every: int = 1, **fields: Any
+    cut: Cut,
+    affine: np.ndarray | None,
+    shape: tuple[int, ...],
+    keep_every: int = 1,
+    box: tuple[slice, slice, slice] | None = None,
+    depths: Sequence[float] | np.ndarray | None = None,
+    **others: Any,
 ) -> Geometry:
     """The Geometry of every `keep_every`-th frame of a volume of `shape` with `affine`, cut by `cut`.
 
-    fields: window, bits, source, volume.
+    box: the columns, rows and slices of it to take, with start and stop (default: all). depths: where the slices lie,
+    as increasing indices along their axis of the affine (default: 0, 1, ...). others: window, bits, source, volume.
     """
-    slice_count = shape[cut.axes[2]]
-    slices = tuple(range(0, slice_count, keep_every))
-    step = 1.0 if affine is None else voxel_sizes(affine)[cut.axes[2]]
-    matrix = None if affine is None else affine @ cut.matrix(shape, keep_every)
+    whole = tuple(shape[axis] for axis in cut.axes)
+    columns, rows, kept = box or tuple(slice(0, count) for count in whole)
+    slices = tuple(range(kept.start, kept.stop, keep_every))
+    heldout = tuple(index for index in range(slices[0], slices[-1]) if index not in slices)
+    depth = np.arange(whole[2], dtype=np.float64) if depths is None else np.array(depths, np.float64)
+    matrix = None
+    if affine is not None:
+        step = np.eye(4)
+        step[:3, 3] = columns.start, rows.start, depth[slices[0]]
+        step[2, 2] = (depth[slices[-1]] - depth[slices[0]]) / max(len(slices) - 1, 1) or 1.0
+        matrix = affine @ cut.matrix(shape) @ step
+        depth *= voxel_sizes(affine)[cut.axes[2]]
     return Geometry(
         axes=cut.axes,
         flips=cut.flips,
-        size=(shape[cut.axes[0]], shape[cut.axes[1]]),
+        size=(columns.stop - columns.start, rows.stop - rows.start),
         affine=None if matrix is None else _tuples(matrix.tolist()),
         slices=slices,
-        slice_count=slice_count,
-        positions=tuple(index * step for index in slices),
-        **fields,
+        slice_count=whole[2],
+        positions=tuple(depth[list(slices)].tolist()),
+        offset=(columns.start, rows.start),
+        heldout_slices=heldout,
+        heldout_positions=tuple(depth[list(heldout)].tolist()),
+        **others,
     )
+
+
+def is_even(positions: Sequence[float] | np.ndarray) -> bool:
+    """Whether every position lies within a hundredth of a gap of where even spacing would put it."""
+    places = np.array(positions, np.float64)
+    even = np.linspace(places[0], places[-1], len(places))
+    return bool(np.abs(places - even).max() <= _EVEN * abs(places[-1] - places[0]) / max(len(places) - 1, 1))
 
 
 def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:

@@ -1,11 +1,17 @@
-"""Scores of renders against frames."""
+"""Scores of images against frames."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
+import numpy as np
+from skimage.metrics import structural_similarity
 from torch import Tensor
 
 MIN_MSE = 1e-10
 """Floor of the mean squared error: empty masks are frequent, and rendered exactly. 100 dB."""
+
+_SSIM_WINDOW = 7  # px
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
@@ -14,15 +20,88 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
     return -10 * mse.clamp_min(MIN_MSE).log10()
 
 
-def dice(images: Tensor, targets: Tensor, threshold: float = 0.5) -> Tensor:
-    """Dice coefficient over all images together, at ``threshold``; 1 where both are empty. (B, C, H, W) each -> ()."""
-    predicted, truth = images >= threshold, targets >= threshold
-    total = predicted.sum() + truth.sum()
-    return (2 * (predicted & truth).sum() + (total == 0)) / total.clamp_min(1)
+def ssim(images: Tensor, targets: Tensor) -> list[float]:
+    """Structural similarity of each image, (B, C, H, W) in [0, 1] each, as scikit-image has it by default: windows of
+    7 x 7 pixels, evenly weighted, that lie inside the frame; the mean over channels.
+
+    It is the figure that evaluations report. The loss has another: 11 x 11 pixels, Gaussian weights, zeros around.
+    """
+    side = min(images.shape[-2:])
+    window = min(_SSIM_WINDOW, side - 1 + side % 2)  # odd, and no larger than the frame
+    return [
+        float(
+            structural_similarity(
+                target,
+                image,
+                win_size=window,
+                use_sample_covariance=window > 1,
+                data_range=1.0,
+                channel_axis=0,
+            )
+        )
+        for image, target in zip(
+            images.clamp(0, 1).double().cpu().numpy(), targets.double().cpu().numpy(), strict=True
+        )
+    ]
 
 
-def iou(images: Tensor, targets: Tensor, threshold: float = 0.5) -> Tensor:
-    """Intersection over union (Jaccard) as `dice` counts it; 1 where both are empty. (B, C, H, W) each -> ()."""
-    predicted, truth = images >= threshold, targets >= threshold
-    union = (predicted | truth).sum()
-    return ((predicted & truth).sum() + (union == 0)) / union.clamp_min(1)
+@dataclass(frozen=True)
+class Scores:
+    """Scores of a sequence, one entry a frame; ``a + b`` is the two sequences one after the other."""
+
+    l1: list[float] = field(default_factory=list)
+    psnr: list[float] = field(default_factory=list)  # dB
+    ssim: list[float] = field(default_factory=list)
+    overlaps: list[int] = field(default_factory=list)
+    """Pixels inside both masks: where the mean of the channels is 0.5 or more."""
+    sizes: list[int] = field(default_factory=list)
+    """Pixels inside the one, plus pixels inside the other."""
+
+    @classmethod
+    def of(cls, images: Tensor, targets: Tensor) -> Scores:
+        """Of each image, (B, C, H, W) in [0, 1] each."""
+        predicted, truth = images.mean(1) >= 0.5, targets.mean(1) >= 0.5
+        return cls(
+            (images - targets).abs().flatten(1).mean(1).tolist(),
+            psnr(images, targets).tolist(),
+            ssim(images, targets),
+            (predicted & truth).flatten(1).sum(1).tolist(),
+            (predicted.flatten(1).sum(1) + truth.flatten(1).sum(1)).tolist(),
+        )
+
+    def __add__(self, other: Scores) -> Scores:
+        return Scores(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+
+    def __len__(self) -> int:
+        return len(self.psnr)
+
+    @property
+    def mean_l1(self) -> float:
+        return float(np.mean(self.l1))
+
+    @property
+    def mean_psnr(self) -> float:
+        return float(np.mean(self.psnr))
+
+    @property
+    def mean_ssim(self) -> float:
+        return float(np.mean(self.ssim))
+
+    @property
+    def dice(self) -> float:
+        """Pooled over all frames, as of one volume; 1 where both are empty."""
+        return _dice(sum(self.overlaps), sum(self.sizes))
+
+    @property
+    def iou(self) -> float:
+        """Intersection over union (Jaccard), pooled as `dice`."""
+        overlap, size = sum(self.overlaps), sum(self.sizes)
+        return overlap / (size - overlap) if size else 1.0
+
+    @property
+    def frame_dice(self) -> list[float]:
+        return [_dice(*counts) for counts in zip(self.overlaps, self.sizes, strict=True)]
+
+
+def _dice(overlap: int, size: int) -> float:
+    return 2 * overlap / size if size else 1.0

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,56 +15,92 @@ from tqdm import tqdm
 
 from gaussian_renderer import render_frames
 from utils.errors import UserError
+from utils.figures import draw_montage, montage_choice, plot_scores
 from utils.files import atomic_write
-from utils.metrics import dice, psnr
+from utils.metrics import Scores, psnr
 
 if TYPE_CHECKING:
     from scene.pipelines import Task
     from scene.training import Training
 
+EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device
 _EVALUATED_AT_ONCE = 8  # frames
 _HISTOGRAM_INTERVAL = 1000  # iterations
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Scores of one task on its frames."""
+CLASSICAL = {"img": ("linear", "cubic"), "seg": ("sdf", "cubic sdf", "linear")}
+"""What a task's held-out frames are interpolated with for comparison; the first is the one to beat."""
 
-    l1: float
-    psnr: list[float]  # dB, one a frame
-    dice: float
-
-    @property
-    def mean_psnr(self) -> float:
-        return sum(self.psnr) / len(self.psnr)
+NAMES = {"model": "ours", "linear": "linear", "cubic": "cubic spline", "sdf": "signed distance"}
+NAMES["cubic sdf"] = "cubic signed distance"
 
 
 @torch.no_grad()
-def evaluate(training: Training, task: Task, sample: int | None = None) -> tuple[Evaluation, Tensor | None]:
+def evaluate(training: Training, task: Task, sample: int | None = None) -> tuple[Scores, Tensor | None]:
     """Renders all frames of ``task`` and scores them; also returns the render (C, H, W) of frame ``sample``."""
-    l1, scores, pairs, kept = [], [], [], None
-    for first in range(0, len(task.frames), _EVALUATED_AT_ONCE):
-        index = list(range(first, min(first + _EVALUATED_AT_ONCE, len(task.frames))))
-        images = render_frames(
-            training.model,
-            training.camera,
-            [float(k) for k in index],
-            training.background,
-            task.head,
-            task.test,
-            training.options.rasterizer,
-        )
-        targets = task.targets(index, training.background)
-        l1.append((images - targets).abs().flatten(1).mean(1))
-        scores.append(psnr(images, targets))
-        pairs.append((images >= 0.5, targets >= 0.5))
+    scores, kept = Scores(), None
+    for index in _batches(len(task.frames)):
+        images = _render(training, task, [float(k) for k in index])
+        scores += Scores.of(images, task.targets(index, training.background))
         if sample in index:
             kept = images[index.index(sample)]
-    predicted, truth = (torch.cat(masks) for masks in zip(*pairs, strict=True))
-    return Evaluation(
-        float(torch.cat(l1).mean()), torch.cat(scores).tolist(), float(dice(predicted, truth))
-    ), kept
+    return scores, kept
+
+
+@torch.no_grad()
+def evaluate_heldout(training: Training, task: Task) -> Scores:
+    """Renders what was held out of ``task`` and scores it, rounded to the frames' bits as in an image file."""
+    test = training.heldout[task.name]
+    scores = Scores()
+    for index in _batches(len(test)):
+        images = _render(training, task, [test.indices[k] for k in index])
+        scores += Scores.of(rounded(images, test.frames.bits), heldout_targets(training, task, index))
+    return scores
+
+
+@torch.no_grad()
+def evaluate_classical(training: Training, task: Task) -> dict[str, Scores]:
+    """Scores of classical interpolation on what was held out of ``task``, method -> scores."""
+    test = training.heldout[task.name]
+    out = {}
+    for method in CLASSICAL[task.name]:
+        predicted = test.classical(method, training.background)  # (M, c, H, W)
+        out[method] = Scores()
+        for index in _batches(len(test)):
+            targets = heldout_targets(training, task, index).cpu()
+            images = torch.from_numpy(predicted[index]).expand_as(targets)
+            out[method] += Scores.of(images, targets)
+    return out
+
+
+def heldout_targets(training: Training, task: Task, indices: Sequence[int]) -> Tensor:
+    """Held-out frames ``indices`` (B, C, H, W) with the channels of the model."""
+    frames = training.heldout[task.name].frames(indices, background=training.background)
+    return frames.expand(-1, len(training.background), -1, -1)
+
+
+def rounded(images: Tensor, bits: int) -> Tensor:
+    """Values in [0, 1] on the levels of ``bits`` 8 or 16; floats (32) stay."""
+    top = 2**bits - 1 if bits <= 16 else 0
+    return (images.clamp(0, 1) * top).round() / top if top else images.clamp(0, 1)
+
+
+def _render(training: Training, task: Task, positions: list[float]) -> Tensor:
+    return render_frames(
+        training.model,
+        training.camera,
+        positions,
+        training.background,
+        task.head,
+        task.test,
+        training.options.rasterizer,
+    )
+
+
+def _batches(count: int) -> list[list[int]]:
+    indices = list(range(count))
+    return [indices[first : first + _EVALUATED_AT_ONCE] for first in range(0, count, _EVALUATED_AT_ONCE)]
 
 
 class Report:
@@ -81,6 +116,8 @@ class Report:
         self.writer = _tensorboard(self.folder, self.say)
         self.smoothed: float | None = None
         self.last_look = self.started, first
+        self.rows = _earlier_rows(self.folder / EVALUATION_FILE, first)
+        self.classical: dict[str, dict[str, Scores]] = {}  # by task; computed once
 
     def say(self, message: str) -> None:
         """One line, above the bar."""
@@ -124,31 +161,106 @@ class Report:
         if iteration % _HISTOGRAM_INTERVAL == 0:
             self.writer.add_histogram("sigma", training.model.spreads().detach().cpu(), iteration)
 
-    def evaluation(self, training: Training) -> dict[str, Evaluation]:
-        """Scores every task on its frames; prints, logs and plots the scores."""
-        out = {}
+    def evaluation(self, training: Training) -> None:
+        """Scores every task on its frames and on those held out; prints, logs, plots and saves the scores."""
         iteration = training.iteration
         for task in training.tasks:
             middle = len(task.frames) // 2
             scores, image = evaluate(training, task, middle)
-            out[task.name] = scores
             also = f", Dice {scores.dice:.4f}" if task.name == "seg" else ""
             self.say(
-                f"[{iteration}] {task.name}: L1 {scores.l1:.5f}, PSNR {scores.mean_psnr:.2f} dB{also} "
-                f"on {len(task.frames)} frames"
+                f"[{iteration}] {task.name}: L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, "
+                f"SSIM {scores.mean_ssim:.4f}{also} on {len(task.frames)} frames"
             )
-            plot_psnr(
-                self.folder / "plots" / f"{task.name}_{iteration}.png", task.name, iteration, scores.psnr
+            self._record(iteration, task.name, "training", "model", scores)
+            plot_scores(
+                self._plot(task.name, iteration),
+                f"{task.name}, iteration {iteration}",
+                range(len(scores)),
+                {"ours": scores.psnr},
             )
             if self.writer is not None and image is not None:
-                self.writer.add_scalar(f"{task.name}/l1", scores.l1, iteration)
-                self.writer.add_scalar(f"{task.name}/psnr", scores.mean_psnr, iteration)
-                if task.name == "seg":
-                    self.writer.add_scalar("seg/dice", scores.dice, iteration)
+                self.writer.add_scalar(f"{task.name}/l1", scores.mean_l1, iteration)
                 target = task.targets([middle], training.background)[0]
                 pair = torch.stack([image.cpu(), target.cpu()])
                 self.writer.add_images(f"{task.name}/render_and_frame", pair, iteration)
-        return out
+            if task.name in training.heldout:
+                self._heldout(training, task)
+        rows = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in self.rows) + "\n]\n"
+        with atomic_write(self.folder / EVALUATION_FILE) as temporary:
+            temporary.write_text(rows, encoding="utf-8")
+
+    def _heldout(self, training: Training, task: Task) -> None:
+        """The model's scores on held-out frames beside those of classical interpolation."""
+        iteration, test, mask = training.iteration, training.heldout[task.name], task.name == "seg"
+        if task.name not in self.classical:
+            self.classical[task.name] = evaluate_classical(training, task)
+        everyone = {"model": evaluate_heldout(training, task), **self.classical[task.name]}
+
+        def words(scores: Scores) -> str:
+            return (
+                f"Dice {scores.dice:.4f}" if mask else f"{scores.mean_psnr:.2f} dB / {scores.mean_ssim:.4f}"
+            )
+
+        ours, *others = (f"{NAMES[method]} {words(scores)}" for method, scores in everyone.items())
+        what = "" if mask else " (PSNR / SSIM)"
+        self.say(
+            f"[{iteration}] {task.name} on {len(test)} held-out frames{what}: {ours}; {', '.join(others)}"
+        )
+        for method, scores in everyone.items():
+            self._record(iteration, task.name, "heldout", method, scores)
+        plot_scores(
+            self._plot(f"{task.name}_heldout", iteration),
+            f"{task.name}, held-out frames, iteration {iteration}",
+            test.slices,
+            {NAMES[m]: scores.frame_dice if mask else scores.psnr for m, scores in everyone.items()},
+            "Dice" if mask else "PSNR (dB)",
+        )
+        if iteration == training.options.iterations:
+            self._montage(training, task, everyone)
+
+    def _montage(self, training: Training, task: Task, everyone: Mapping[str, Scores]) -> None:
+        """Held-out frames beside the classical method to beat, ours, and what each gets wrong."""
+        test, mask, method = training.heldout[task.name], task.name == "seg", CLASSICAL[task.name][0]
+        shown = montage_choice(everyone["model"].sizes if mask else [1] * len(test))
+        renders = _render(training, task, [test.indices[k] for k in shown])
+        targets = heldout_targets(training, task, shown).cpu()
+        theirs = torch.from_numpy(test.classical(method, training.background, shown)).expand_as(targets)
+
+        def figures(scores: Scores) -> list[str]:
+            return [
+                f"Dice {scores.frame_dice[k]:.4f}"
+                if mask
+                else f"{scores.psnr[k]:.2f} dB, SSIM {scores.ssim[k]:.3f}"
+                for k in shown
+            ]
+
+        draw_montage(
+            self.folder / "plots" / f"{task.name}_montage.png",
+            [f"slice {test.slices[k]}" for k in shown],
+            [image.permute(1, 2, 0).numpy() for image in targets],
+            {
+                NAMES[name]: ([image.permute(1, 2, 0).numpy() for image in images], figures(everyone[name]))
+                for name, images in ((method, theirs), ("model", renders.cpu()))
+            },
+            test.spacing[0] / test.spacing[1],
+            mask,
+        )
+
+    def _plot(self, name: str, iteration: int) -> Path:
+        return self.folder / "plots" / f"{name}_{iteration}.png"
+
+    def _record(self, iteration: int, task: str, frames: str, method: str, scores: Scores) -> None:
+        """A row of ``evaluation.json``, and TensorBoard's."""
+        means = {"l1": scores.mean_l1, "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
+        if task == "seg":
+            means["dice"] = scores.dice
+        about = {"iteration": iteration, "task": task, "frames": frames, "method": method}
+        self.rows.append({**about, "count": len(scores), **means})
+        if self.writer is not None:
+            place = "/".join([task] + [frames] * (frames != "training") + [method] * (method != "model"))
+            for name in means.keys() - {"l1"}:
+                self.writer.add_scalar(f"{place}/{name}", means[name], iteration)
 
     def close(self) -> None:
         """Ends the bar and writes ``time.json``."""
@@ -163,6 +275,17 @@ class Report:
             temporary.write_text(json.dumps(spent), encoding="utf-8")
 
 
+def _earlier_rows(path: Path, iteration: int) -> list[dict[str, Any]]:
+    """What a run that is resumed at ``iteration`` in its own folder has evaluated up to there."""
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8")) if iteration else []
+        return [row for row in rows if row["iteration"] <= iteration]
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: move it out of the way") from error
+
+
 def _tensorboard(folder: Path, say: Any) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -170,20 +293,3 @@ def _tensorboard(folder: Path, say: Any) -> Any:
         say("tensorboard is not installed: no event files (pip install tensorboard)")
         return None
     return SummaryWriter(str(folder))
-
-
-def plot_psnr(path: Path, name: str, iteration: int, scores: Sequence[float]) -> None:
-    """PSNR of each frame, as a picture."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 3), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot(range(len(scores)), scores, marker=".", linewidth=1)
-    mean = math.fsum(scores) / len(scores)
-    axes.axhline(mean, color="0.5", linestyle="--", linewidth=1, label=f"mean {mean:.2f} dB")
-    axes.set(xlabel="frame", ylabel="PSNR (dB)", title=f"{name}, iteration {iteration}")
-    axes.legend()
-    with atomic_write(path, sync=False) as temporary:
-        figure.savefig(temporary, dpi=100)

@@ -15,6 +15,7 @@ from utils.images import image_files, read_image, to_grey
 from utils.volumes import nifti_grid
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
+INNER = ("original", "heldout")  # folders of a data root
 NIFTI = (".nii.gz", ".nii")
 PUBLISHED_INTER = 8
 
@@ -26,7 +27,7 @@ class Stack:
     values: np.ndarray
     """(frame, row, column) float32 in [0, 1]; with in-betweens `inter` of them per slice."""
     affine: np.ndarray | None
-    """(column, row, frame) to RAS millimetres (4, 4), for evenly spaced frames; None where nobody knows."""
+    """(column, row, frame) to RAS millimetres (4, 4), of evenly spaced frames; None where nobody knows."""
     heights: np.ndarray | None
     """The frame coordinate of each frame, (frames,), where slices are unevenly spaced; else None."""
     inter: int
@@ -95,8 +96,7 @@ def read_stack(
                 f"{len(paths)} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
                 " --inter ask for"
             )
-        affine = geometry.for_renders((values.shape[2], values.shape[1]), inter)
-        heights = _heights(geometry, inter)
+        affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), len(values), inter)
     return Stack(values, affine, heights, inter, full_scale, place)
 
 
@@ -120,8 +120,8 @@ def read_frames(paths: list[Path]) -> tuple[np.ndarray, int]:
 
 
 def case_geometry(folder: Path) -> Geometry | None:
-    """frames.json of a case: in its folder or the parent, for OUT/seg/original of prepare.py in OUT."""
-    return Geometry.find(folder.parent if folder.name == "original" else folder)
+    """frames.json of a case: in its folder or the parent; for OUT/seg/original of prepare.py, in OUT."""
+    return Geometry.find(folder.parent if folder.name in INNER else folder)
 
 
 def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geometry | None, str]:
@@ -173,14 +173,16 @@ def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> 
     return inter
 
 
-def _heights(geometry: Geometry, inter: int) -> np.ndarray | None:
-    """Frame coordinates of in-betweens for an affine that counts even steps, where slices are not evenly spaced."""
-    positions = np.array(geometry.positions, np.float64)
-    steps = np.diff(positions)
-    if geometry.spacing is None or len(steps) < 2 or np.ptp(steps) < 1e-3 * steps.mean():
-        return None
-    slices = (
-        np.append(positions, positions[-1] + steps[-1]) - positions[0]
-    )  # the last one's in-betweens go on
-    even = slices / geometry.spacing[2]
-    return np.interp(np.arange(len(positions) * inter) / inter, np.arange(len(even)), even) * inter
+def _placed(geometry: Geometry, size: tuple[int, int], frames: int, inter: int) -> tuple[np.ndarray, np.ndarray | None]:
+    """The affine of (column, row, frame) that is right for the first and last frame, and heights where others differ."""
+    indices = np.zeros((frames + 2, 3))
+    indices[:frames, 2] = np.arange(frames)
+    indices[frames:, :2] = np.eye(2)
+    points = geometry.to_patient(indices, size, inter)
+    assert points is not None  # the caller has asked for the affine
+    affine = np.eye(4)
+    affine[:3, 3] = points[0]
+    affine[:3, :2] = (points[frames:] - points[0]).T
+    affine[:3, 2] = (points[frames - 1] - points[0]) / (frames - 1)
+    heights = np.linalg.norm(points[:frames] - points[0], axis=1) / np.linalg.norm(affine[:3, 2])
+    return affine, None if np.allclose(heights, np.arange(frames), atol=1e-3) else heights

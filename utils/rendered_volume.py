@@ -1,0 +1,127 @@
+"""A rendered sequence as one NIfTI volume that lies on its source."""
+
+from __future__ import annotations
+
+import gzip
+import os
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import nibabel
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import atomic_write
+from utils.geometry import Geometry
+
+_MOST = 32767  # entries along an axis
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Slices between the first frame and the last, evenly spaced, and where they lie in the patient.
+
+    Where frames are evenly spaced, these are the frames and the ``sub_frames`` - 1 images between each two of them.
+    Where they are not, no NIfTI could hold those: slices are then as far apart as the sub-frames of the closest two
+    frames, and drawn where they lie.
+
+    size: columns and rows of a render.
+    """
+
+    geometry: Geometry
+    size: tuple[int, int]
+    sub_frames: int
+
+    def __post_init__(self) -> None:
+        if self.geometry.affine is None:
+            raise UserError(
+                f"--nifti: {self.geometry.source} had no affine, so nobody knows where these frames lie; leave it out"
+            )
+        if len(self.positions) > _MOST:
+            raise UserError(
+                f"--nifti: {len(self.positions)} slices are more than the {_MOST} that a NIfTI volume holds; take a "
+                "smaller --interp"
+            )
+
+    @cached_property
+    def positions(self) -> list[float]:
+        """(D,) of the slices, frame index plus fraction."""
+        last = len(self.geometry.positions) - 1
+        if self.geometry.evenly_spaced:
+            return [k + i / self.sub_frames for k in range(last) for i in range(self.sub_frames)] + [
+                float(last)
+            ]
+        places = np.array(self.geometry.positions)
+        count = int((places[-1] - places[0]) / self._step + 1e-6) + 1
+        return np.interp(places[0] + self._step * np.arange(count), places, np.arange(last + 1)).tolist()
+
+    @property
+    def _step(self) -> float:
+        """From slice to slice, in the unit of the geometry's positions."""
+        return float(np.diff(self.geometry.positions).min()) / self.sub_frames
+
+    @property
+    def affine(self) -> np.ndarray:
+        """(4, 4), voxels of `Volume.values` to RAS millimetres: the source's axes and directions."""
+        geometry, count = self.geometry, len(self.positions)
+        shape = [0, 0, 0]
+        to_render = np.zeros((4, 4))  # voxel indices to (column, row, slice)
+        to_render[3, 3] = 1
+        for index, (axis, flip, extent) in enumerate(
+            zip(geometry.axes, (*geometry.flips, False), (*self.size, count), strict=True)
+        ):
+            to_render[index, axis] = -1 if flip else 1
+            to_render[index, 3] = extent - 1 if flip else 0
+            shape[axis] = extent
+        corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float64)
+        corners[3, 2] = self.positions[1] - self.positions[0] if count > 1 else 1.0
+        placed = geometry.to_patient(corners, self.size)
+        assert placed is not None
+        render_to_patient = np.eye(4)
+        render_to_patient[:3, :3] = (placed[1:] - placed[0]).T
+        render_to_patient[:3, 3] = placed[0]
+        return render_to_patient @ to_render
+
+
+@dataclass
+class Volume:
+    """Collects slices, two bytes a voxel (one of a mask), and writes them.
+
+    mask: hold 1 where a value is 0.5 or more, else 0. Otherwise values in [0, 1] become intensities of the geometry's
+    window, in steps of a 65535th of it.
+    """
+
+    grid: Grid
+    mask: bool
+    values: np.ndarray = field(init=False)
+    """In the source's axes and directions."""
+
+    def __post_init__(self) -> None:
+        geometry = self.grid.geometry
+        shape = [0, 0, 0]
+        extents = (*self.grid.size, len(self.grid.positions))
+        for axis, extent in zip(geometry.axes, extents, strict=True):
+            shape[axis] = extent
+        self.values = np.zeros(shape, np.uint8 if self.mask else np.uint16, order="F")
+        flips = [slice(None, None, -1 if flip else 1) for flip in geometry.flips]
+        # (slice, row, column), a view
+        self._slices = self.values.transpose(geometry.axes[::-1])[:, flips[1], flips[0]]
+
+    def put(self, slot: int, image: np.ndarray) -> None:
+        """image (H, W), float in [0, 1], is slice ``slot``."""
+        self._slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """The NIfTI file, complete or not there."""
+        image = nibabel.Nifti1Image(self.values, self.grid.affine)
+        image.header.set_xyzt_units("mm")
+        image.set_sform(self.grid.affine, "scanner")
+        image.set_qform(self.grid.affine, "scanner")
+        if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is no rotation
+            image.set_qform(None, "unknown")
+        if not self.mask:  # levels as they are, and what they mean in the header: half the size of floats
+            low, high = self.grid.geometry.window
+            image.header.set_slope_inter((high - low) / 65535, low)
+        # Little is left to gain above the first level of compression. The same volume is the same file: no time in it.
+        with atomic_write(path) as temporary, gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file:
+            image.to_stream(file)
