@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from skimage.metrics import structural_similarity
 from trimesh import Trimesh
 
 from utils.errors import ArgumentParser, UserError, run
@@ -32,8 +31,8 @@ from utils.files import atomic_write
 from utils.geometry import Cut, Geometry
 from utils.images import READABLE, image_files, read_image, to_unit
 from utils.meshes import FORMATS, in_space, read_mesh, surface
-from utils.metrics import dice, iou, psnr
-from utils.stacks import case_geometry, read_stack, sub_frames
+from utils.metrics import Scores
+from utils.stacks import INNER, case_geometry, read_stack, sub_frames
 from utils.surfaces import SAMPLES, rigid_alignment, surface_scores
 from utils.volumes import Volume, read_volume
 
@@ -169,7 +168,7 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
         return lambda predicted, reference: _score_masks(predicted, reference, options), settings
     perceptual, word = _lpips()
     settings = {
-        "scores": "means over frames; PSNR in dB, at most 100; SSIM with a uniform window of 7 pixels",
+        "scores": "means over frames; PSNR in dB, at most 100; SSIM with even windows of 7 pixels",
         "lpips": word,
     }
     return lambda predicted, reference: _score_frames(predicted, reference, options, perceptual), settings
@@ -258,40 +257,36 @@ def _input_folder(what: str, folder: Path) -> Path | None:
     return None
 
 
-def _matches(
-    predicted: Path, reference: Path, options: argparse.Namespace
-) -> list[tuple[Path, int]]:  # file, source slice
-    """Renders, and the source slice that each shows; those between slices are left out.
+def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int]]:
+    """Renders, and the source slice that each shows; those that show none are left out.
 
-    The source slice of render k_i of n is that of frame k plus i / n of the way to the next. frames.json knows the
-    slice of each frame; without it, frame k is slice k times --keep_every.
+    Render k_i of n lies i / n of the way from frame k to the next. frames.json knows where slices lie in the sequence,
+    those left out too; without it, frame k is slice k times --keep_every.
     """
-    paths = image_files(predicted)
-    named = sub_frames(paths)
-    if named is None:
-        named = {(_number(path), 0): path for path in paths}
+    paths = image_files(renders)
+    named = sub_frames(paths) or {(_number(path), 0): path for path in paths}
     inter = max(sub_frame for _, sub_frame in named) + 1
-    geometry = case_geometry(predicted if predicted.name == "original" else predicted.parent)
+    geometry = case_geometry(renders if renders.name in INNER else renders.parent)
     if geometry is not None and options.keep_every is None:
-        slices = np.array(geometry.slices, np.float64)
+        trained = dict(enumerate(geometry.slices))
+        left_out = dict(zip(geometry.heldout_indices(), geometry.heldout_slices, strict=True))
     else:
-        slices = np.arange(max(frame for frame, _ in named) + 1.0) * (options.keep_every or 1)
-    matched = []
-    for (frame, sub_frame), path in named.items():
-        if frame >= len(slices):
-            raise UserError(f"{path} is frame {frame}, and frames.json of {predicted} has {len(slices)}")
-        if sub_frame and frame + 1 == len(slices):
-            continue  # beyond the last frame there is nothing that was left out between two
-        step = slices[frame + 1] - slices[frame] if sub_frame else 0.0
-        position = slices[frame] + step * sub_frame / inter
-        if abs(position - round(position)) < 1e-6 and not (options.held_out and round(position) in slices):
-            matched.append((path, round(position)))
+        step = options.keep_every or 1
+        last = max(frame for frame, _ in named)
+        trained = {frame: frame * step for frame in range(last + 1)}
+        left_out = {at / step: at for at in range(last * step) if at % step}
+    slices = {
+        round(at, 3): slice_ for at, slice_ in (left_out if options.held_out else trained | left_out).items()
+    }
+    places = {path: round(frame + sub_frame / inter, 3) for (frame, sub_frame), path in named.items()}
+    matched = [(path, slices[place]) for path, place in places.items() if place in slices]
     if not matched:
-        raise UserError(
-            f"{predicted} has no frame that was held out: render with --interp, and give --keep_every N"
+        what = (
+            "frame that was held out: render with --interp, or give --keep_every N"
             if options.held_out
-            else f"{predicted} has no frames"
+            else "frames"
         )
+        raise UserError(f"{renders} has no {what}")
     return matched
 
 
@@ -309,21 +304,19 @@ def _frame_pairs(
     renders, inputs = _frames_folder(what, predicted), _input_folder(what, reference)
     if renders is None or inputs is None:
         raise UserError(f"{predicted if renders is None else reference} has no images")
-    geometry = case_geometry(inputs)
     frames = {_number(path): path for path in image_files(inputs)}
-    if geometry is not None and max(frames) < len(geometry.slices):
-        frames = {geometry.slices[number]: path for number, path in frames.items()}
-    matched = _matches(renders, inputs, options)
+    geometry = case_geometry(inputs)
+    if geometry is not None and inputs.name == "original":  # numbered by frame; those left out by slice
+        frames = {geometry.slices[k]: path for k, path in frames.items() if k < len(geometry.slices)}
+        left_out = inputs.with_name("heldout")
+        frames |= {_number(path): path for path in image_files(left_out)} if left_out.is_dir() else {}
+    matched = _matches(renders, options)
     missing = [slice_ for _, slice_ in matched if slice_ not in frames]
     if missing:
-        raise UserError(f"{inputs} has no frame {missing[0]}, which {renders} shows")
+        raise UserError(f"{reference} has no frame {missing[0]}, which {renders} shows")
     last = max(slice_ for _, slice_ in matched)
-    if (
-        not options.held_out
-        and options.keep_every is None
-        and max(frames) > last
-        and case_geometry(predicted) is None
-    ):
+    known = options.keep_every is not None or case_geometry(renders.parent) is not None
+    if not known and max(frames) > last:
         raise UserError(
             f"{renders} ends at frame {last}, {inputs} at {max(frames)}: say which were trained on with --keep_every N"
         )
@@ -336,20 +329,19 @@ def _frame_pairs(
 def _score_frames(
     predicted: Path, reference: Path, options: argparse.Namespace, perceptual: Callable[..., float] | None
 ) -> Row:
-    scores: list[tuple[float, ...]] = []
+    scores, lpips = Scores(), []
     for render, frame in _frame_pairs("frames", predicted, reference, options):
         image, truth = (_image(path) for path in (render, frame))  # (H, W, C) in [0, 1]
         if image.shape[2] != truth.shape[2]:
             image, truth = (array.mean(axis=2, keepdims=True) for array in (image, truth))
         if image.shape != truth.shape:
             raise UserError(f"{render} and {frame} differ in size: {_size(image)} and {_size(truth)} pixels")
-        if min(truth.shape[:2]) < 7:
-            raise UserError(f"{frame} is {_size(truth)} pixels: SSIM needs 7 x 7")
         a, b = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in (image, truth))
-        similarity = float(structural_similarity(image, truth, data_range=1.0, channel_axis=2))
-        scores.append((psnr(a, b).item(), similarity, *([perceptual(a, b)] if perceptual else [])))
-    means = np.mean(scores, axis=0).tolist()
-    return {"frames": len(scores), **dict(zip(("psnr", "ssim", "lpips"), means, strict=False))}
+        scores += Scores.of(a, b)
+        if perceptual is not None:
+            lpips.append(perceptual(a, b))
+    row: Row = {"frames": len(scores), "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
+    return row | ({"lpips": float(np.mean(lpips))} if lpips else {})
 
 
 def _image(path: Path) -> np.ndarray:
@@ -387,8 +379,8 @@ def _lpips() -> tuple[Callable[..., float] | None, str]:
 
 def _score_masks(predicted: Path, reference: Path, options: argparse.Namespace) -> Row:
     masks, truth = _mask_stacks(predicted, reference, options)
-    a, b = (torch.from_numpy(stack[:, None].astype(np.float32)) for stack in (masks, truth))
-    return {"frames": len(masks), "dice": dice(a, b).item(), "iou": iou(a, b).item()}
+    scores = Scores(overlaps=[int((masks & truth).sum())], sizes=[int(masks.sum() + truth.sum())])
+    return {"frames": len(masks), "dice": scores.dice, "iou": scores.iou}
 
 
 def _mask_stacks(
@@ -415,9 +407,9 @@ def _mask_stacks(
 
     renders = _frames_folder("masks", predicted)
     assert renders is not None  # _pairs saw images there
-    geometry = case_geometry(renders if renders.name == "original" else renders.parent)
+    geometry = case_geometry(renders if renders.name in INNER else renders.parent)
     truth = _cut(_inside(read_volume(reference), options.label_value), geometry)
-    matched = _matches(renders, reference, options)
+    matched = _matches(renders, options)
     masks = []
     for path, slice_ in matched:
         masks.append(_image(path).mean(axis=2) >= THRESHOLD)
@@ -432,8 +424,12 @@ def _mask_stacks(
 
 def _cut(inside: np.ndarray, geometry: Geometry | None) -> np.ndarray:
     """A label volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
-    cut = Cut((0, 1, 2), (False, False)) if geometry is None else Cut(geometry.axes, geometry.flips)
-    return cut.frames(inside.transpose(2, 1, 0))
+    volume = inside.transpose(2, 1, 0)
+    if geometry is None:
+        return Cut((0, 1, 2), (False, False)).frames(volume)
+    (left, top), (columns, rows) = geometry.offset, geometry.size
+    frames = Cut(geometry.axes, geometry.flips).frames(volume)
+    return frames[:, top : top + rows, left : left + columns]
 
 
 def _inside(volume: Volume, wanted: Sequence[float] | None) -> np.ndarray:
@@ -495,7 +491,7 @@ def _mesh(path: Path, options: argparse.Namespace) -> Trimesh:
     if path.suffix.lower().removeprefix(".") not in FORMATS:
         volume = read_volume(path)
         inside = _inside(volume, options.label_value).astype(np.float32)
-        return _surface(inside, THRESHOLD, volume.affine, path)
+        return _surface(inside, THRESHOLD, volume.affine, path, volume.depths)
     mesh = read_mesh(path)
     if mesh.metadata["unit"] == "voxels":
         return mesh

@@ -47,7 +47,7 @@ def _write_frames(folder, values, inter=None):
     """values (frame, row, column) in [0, 1] as 0000.png ..., or as 00000_0.png ... of `inter` per slice."""
     for number, frame in enumerate(values):
         name = f"{number:04d}" if inter is None else f"{number // inter:05d}_{number % inter}"
-        write_image(folder / f"{name}.png", frame)
+        write_image(folder / f"{name}.png", frame.astype(float))
 
 
 def _round_frames(count=16, side=24, radius=8.0):

@@ -123,5 +123,8 @@ class Volume:
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
         # Little is left to gain above the first level of compression. The same volume is the same file: no time in it.
-        with atomic_write(path) as temporary, gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file:
+        with (
+            atomic_write(path) as temporary,
+            gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,
+        ):
             image.to_stream(file)

@@ -173,8 +173,10 @@ def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> 
     return inter
 
 
-def _placed(geometry: Geometry, size: tuple[int, int], frames: int, inter: int) -> tuple[np.ndarray, np.ndarray | None]:
-    """The affine of (column, row, frame) that is right for the first and last frame, and heights where others differ."""
+def _placed(
+    geometry: Geometry, size: tuple[int, int], frames: int, inter: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The affine of (column, row, frame) that is right for the first frame and the last, and heights for the others."""
     indices = np.zeros((frames + 2, 3))
     indices[:frames, 2] = np.arange(frames)
     indices[frames:, :2] = np.eye(2)
