@@ -84,7 +84,7 @@ def test_colours_and_grey(tmp_path):
 
 
 def _held_out_case(tmp_path):
-    """OUT of prepare.py --keep_every 2, and a model that renders its frames exactly and those between 0.1 too bright."""
+    """OUT of prepare.py --keep_every 2, and a model whose frames are exact, and those between 0.1 too bright."""
     rng = np.random.default_rng(0)
     _volume(tmp_path / "v.nii.gz", rng.integers(20, 200, (9, 12, 16)))
     out = tmp_path / "out"
@@ -245,7 +245,7 @@ def test_masks_of_volumes(tmp_path):
 
 
 def test_a_mesh_of_the_label_is_right_in_every_space(tmp_path):
-    """Against the label volume, a mesh, and masks with their geometry: the same surface, whichever space a file is in."""
+    """Against the label volume, a mesh, and masks with their geometry: one surface, whichever space a file is in."""
     label = _volume(tmp_path / "label.nii.gz", _ball())
     prepare.main(["-i", str(label), "-l", str(label), "-o", str(tmp_path / "out"), "--axis", "2", "--quiet"])
     other = _mesh(tmp_path / "other.stl", _ball(), "RAS")
