@@ -12,6 +12,7 @@ from utils.meshes import (
     FORMATS,
     decimate,
     in_space,
+    inside_shares,
     is_closed,
     largest,
     otsu,
@@ -98,6 +99,19 @@ def test_any_mask_keeps_its_volume_through_smoothing(seed, share, sigma):
     mesh, _ = surface_of_volume(smooth(inside.astype(np.float32), sigma), float(inside.sum()))
     assert is_closed(mesh)
     assert mesh.volume == pytest.approx(inside.sum(), rel=2e-3)
+
+
+def test_shares_inside():
+    values = np.array([0, 0.2, 0.5, 0.8, 1], np.float32)
+    assert inside_shares(values, 0.5).tolist() == [0, 0, 0.5, 1, 1]
+    assert inside_shares(values, 0.999).tolist() == [0, 0, 0, 0, 1], (
+        "a level close to the end leaves it whole"
+    )
+    assert inside_shares(np.array([0.0, 1.0]), 1.0).tolist() == [0, 1]
+    # A frame half-way between two masks, in 8 bits: 128 of 255 lies a little above one half.
+    assert inside_shares(np.array([0, 127, 128, 255], np.float32) / 255, 0.5).sum() == pytest.approx(
+        2, abs=1e-5
+    )
 
 
 def test_closed_means_that_every_edge_has_its_twin():

@@ -36,6 +36,7 @@ _TO_GLTF = (
 )  # from LPS millimetres
 _HEADER = 1 << 16  # bytes in which the comments of a file stand
 
+_GREY_BAND = 8 / 255  # of values about a level that rounding to 8 bits may have put on either side
 _VOLUME_TOLERANCE = 1e-3
 _VOLUME_STEPS = 20
 
@@ -122,6 +123,17 @@ def _beyond(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def smooth(values: np.ndarray, sigma: tuple[float, float, float]) -> np.ndarray:
     """values (frame, row, column) through a Gaussian of `sigma` voxels per axis; the border's go on beyond it."""
     return gaussian_filter(values, sigma, mode="nearest", truncate=4.0)
+
+
+def inside_shares(values: np.ndarray, level: float) -> np.ndarray:
+    """How much of each voxel is inside at `level`, 0 to 1 (float32): none or all of it, but for values near the level.
+
+    Frames half-way between two are full of values that equal it. Counted as inside, they would swell the object.
+    """
+    width = min(_GREY_BAND, 2 * (float(values.max()) - level), 2 * (level - float(values.min())))
+    if width <= 0:
+        return (values >= level).astype(np.float32)
+    return np.clip((values - level) / width + 0.5, 0, 1)
 
 
 def surface_of_volume(

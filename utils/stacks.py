@@ -43,11 +43,11 @@ class Stack:
         column, row, frame = (1.0, 1.0, 1.0) if self.affine is None else voxel_sizes(self.affine)
         return column, row, frame * self.inter
 
-    def volume(self, inside: np.ndarray) -> float:
-        """Volume of the voxels (frame, row, column) that are inside: mm^3, or voxels without an affine."""
-        thickness = np.ones(len(inside)) if self.heights is None else np.gradient(self.heights)
+    def volume(self, shares: np.ndarray) -> float:
+        """Volume of voxels of which these shares (frame, row, column), 0 to 1, are inside: mm^3, or voxels."""
+        thickness = np.ones(len(shares)) if self.heights is None else np.gradient(self.heights)
         voxel = 1.0 if self.affine is None else abs(float(np.linalg.det(self.affine[:3, :3])))
-        return float(inside.sum(axis=(1, 2)) @ thickness) * voxel
+        return float(shares.sum(axis=(1, 2), dtype=np.float64) @ thickness) * voxel
 
 
 def frame_paths(folder: Path, extension: str = ".png") -> list[Path]:
