@@ -56,8 +56,8 @@ NOT_CASES = ("mirror",)  # the flipped copies that training leaves beside origin
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
 SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
-# The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors gave
-# the surfaces nearest to the true ones: 0.5 leaves the steps of voxels, and more along thick slices blurs what is thin.
+# The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors
+# gave the surfaces nearest to the true ones: less leaves the steps of voxels, more blurs what is thin.
 OF_FINEST, OF_OWN = 0.7, 0.25
 MAX_LABELS = 64  # more kinds of value than this are grey levels
 

@@ -104,9 +104,8 @@ def test_any_mask_keeps_its_volume_through_smoothing(seed, share, sigma):
 def test_shares_inside():
     values = np.array([0, 0.2, 0.5, 0.8, 1], np.float32)
     assert inside_shares(values, 0.5).tolist() == [0, 0, 0.5, 1, 1]
-    assert inside_shares(values, 0.999).tolist() == [0, 0, 0, 0, 1], (
-        "a level close to the end leaves it whole"
-    )
+    # A level close to the end leaves it whole, up to rounding of a narrow band.
+    assert inside_shares(values, 0.999).tolist() == pytest.approx([0, 0, 0, 0, 1], abs=1e-4)
     assert inside_shares(np.array([0.0, 1.0]), 1.0).tolist() == [0, 1]
     # A frame half-way between two masks, in 8 bits: 128 of 255 lies a little above one half.
     assert inside_shares(np.array([0, 127, 128, 255], np.float32) / 255, 0.5).sum() == pytest.approx(
