@@ -362,6 +362,10 @@ def _surface(
     if options.largest:  # what hung by a thread may have come off
         smoothed = largest(smoothed, level)
         mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
+    if not options.open and abs(mesh.volume - volume) > 0.01 * volume:
+        lines.append(
+            f"  note: no level gives the mask's volume of {volume:,.1f} back, as happens to specks: --smoothing none"
+        )
     return mesh, level
 
 

@@ -346,6 +346,19 @@ def test_smoothing_keeps_the_volume(tmp_path, spacing, inter, smoothing):
         assert mesh.volume == pytest.approx(inside.sum() * np.prod(spacing) / inter, rel=0.01), name
 
 
+def test_a_volume_that_no_level_gives_back_is_told(tmp_path, capsys):
+    """Eight single voxels, blurred: where two grow together across a diagonal, the volume of marching cubes jumps."""
+    values = np.zeros((12, 11, 13))
+    voxels = "1 0 6, 1 8 1, 3 9 5, 6 5 6, 8 7 4, 9 6 0, 10 4 12, 11 7 6"  # frame, row, column
+    for voxel in voxels.split(", "):
+        values[tuple(map(int, voxel.split()))] = 1
+    _placed(tmp_path / "in", values, (1, 1, 1), name="specks")
+    _placed(tmp_path / "in", _round_frames(), (1, 1, 1), name="whole")
+    assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path), "--jobs", "1"]) == 0
+    specks, whole = capsys.readouterr().out.split("whole:")
+    assert "note: no level gives the mask's volume of 8.0 back" in specks and "note:" not in whole
+
+
 def test_the_default_smoothing_takes_steps_away(tmp_path):
     """A ball of 12 mm in voxels of 1 mm: nearer to the ball than without smoothing, and its millimetres are printed."""
     z, y, x = np.mgrid[:32, :32, :32]

@@ -145,8 +145,8 @@ def surface_of_volume(
 ) -> tuple[Trimesh, float]:
     """`surface` at the level where it encloses `volume`, and that level: smoothing shrinks what is convex and thin.
 
-    volume: in voxels, or in cubic millimetres with an affine. The volume is met to 0.1 %, unless the values jump so
-    that no level meets it. Raises ValueError where all values are equal.
+    volume: in voxels, or in cubic millimetres with an affine. The volume is met to 0.1 % where some level meets it:
+    single voxels that grow together across diagonals make it jump. Raises ValueError where all values are equal.
     """
     low, high = float(values.min()), float(values.max())
     if not low < high:
