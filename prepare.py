@@ -26,7 +26,7 @@ from scipy.ndimage import find_objects
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_folder
 from utils.geometry import FILE_NAME, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
-from utils.images import write_image
+from utils.images import MAX_PIXELS, limit_pixels, write_image
 from utils.meshes import otsu
 from utils.volumes import READERS, Volume, read_volume
 
@@ -49,6 +49,7 @@ KINDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     say: Say = (lambda line: None) if options.quiet else print
+    limit_pixels(options.max_pixels)
     out = Path(options.output)
     _check_output(out, options.force)
 
@@ -172,6 +173,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace frames that prepare.py wrote to OUT earlier"
     )
+    parser.add_argument(
+        "--max_pixels",
+        type=_positive,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse image files of more pixels (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
     return parser
@@ -285,7 +293,8 @@ def _box(
     borders.
     """
     if label is None:
-        unit = np.clip((np.nan_to_num(volume.values, nan=window[0]) - window[0]) / np.ptp(window), 0, 1)
+        values = np.nan_to_num(volume.values.astype(np.float32), nan=window[0])
+        unit = np.clip((values - window[0]) / np.ptp(window), 0, 1)
         unit = unit if unit.ndim == 3 else unit[..., :3].max(axis=3)
         inside = unit > otsu(unit) / 2
     else:
@@ -304,19 +313,26 @@ def _label(
 ) -> np.ndarray:  # (I, J, K) bool
     """The label on the volume's grid."""
     label = read_volume(path, index)
+    for note in label.notes:
+        say(f"  note on {path}: {note}")
     shape = volume.values.shape[:3]
     if label.lossy:
         raise UserError(
-            f"{path} is a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
+            f"{path} is compressed like a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
         )
     values = label.values
     if values.ndim == 4:
         if np.ptp(values[..., :3], axis=3).any():  # opacity is no label
             raise UserError(f"{path} holds colours: a label holds one number a voxel")
         values = values[..., 0]
-    values = np.nan_to_num(values)
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        say(f"  note: {bad:,} voxels of {path} are NaN or infinite; they count as background")
+        values = np.nan_to_num(values, posinf=0, neginf=0)
     if wanted:
         inside = np.isin(values, wanted)
+        absent = [f"{value:g}" for value in wanted if not (values == value).any()]
+        if absent and inside.any():
+            say(f"  note: no voxel of {path} has the value {' or '.join(absent)}")
     elif values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
         say("  note: the label has fractions; voxels of 0.5 and more count as inside")
         inside = values >= 0.5
@@ -333,7 +349,11 @@ def _label(
             raise UserError(f"{path} has shape {inside.shape}, but {volume.name} {shape}: they have to agree")
         if not np.array_equal(_depths(volume), _depths(label)):
             raise UserError(
-                f"{path} and {volume.name} are numbered differently: frames and masks have the same numbers"
+                f"{path} and {volume.name} are numbered differently: a mask has the number of its frame"
+            )
+        if (volume.affine is None) != (label.affine is None):
+            say(
+                f"  note: only one of them knows millimetres; [:, :, k] of {path} is taken as the mask of frame k"
             )
     elif not _same_grid(volume, label):
         to_label = np.linalg.inv(label.affine) @ volume.affine
@@ -417,9 +437,13 @@ def _describe(volume: Volume) -> str:
 
 def _summary(geometry: Geometry) -> str:
     columns, rows = geometry.size
-    place = (
-        "" if geometry.affine is None or geometry.spacing is None else f", {geometry.spacing[2]:.4g} mm apart"
-    )
+    place = ""
+    if geometry.affine is not None:
+        gaps = np.diff(geometry.positions)
+        uneven = geometry.durations() is not None
+        place = (
+            f", {gaps.min():.4g} to {gaps.max():.4g} mm apart" if uneven else f", {gaps.mean():.4g} mm apart"
+        )
     kept = f" of {geometry.slice_count} slices" if len(geometry.slices) < geometry.slice_count else ""
     kept += f", {len(geometry.heldout_slices)} held out" if geometry.heldout_slices else ""
     return (

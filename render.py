@@ -29,7 +29,7 @@ from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
 from utils.geometry import FILE_NAME, Geometry
-from utils.images import WRITABLE, write_image
+from utils.images import WRITABLE, limit_pixels, write_image, write_levels
 from utils.rendered_volume import Grid, Volume
 from utils.spherical_harmonics import to_colour
 from utils.video import Shot, video_format, write_video
@@ -105,6 +105,7 @@ class Renderer:
 
 def main() -> None:
     options = render_options()
+    limit_pixels(options.max_pixels)
     check(options)
 
     def say(message: str) -> None:
@@ -242,6 +243,8 @@ def write_images(
         say("JPEG holds 8 bits a channel: the 16 of these frames are rounded to them")
         bits = 8
 
+    floats = options.extension.lower() == ".npy"
+    write: Callable[[Path, np.ndarray], None] = write_image if floats else write_levels
     step = views_at_once(renderer, len(positions), options.chunks)
     folders = [out.folder for out in renderer.outputs]
     waiting: deque[Future[None]] = deque()
@@ -257,14 +260,13 @@ def write_images(
                 for position, image in zip(batch, own.cpu().numpy(), strict=True):
                     if position in slots:
                         volume.put(slots[position], image[0])
-            stored = images if options.extension.lower() == ".npy" else levels_of(images, bits)
+            stored = images if floats else levels_of(images, bits)
             arrays = stored.movedim(2, -1).cpu().numpy()
             for folder, own in zip(folders, arrays, strict=True):
                 for position, array in zip(batch, own, strict=True):
                     if position in names:
-                        if array.dtype == np.int32:
-                            array = array.astype(np.uint16)
-                        waiting.append(writers.submit(write_image, folder / names[position], array, bits))
+                        array = array.astype(np.uint16) if array.dtype == np.int32 else array
+                        waiting.append(writers.submit(write, folder / names[position], array))
             while len(waiting) > most:
                 waiting.popleft().result()  # raises what the thread raised
                 bar.update()
@@ -292,8 +294,8 @@ def write_volumes(renderer: Renderer, volumes: Sequence[Volume], say: Say) -> No
         volume.write(path)
         shape = " x ".join(map(str, volume.values.shape))
         say(f"{shape} voxels in {path}")
-        if not volume.grid.geometry.evenly_spaced:
-            say("  the frames are unevenly spaced: its slices are drawn at even steps between them")
+    if volumes and not volumes[0].grid.geometry.evenly_spaced:
+        say("  the frames are unevenly spaced: slices are drawn at even steps between them")
 
 
 def write_sequence(

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from trimesh import Trimesh
 
 from utils.errors import ArgumentParser, UserError, run
+from utils.images import MAX_PIXELS, limit_pixels
 from utils.meshes import (
     FORMATS,
     decimate,
@@ -52,7 +53,7 @@ from utils.stacks import (
     rendered_paths,
 )
 
-NOT_CASES = ("mirror",)  # the flipped copies that training leaves beside original/
+NOT_CASES = ("mirror", "heldout")  # beside original/: flipped copies of training, frames that prepare.py left out
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
 SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
@@ -150,6 +151,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--jobs", type=int, help="cases at once, each a process (default: one a processor)")
     parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
+    parser.add_argument(
+        "--max_pixels",
+        type=int,
+        default=MAX_PIXELS,
+        metavar="N",
+        help="refuse image files of more pixels (default: %(default)s)",
+    )
     parser.add_argument("--quiet", action="store_true", help="print errors only")
     parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
     return parser
@@ -244,6 +252,7 @@ def _result(case: Case, future: Future[Outcome]) -> Outcome | None:
 def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
     """Mesh a case; whatever goes wrong belongs to this case alone."""
     lines: list[str] = []
+    limit_pixels(options.max_pixels)  # of this process
     try:
         _mesh(case, options, lines)
     except UserError as error:

@@ -8,22 +8,31 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 
-from arguments import train_options
+from arguments import AUTO, train_options
 from gaussian_renderer import Renders, render
 from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
-from scene.pipelines import loss_terms, requested_renders, split, total_loss
-from scene.training import Training, fresh_folder
-from utils.errors import UserError, run
-from utils.reports import Report
+from scene.pipelines import Task, loss_terms, requested_renders, split, total_loss
+from scene.training import Training
+from utils.errors import StopRequest, UserError, run
+from utils.files import own_folder
+from utils.images import limit_pixels
+from utils.reports import BAR_INTERVAL, Report
 
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
+IF_OUT_OF_MEMORY = (
+    "lower --max_gaussians, --num_pts, --batch_size or --resolution, or keep the frames elsewhere with "
+    "--data_device cpu"
+)
 
 
-def train(training: Training) -> None:
-    """The loop. Pipelines differ in ``training.tasks`` only."""
+def train(training: Training, stop: StopRequest | None = None) -> None:
+    """The loop. Pipelines differ in ``training.tasks`` only. A ``stop`` that is asked for ends it after an iteration,
+    with a checkpoint."""
     options, camera, tasks = training.options, training.camera, training.tasks
     report = Report(training, training.iteration)
     for iteration in range(training.iteration + 1, options.iterations + 1):
@@ -66,15 +75,15 @@ def train(training: Training) -> None:
         )
         loss = total_loss(tasks, terms)
         loss.backward()
-        if options.debug or 0 <= options.debug_from <= iteration:
-            check_finite(training, loss)
+        if options.debug or 0 <= options.debug_from <= iteration or iteration % BAR_INTERVAL == 0 or last:
+            training.check_finite(named_losses(tasks, terms) | {"loss": loss})
 
         with torch.no_grad():
             if controlled:
                 control_density(training, renders, len(batch.frames))
-            if not last:
+            if not last:  # as is published; the gradients are kept for a longer run then
                 optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                optimizer.zero_grad(set_to_none=True)
 
         real = len(batch.frames)
         report.iteration(iteration, tasks, loss, terms, images[0][:real], targets[0], training)
@@ -82,10 +91,14 @@ def train(training: Training) -> None:
             report.evaluation(training)
         if iteration in options.save_iterations or last:
             training.save_point_cloud()
-        if iteration in options.checkpoint_iterations or last:
-            training.save_checkpoint()
         if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
             training.save_xyz()
+        regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
+        stopping = bool(stop)
+        if iteration in options.checkpoint_iterations or regular or stopping or last:
+            training.save_checkpoint(pending=last)  # after all else of its iteration
+        if stopping:
+            break
     report.close()
 
 
@@ -103,9 +116,15 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
             options.rasterizer,
         )
     if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
-        training.control.step(
+        held_back = training.control.step(
             model, training.optimizer, iteration, options, training.extent, training.generator
         )
+        if held_back and not training.bounded:
+            training.bounded = True
+            training.say(
+                f"[{iteration}] {len(model)} Gaussians of --max_gaussians {options.max_gaussians}: "
+                "no more than it leaves room for are added from here on"
+            )
         if len(model) == 0:
             raise UserError(
                 f"iteration {iteration}: every Gaussian was pruned; lower --prune_opacity or the learning rates"
@@ -115,41 +134,58 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
         reset_opacity(model, training.optimizer, options.opacity_reset_value)
 
 
-def check_finite(training: Training, loss: torch.Tensor) -> None:
-    """Raises `UserError` naming the iteration's first value that is not finite: the loss, or a gradient."""
-    values = {"loss": loss} | {f"gradient of {name}": p.grad for name, p in training.model.params.items()}
-    for name, value in values.items():
-        if value is not None and not bool(value.isfinite().all()):
-            raise UserError(
-                f"iteration {training.iteration}: the {name} is not finite; lower the learning rates"
-            )
+def named_losses(
+    tasks: Sequence[Task], terms: Sequence[Mapping[str, torch.Tensor]]
+) -> dict[str, torch.Tensor]:
+    """Each weighted term, by what a person would call it."""
+    return {
+        f"{name} loss of {task.name}": (task.weight * task.terms[name]) * value.detach()
+        for task, values in zip(tasks, terms, strict=True)
+        for name, value in values.items()
+    }
 
 
-def main() -> None:
+def main() -> int:
     options = train_options()
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
+    torch.use_deterministic_algorithms(options.deterministic)
+    limit_pixels(options.max_pixels)
 
     def say(message: str) -> None:
         if not options.quiet:
             print(message, flush=True)
 
-    training = Training.start(options, say)
-    frames = training.tasks[0].frames
-    if training.iteration >= options.iterations:
-        raise UserError(
-            f"{options.start_checkpoint} is already at iteration {training.iteration}: give more --iterations"
+    with own_folder(options.model_path):
+        training = Training.start(options, say)
+        options = training.options  # with what the checkpoint says
+        if training.iteration >= options.iterations:
+            done = f"{options.start_checkpoint} is already at iteration {training.iteration}"
+            if training.found:
+                say(f"{done}: nothing to do")
+                return 0
+            raise UserError(f"{done}: give more --iterations")
+        training.remove_temporaries()
+        training.write_inputs(say)
+        frames = training.tasks[0].frames
+        say(f"output: {options.model_path}")
+        say(
+            f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "
+            f"{'grey' if frames.channels == 1 else 'colour'}; on {training.model.device}"
         )
-    fresh_folder(options.model_path)
-    training.write_inputs(say)
-    say(f"output: {options.model_path}")
-    say(
-        f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "
-        f"{'grey' if frames.channels == 1 else 'colour'}; on {training.model.device}"
-    )
-    say(f"Gaussians: {len(training.model)}")
-    train(training)
+        if training.heldout:
+            say(f"held out: {max(map(len, training.heldout.values()))} frames")
+        say(f"Gaussians: {len(training.model)}")
+        with StopRequest() as stop:
+            train(training, stop)
+        if stop and training.iteration < options.iterations:
+            say(
+                f"stopped at iteration {training.iteration} of {options.iterations}; to go on: the same command with "
+                f"-m {options.model_path} --start_checkpoint {AUTO}"
+            )
+            return stop.status
     say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")
+    return 0
 
 
 if __name__ == "__main__":
-    run(main)
+    run(main, IF_OUT_OF_MEMORY)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.errors import ArgumentParser, UserError
 from utils.files import atomic_write
+from utils.images import MAX_PIXELS
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 _KERBL = "3DGS"
 _PAPER = "paper"
 _RELEASE = "release"
+AUTO = "auto"
+"""The value of `start_checkpoint` that stands for the newest readable checkpoint of the output folder."""
 _SOURCES = (
     "Where a number comes from: paper = MedGS, arXiv 2509.16806; release = the authors' released program, "
     "where the paper prints no value; 3DGS = 3D Gaussian Splatting, Kerbl et al. 2023."
@@ -129,6 +132,9 @@ class DataOptions:
     )
     distance: float = _option(
         1.0, "distance d of the camera from the plane of the frame", source=_RELEASE, above=0, saved=True
+    )
+    max_pixels: int = _option(
+        MAX_PIXELS, "refuse image files of more pixels: a small file can claim any size", low=1, saved=True
     )
 
     @property
@@ -264,6 +270,11 @@ class OptimisationOptions:
         0.11, "prune Gaussians of a greater scale, in plane units", source=_RELEASE, above=0
     )
     prune_scale_from_iter: int = _option(3000, "prune by scale once iteration > this", source=_KERBL, low=0)
+    max_gaussians: int = _option(
+        0,
+        "density steps stop adding Gaussians there; 0: as many as half of the free memory is likely to hold",
+        low=0,
+    )
     opacity_reset_interval: int = _option(
         3000, "iterations between two resets of the opacities", source=_KERBL, low=1
     )
@@ -286,8 +297,8 @@ class RunOptions:
     )
     start_checkpoint: str | None = _option(
         None,
-        "resume from this chkpnt<n>.pth; joint from an image-only one: take its "
-        "weights, add a segmentation head, start at 0",
+        "resume from this chkpnt<n>.pth, or with auto from the newest readable one in the output folder, if there "
+        "is one; joint from an image-only one: take its weights, add a segmentation head, start at 0",
         kind=str,
     )
     eval: bool = _option(
@@ -304,12 +315,19 @@ class RunOptions:
     )
     save_iterations: tuple[int, ...] = _option((30_000,), "save the point cloud there, and at the last")
     checkpoint_iterations: tuple[int, ...] = _option((), "save a checkpoint there, and at the last")
+    checkpoint_interval: int = _option(0, "save one every so many iterations too; 0: do not", low=0)
+    keep_checkpoints: int = _option(
+        0, "keep no more than the newest so many checkpoints in the output folder; 0: all", low=0
+    )
     save_xyz: bool = _option(
         False, "save the centres, xyz/<iteration>.pt, at 1, 5001, 10001, ... and the last"
     )
     seed: int = _option(0, "of all random numbers", source=_KERBL, low=0, high=2**63 - 1)
     data_device: str = _option(
         "auto", "where the frames are kept: auto (with the computation), cuda, cuda:N or cpu"
+    )
+    deterministic: bool = _option(
+        False, "the same bits in every run on a GPU, at some cost (a CPU always gives them)"
     )
     debug_from: int = _option(-1, "turn --debug on at this iteration", low=-1)
     detect_anomaly: bool = _option(
@@ -329,6 +347,12 @@ class TrainOptions(MachineOptions, OptimisationOptions, ModelOptions, DataOption
             raise UserError("no data root: give -s ROOT, where ROOT/original/ holds the frames")
         if self.pipeline == "joint" and not self.seg_source_path:
             raise UserError("--pipeline joint needs the masks too: give --seg_source_path ROOT")
+        if self.start_checkpoint == AUTO and not self.model_path:
+            raise UserError("--start_checkpoint auto looks into the output folder: give it too, -m FOLDER")
+        if self.max_gaussians and self.num_pts > self.max_gaussians:
+            raise UserError(
+                f"--num_pts {self.num_pts} starts with more Gaussians than --max_gaussians {self.max_gaussians} allows"
+            )
         if self.seg_head_only and (self.pipeline != "seg" or not self.start_checkpoint):
             raise UserError(
                 "--seg_head_only trains an existing model's head: add --pipeline seg --start_checkpoint FILE"

@@ -5,7 +5,7 @@ The file is `torch.save((state, n))`. Published programs read all keys of `state
     channels      C of the model. Published colours have three; grey ones of ours are repeated for the file.
     statistics    m_gradient_accum, m_denom
     moments       index -> exp_avg, exp_avg_sq of grey colours, exactly
-    extras        whatever the run keeps: sizes, names, options, random states
+    extras        what the run keeps beside: see `_EXTRAS`
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import math
 import os
 import pickle
 import re
-from collections.abc import Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -53,6 +54,18 @@ _STATISTICS: dict[str, tuple[int | str, ...]] = {
 }
 _OUR_STATISTICS: dict[str, tuple[int | str, ...]] = {"m_gradient_accum": ("N", 1), "m_denom": ("N", 1)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_EXTRAS: dict[str, type | tuple[type, ...]] = {
+    "width": int,  # of the frames, px, and so
+    "height": int,
+    "distance": (int, float),  # of the camera, plane units
+    "bits": int,  # of the frames
+    "numbers": list,  # of the frames, as in their names
+    "pixels": str,  # a digest of the frames' levels
+    "options": dict,  # of the run, by name
+    "background": Tensor,  # (C,)
+    "random": Tensor,  # state of the generator that all random numbers come from
+    "gradients": dict,  # parameter -> gradient of a step that is still to be taken (see `Training.save_checkpoint`)
+}
 
 
 @dataclass(eq=False)
@@ -67,7 +80,7 @@ class Checkpoint:
     statistics: max_radii2D (N,), xyz_gradient_accum, denom, m_gradient_accum, m_denom (N, 1), as far as kept.
     optimizer: state_dict in the layout of torch.optim.Adam with named groups, each of the parameter of its
         name (or the group seg_head of opacity_seg, f_dc_seg, f_rest_seg); None for none.
-    extras: plain values and tensors that published files know nothing of; empty for those.
+    extras: plain values and tensors that published files know nothing of, named in `_EXTRAS`; empty for those.
     """
 
     iteration: int
@@ -150,8 +163,9 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "moments": moments,
         "extras": _plain(checkpoint.extras),
     }
-    with atomic_write(path) as temporary:
-        torch.save((state, int(checkpoint.iteration)), temporary)
+    # Through a file of Python's, so that a full disk shows as the system's error.
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save((state, int(checkpoint.iteration)), file)
 
 
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> Checkpoint:
@@ -191,11 +205,7 @@ def find(model_path: str | os.PathLike[str], iteration: int) -> Path:
     folder = Path(model_path)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give the one that train.py wrote (-m)")
-    found = {
-        int(match[1]): file
-        for file in folder.iterdir()
-        if (match := re.fullmatch(r"chkpnt(\d+)\.pth", file.name)) and file.is_file()
-    }
+    found = all_of(folder)
     if not found:
         raise UserError(
             f"{folder} holds no checkpoint chkpnt<n>.pth: train the model first, or give another -m"
@@ -206,6 +216,29 @@ def find(model_path: str | os.PathLike[str], iteration: int) -> Path:
         there = ", ".join(map(str, sorted(found)))
         raise UserError(f"{folder} holds no chkpnt{iteration}.pth: there are iterations {there}")
     return found[iteration]
+
+
+def all_of(folder: Path) -> dict[int, Path]:
+    """The checkpoints of `folder` by their iterations, rising; none where there is no such folder."""
+    found = {
+        int(match[1]): file
+        for file in (folder.iterdir() if folder.is_dir() else ())
+        if (match := re.fullmatch(r"chkpnt(\d+)\.pth", file.name)) and file.is_file()
+    }
+    return dict(sorted(found.items()))
+
+
+def newest_readable(
+    folder: Path, map_location: torch.device | str, say: Callable[[str], object]
+) -> tuple[Path, Checkpoint] | None:
+    """The checkpoint of `folder` with the highest iteration of those that can be read, None where none can. Says why
+    it passes over others."""
+    for path in reversed(all_of(folder).values()):
+        try:
+            return path, load_checkpoint(path, map_location)
+        except UserError as error:
+            say(f"passed over: {error}")
+    return None
 
 
 def as_grey(params: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -297,8 +330,11 @@ def _load(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path} cannot be read: {error.strerror}") from error
     try:
         with file:
+            _check_archive(path, file)
             return torch.load(file, map_location="cpu", weights_only=True)
     except (MemoryError, torch.cuda.OutOfMemoryError):
+        raise
+    except UserError:
         raise
     except Exception as error:  # damaged archives and pickles raise anything
         if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
@@ -306,6 +342,17 @@ def _load(path: str | os.PathLike[str]) -> Any:
                 f"{path} is refused: it asks for {match[1]}, and a checkpoint has no business calling that"
             ) from error
         raise UserError(f"{path} is damaged, or no checkpoint: take another one, or train again") from error
+
+
+def _check_archive(path: str | os.PathLike[str], file: BinaryIO) -> None:
+    """Refuses an archive that would be larger in memory than it is on the disk: torch compresses nothing."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
+                raise UserError(f"{path} is refused: it is compressed, which checkpoints are not")
+            if sum(record.file_size for record in archive.infolist()) > os.fstat(file.fileno()).st_size:
+                raise UserError(f"{path} is refused: it claims to hold more than the file does")
+    file.seek(0)
 
 
 class _Reader:
@@ -368,10 +415,17 @@ class _Reader:
         return value
 
     def tensor(
-        self, values: Mapping[Any, Any], key: str, shape: tuple[int | str, ...], finite: bool = True
+        self,
+        values: Mapping[Any, Any],
+        key: str,
+        shape: tuple[int | str, ...],
+        finite: bool = True,
+        label: str = "",
     ) -> Tensor:
-        """values[key], a float32 tensor of `shape`, whose letters get their sizes where they first occur."""
+        """values[key], a float32 tensor of `shape`, whose letters get their sizes where they first occur; called
+        `label` where it is at fault."""
         tensor = self.value(values, key, Tensor).detach()
+        key = label or key
         fits = tensor.ndim == len(shape)
         if fits:
             for size, wanted in zip(tensor.shape, shape, strict=True):
@@ -414,10 +468,13 @@ class _Reader:
         for index, entry in entries.items():
             if index not in indexed or not isinstance(entry, dict):
                 raise self.fault(key, f"has an entry {index!r} of no group")
+            name = indexed[index]
             for moment in _MOMENTS if entry else ():
-                value = self.value(entry, moment, Tensor)
-                if tuple(value.shape) != shapes[indexed[index]]:
-                    raise self.fault(f"{moment} of {indexed[index]}", f"has the shape {tuple(value.shape)}")
+                self.tensor(entry, moment, shapes[name], label=f"{moment} of {name}")
+            if entry:
+                step = self.value(entry, "step", (int, float, Tensor))
+                if (isinstance(step, Tensor) and step.numel() != 1) or not 0 <= float(step) < math.inf:
+                    raise self.fault(f"step of {name}", "is no count")
         return optimizer
 
     def _take_ours(self, checkpoint: Checkpoint, ours: dict[Any, Any]) -> None:
@@ -425,12 +482,40 @@ class _Reader:
         statistics = self.value(ours, "statistics", dict)
         for key in _OUR_STATISTICS.keys() & statistics.keys():
             checkpoint.statistics[key] = self.tensor(statistics, key, _OUR_STATISTICS[key], finite=False)
-        checkpoint.extras = self.value(ours, "extras", dict)
         channels = self.value(ours, "channels", int)
         if channels not in (1, 3):
             raise self.fault("channels", f"is {channels}, not 1 or 3")
-        if channels == 3:
-            return
+        if channels == 1:
+            self._take_grey(checkpoint, ours)
+        checkpoint.extras = self._extras(checkpoint, self.value(ours, "extras", dict))
+
+    def _extras(self, checkpoint: Checkpoint, extras: dict[Any, Any]) -> dict[str, Any]:
+        """Those that are known, each of its kind: files of later versions may have more."""
+        known = {key: self.value(extras, key, kind) for key, kind in _EXTRAS.items() if key in extras}
+        if min(known.get("width", 1), known.get("height", 1), known.get("bits", 1)) < 1:
+            raise self.fault("width, height or bits", "is not positive")
+        if len(known.get("numbers", "")) not in (0, checkpoint.num_frames):
+            raise self.fault("numbers", f"are not those of {checkpoint.num_frames} frames")
+        for name, value in known.get("options", {}).items():
+            for part in value if isinstance(value, list) else [value]:
+                if part is not None and not isinstance(part, (bool, int, float, str)):
+                    raise self.fault(f"option {name!r}", f"is a {type(part).__name__}")
+        if "background" in known:
+            self.tensor(known, "background", (checkpoint.channels,))
+        if "random" in known:
+            try:
+                torch.Generator().set_state(known["random"])
+            except (RuntimeError, TypeError) as error:
+                raise self.fault("random", "is no state of a random generator") from error
+        learned = {**checkpoint.params, "time_func": checkpoint.time_func}
+        for name in known.get("gradients", {}):
+            if name not in learned:
+                raise self.fault("gradients", f"names {name!r}, which the model has not")
+            self.tensor(known["gradients"], name, tuple(learned[name].shape), label=f"the gradient of {name}")
+        return known
+
+    def _take_grey(self, checkpoint: Checkpoint, ours: dict[Any, Any]) -> None:
+        """Grey colours have one channel; their moments are in `ours`, exactly."""
         for name in _COLOURS:
             if name in checkpoint.params:
                 checkpoint.params[name] = checkpoint.params[name][:, :, :1].clone()

@@ -5,6 +5,7 @@ Apart from the model on purpose: :func:`take_rows` is the one place that exchang
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -56,10 +57,12 @@ class DensityControl:
         options: OptimisationOptions,
         extent: float,
         generator: torch.Generator,
-    ) -> None:
+    ) -> bool:
         """One density step: clone, then split, then prune; the statistics start anew.
 
-        New Gaussians go to the end: kept ones, clones, first children, second children.
+        New Gaussians go to the end: kept ones, clones, first children, second children. Where they would be more than
+        ``options.max_gaussians`` (0: no bound), those of the strongest gradients are made. Returns whether some were
+        not.
         """
         s, p = self.statistics, model.params
         gradient = (s["xyz_gradient_accum"] / s["denom"].clamp_min(1))[:, 0]
@@ -70,6 +73,15 @@ class DensityControl:
         spreads = model.spreads()
         clone = (by_position & small) | (by_time & (spreads <= options.split_sigma))
         split = (by_position & ~small) | (by_time & (spreads >= options.split_sigma))
+
+        added = clone + split * (options.split_children - 1)  # (N,)
+        room = max(options.max_gaussians - len(model), 0) if options.max_gaussians else math.inf
+        held_back = int(added.sum()) > room
+        if held_back:
+            strongest = torch.argsort(torch.maximum(gradient, m_gradient), descending=True, stable=True)
+            fits = torch.zeros_like(clone)
+            fits[strongest] = added[strongest].cumsum(0) <= room
+            clone, split = clone & fits, split & fits
 
         parents = split.nonzero()[:, 0]
         kept, clones = (~split).nonzero()[:, 0], clone.nonzero()[:, 0]
@@ -90,6 +102,7 @@ class DensityControl:
         keep = (~prune).nonzero()[:, 0]
         take_rows(model, optimizer, rows[keep], fresh[keep], {"xyz": xyz[keep], "scaling": scaling[keep]})
         self.statistics = _zeros(len(model), model.device)
+        return held_back
 
 
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:

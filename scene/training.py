@@ -2,31 +2,41 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arguments import TrainOptions, resolve_device, write_cfg_args
+from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import rasterizer
 from scene.cameras import Camera
-from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
 from scene.density_control import DensityControl
 from scene.frames import Frames, write_mirror
-from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer
+from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
 from scene.heldout import HeldOut, hold_out
 from scene.pipelines import Sampler, Task, tasks
 from scene.point_cloud import write_point_cloud, write_points
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, remove_temporaries
 from utils.geometry import FILE_NAME, Geometry
+from utils.memory import free_memory
 from utils.spherical_harmonics import to_colour
 
 _MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
+_MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
+
+# Of a run's options, those that say nothing of what it computes.
+_OF_NO_CONSEQUENCE = {
+    "source_path", "seg_source_path", "model_path", "start_checkpoint", "quiet", "debug", "debug_from", "num_pts",
+}  # fmt: skip
+# And those that a run cannot change half way: it would be neither the one nor the other.
+_FIXED = ("pipeline", "distance", "white_background", "random_background")
 
 
 @dataclass
@@ -45,6 +55,9 @@ class Training:
     geometry: Geometry | None = None  # of the frames, where prepare.py wrote it
     heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task, where there are such frames
     iteration: int = 0
+    found: bool = False  # whether it goes on from a checkpoint that was not named but found
+    bounded: bool = False  # whether the bound on the number of Gaussians was met
+    say: Callable[[str], object] = print  # one line to the user
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
@@ -53,7 +66,8 @@ class Training:
         frames, masks, geometry, tests = _read_data(options, device, say)
         todo = tasks(options, frames, masks)
         _check_batch(options, todo)
-        saved = load_checkpoint(options.start_checkpoint, device) if options.start_checkpoint else None
+        asked = options
+        options, saved = _starting_point(options, device, say)
         camera = Camera(frames.width, frames.height, options.distance)
         generator = torch.Generator().manual_seed(options.seed)
         channels = saved.channels if saved else max(f.channels for f in (frames, masks) if f is not None)
@@ -61,6 +75,7 @@ class Training:
         if options.random_background:
             background = torch.rand(channels, generator=generator)
 
+        options = _with_bound(options, saved, device, channels)
         if saved is None:
             durations = geometry.durations() if geometry else None
             model = GaussianModel.random(options, camera, len(frames), channels, generator, device, durations)
@@ -84,22 +99,32 @@ class Training:
             background.to(device),
             geometry,
             {task.name: test for task, test in zip(todo, tests, strict=True) if test is not None},
+            say=say,
         )
         if saved is not None:
+            training.found = asked.start_checkpoint == AUTO
             training._resume(saved, say)
         return training
 
     def _resume(self, saved: Checkpoint, say: Callable[[str], object]) -> None:
-        """Goes on where ``saved`` stopped, if it was optimising the same parameters; else takes its weights only."""
+        """Goes on where ``saved`` stopped, if it was optimising the same parameters; else takes its weights only,
+        unless it was found and not named."""
+        options, path = self.options, self.options.start_checkpoint
         wanted = [group["name"] for group in self.optimizer.param_groups]
         there = [group.get("name") for group in saved.optimizer["param_groups"]] if saved.optimizer else []
         if wanted != there:
+            if self.found:
+                raise UserError(
+                    f"{path} is of a run that trained other parameters, which auto cannot continue: give that "
+                    "file to --start_checkpoint by its name, and another -m"
+                )
             added = "" if saved.has_seg_head or len(self.model.heads) == 1 else " and a new segmentation head"
             say(
-                f"{self.options.start_checkpoint}: its weights{added}, with a fresh optimizer, from iteration 0 "
+                f"{path}: its weights{added}, with a fresh optimizer, from iteration 0 "
                 "(it was not optimising these parameters)"
             )
             return
+        _check_continues(options, saved, self._pixels())
         groups = self.optimizer.state_dict()["param_groups"]  # rates come from the options
         assert saved.optimizer is not None
         self.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
@@ -109,7 +134,54 @@ class Training:
             self.generator.set_state(saved.extras["random"])
             self.background = saved.extras["background"].to(self.model.device)
         self.iteration = saved.iteration
-        say(f"resuming {self.options.start_checkpoint} at iteration {saved.iteration}")
+        say(f"resuming {path} at iteration {saved.iteration}")
+        changes = _changes(saved.extras.get("options", {}), _as_saved(options))
+        if changes:
+            say(f"options that changed since then: {', '.join(changes)}")
+        self._take_step(saved.extras.get("gradients", {}))
+
+    def _take_step(self, gradients: Mapping[str, Tensor]) -> None:
+        """The step of the optimizer that the iteration of the checkpoint was to end with."""
+        degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
+        set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
+        self.model.active_sh_degree = degree
+        for name, parameter in self._learned():
+            if name in gradients:
+                parameter.grad = gradients[name].to(parameter.device)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _learned(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.model.params.items()
+        yield "time_func", self.model.time_func
+
+    def _pixels(self) -> str:
+        """A digest of all frames: those of another patient may have the same names and sizes."""
+        digest = hashlib.blake2b(digest_size=16)
+        for task in self.tasks:
+            digest.update(task.frames.levels.cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
+    def check_finite(self, values: Mapping[str, Tensor]) -> None:
+        """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the state
+        that goes on (parameters, moments), where an earlier iteration left its traces."""
+        named: dict[str, Tensor | None] = dict(values)
+        for name, parameter in self._learned():
+            named[f"gradient of {name}"] = parameter.grad
+            named[name] = parameter.detach()
+            for key, moment in self.optimizer.state.get(parameter, {}).items():
+                named[f"{key} (of Adam) of {name}"] = moment
+        present = {name: value for name, value in named.items() if value is not None and value.numel()}
+        finite = torch.stack([value.isfinite().all().to(self.model.device) for value in present.values()])
+        if bool(finite.all()):  # the one time that this waits for the device
+            return
+        wrong = next(name for name, good in zip(present, finite.tolist(), strict=True) if not good)
+        earlier = [f"chkpnt{n}.pth" for n in all_of(self.folder) if n < self.iteration]
+        kept = f"; {earlier[-1]} is kept" if earlier else ""
+        raise UserError(
+            f"iteration {self.iteration}: the {wrong} is not finite{kept}; lower the learning rates or the weights "
+            "of the losses (--debug looks at every iteration)"
+        )
 
     @property
     def extent(self) -> float:
@@ -141,18 +213,30 @@ class Training:
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
         write_point_cloud(path, self.model.params, self.model.time_func)
 
-    def save_checkpoint(self) -> None:
+    def save_checkpoint(self, pending: bool = False) -> None:
+        """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` less one stay.
+
+        pending: the optimizer took no step yet in this iteration, as is published of a run's last. The gradients are
+        saved then, so that a longer run can begin with the step. Raises `UserError`, and writes nothing, where
+        something of the run is not finite.
+        """
+        self.check_finite({})
         frames = self.tasks[0].frames
         extras = {
             "width": self.camera.width,
             "height": self.camera.height,
             "distance": self.camera.distance,
             "bits": frames.bits,
-            "names": frames.names,
-            "pipeline": self.options.pipeline,
+            "numbers": frames.numbers,
+            "pixels": self._pixels(),
+            "options": _as_saved(self.options),
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
         }
+        if pending:
+            extras["gradients"] = {
+                name: parameter.grad for name, parameter in self._learned() if parameter.grad is not None
+            }
         checkpoint = Checkpoint(
             self.iteration,
             {name: parameter.detach() for name, parameter in self.model.params.items()},
@@ -164,10 +248,22 @@ class Training:
             extras,
         )
         save_checkpoint(self.folder / f"chkpnt{self.iteration}.pth", checkpoint)
+        if self.options.keep_checkpoints:
+            # Those of later iterations are another run's, or damaged: they do not count.
+            older = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
+            for file in older[: -self.options.keep_checkpoints]:
+                file.unlink()
 
     def save_xyz(self) -> None:
-        with atomic_write(self.folder / "xyz" / f"{self.iteration}.pt") as temporary:
-            torch.save(self.model.params["xyz"].detach().cpu(), temporary)
+        path = self.folder / "xyz" / f"{self.iteration}.pt"
+        with atomic_write(path) as temporary, temporary.open("wb") as file:
+            torch.save(self.model.params["xyz"].detach().cpu(), file)
+
+    def remove_temporaries(self) -> None:
+        """Removes what an earlier run in the folder was writing when it was killed."""
+        below = (self.folder / "xyz", self.folder / "plots", *self.folder.glob("point_cloud/*"))
+        for folder in (self.folder, *below):
+            remove_temporaries(folder)
 
 
 def _read_data(
@@ -223,6 +319,88 @@ def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
         )
 
 
+def _starting_point(
+    options: TrainOptions, device: torch.device, say: Callable[[str], object]
+) -> tuple[TrainOptions, Checkpoint | None]:
+    """The checkpoint to start from, and ``options`` that name its file; None for a new model."""
+    folder = Path(options.model_path)
+    if options.start_checkpoint != AUTO:
+        if options.start_checkpoint:
+            return options, load_checkpoint(options.start_checkpoint, device)
+        if there := all_of(folder):
+            say(
+                f"{folder} holds checkpoints of an earlier run, up to iteration {max(there)}: this run starts anew "
+                f"among them (--start_checkpoint {AUTO} goes on)"
+            )
+        return options, None
+    found = newest_readable(folder, device, say)
+    if found is not None:
+        return replace(options, start_checkpoint=str(found[0])), found[1]
+    if options.seg_head_only:
+        raise UserError(
+            f"{folder} holds no checkpoint that can be read, and --seg_head_only needs a model: name one"
+        )
+    say(f"{folder} holds no checkpoint that can be read: starting anew")
+    return replace(options, start_checkpoint=None), None
+
+
+def _with_bound(
+    options: TrainOptions, saved: Checkpoint | None, device: torch.device, channels: int
+) -> TrainOptions:
+    """``options`` with the number of Gaussians that may be reached, where none is given: the checkpoint's, so that
+    the run goes on as it would have, else as many as the memory is likely to hold."""
+    before = saved.extras.get("options", {}).get("max_gaussians", 0) if saved else 0
+    if options.max_gaussians or type(before) is not int:
+        return options
+    if before > 0:
+        return replace(options, max_gaussians=before)
+    heads = 2 if options.pipeline == "joint" or options.seg_head_only else 1
+    raw = 11 + 2 * options.poly_degree + heads * (channels * (options.sh_degree + 1) ** 2 + 1)
+    # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
+    # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
+    # where Gaussians are as small as after training).
+    images = heads * (2 * options.batch_size - 1)
+    size = 4 * (5 * raw + 5 + 100 * images)
+    most = int(_MEMORY_SHARE * free_memory(device)) // size
+    start = len(saved.params["xyz"]) if saved else options.num_pts
+    if start > most:
+        raise UserError(
+            f"{start} Gaussians are likely to need more than half of the free memory, which would hold {most}: lower "
+            "--num_pts or --batch_size, free some, or say how many to try with --max_gaussians"
+        )
+    return replace(options, max_gaussians=most)
+
+
+def _as_saved(options: TrainOptions) -> dict[str, Any]:
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()}
+    return {name: value for name, value in values.items() if name != "given"}
+
+
+def _changes(before: Mapping[Any, Any], now: Mapping[str, Any]) -> list[str]:
+    """Which options of consequence differ from those of the checkpoint, in words."""
+    return [
+        f"--{name} {value} (was {before[name]})"
+        for name, value in now.items()
+        if name in before and name not in _OF_NO_CONSEQUENCE and before[name] != value
+    ]
+
+
+def _check_continues(options: TrainOptions, saved: Checkpoint, pixels: str) -> None:
+    """Is this the same run, gone on with? Raises `UserError` where it could not mean anything."""
+    path, before = options.start_checkpoint, saved.extras.get("options", {})
+    for name in _FIXED:
+        if name in before and before[name] != getattr(options, name):
+            raise UserError(
+                f"--{name} {getattr(options, name)}: the run of {path} had {before[name]}, and cannot go on with "
+                "another; give that, or start anew"
+            )
+    if saved.extras.get("pixels", pixels) != pixels:
+        raise UserError(
+            f"{path} was trained on other frames than those of {options.source_path} (as many, of the same size, with "
+            "other pixels): give those, or start anew"
+        )
+
+
 def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:
     """Do the checkpoint's model and these frames belong together?"""
     path = options.start_checkpoint
@@ -236,6 +414,13 @@ def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> Non
         raise UserError(
             f"{path} was trained on frames of {size[0]} x {size[1]} pixels, these are {frames.width} x "
             f"{frames.height}: check -s and --resolution"
+        )
+    numbers = saved.extras.get("numbers", frames.numbers)
+    if numbers != frames.numbers:
+        pair = next(pair for pair in zip(numbers, frames.numbers, strict=True) if pair[0] != pair[1])
+        raise UserError(
+            f"{path} was trained on frame number {pair[0]} where {options.source_path} has number {pair[1]}: give the "
+            "frames that it was trained on"
         )
     if saved.extras.get("distance", options.distance) != options.distance:
         raise UserError(f"{path} was trained with --distance {saved.extras['distance']}: give it again")
@@ -262,13 +447,3 @@ def _with_model_of(options: TrainOptions, model: GaussianModel) -> TrainOptions:
                 f"--{name} {wanted}: the model of {options.start_checkpoint} has {there}; leave it out"
             )
     return actual
-
-
-def fresh_folder(path: str | os.PathLike[str]) -> Path:
-    """Makes the output folder. Raises `UserError` where that cannot be."""
-    folder = Path(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"-m {folder}: a file of that name is in the way") from error
-    return folder

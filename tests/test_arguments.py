@@ -211,6 +211,8 @@ def test_saved_values_of_another_type_are_named():
         ("-m out --iteration -2", "--iteration"),
         ("-m out --extension png", "--extension png"),
         ("-m out --modify script.py", "FILE.py:FUNCTION"),
+        ("-m out --video 0", "--video is 0.0: give a number above 0"),
+        ("-m out --video_format avi", "--video_format"),
         ("-m out --pipeline joint", "--pipeline"),
     ],
 )
@@ -223,6 +225,11 @@ def test_mistakes_of_render_are_user_errors(words, message):
 def test_render_ignores_what_only_training_needs(capsys):
     render_options(["-m", "out", "--skip_train", "--skip_test", "--num_pts", "5"])
     assert capsys.readouterr().err.startswith("ignored: --skip_train, --skip_test, --num_pts")
+
+
+@pytest.mark.parametrize(("words", "rate"), [("", None), ("--video", 15.0), ("--video 30", 30.0)])
+def test_a_video_has_a_rate_of_its_own_or_the_usual_one(words, rate):
+    assert render_options(f"-m out {words} --nifti".split()).video == rate
 
 
 def test_frames_folder(tmp_path):

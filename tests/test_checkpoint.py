@@ -5,7 +5,6 @@ Published files are built here by hand from the description of the format, numpy
 
 import copy
 import os
-import random
 import zipfile
 
 import numpy as np
@@ -58,10 +57,10 @@ def make_checkpoint(channels=1, seg=False, dff=False):
         },
         optimizer=stepped_adam(learned).state_dict(),
         extras={
-            "width": 13, "names": ["0.png", "1.png"], "random": {
-                "python": random.getstate(), "numpy": np.random.default_rng(0).bit_generator.state,
-                "torch": torch.get_rng_state(),
-            },
+            "width": 13, "height": 11, "distance": 0.5, "bits": 16, "numbers": [1, 2, 5, 7], "pixels": "a0",
+            "options": {"lambda_l1": 2.0, "pipeline": "img", "test_iterations": [1, 2], "seg_source_path": None},
+            "background": torch.rand(channels), "random": torch.Generator().manual_seed(3).get_state(),
+            "gradients": {"xyz": torch.rand(N, 3), "f_dc": torch.rand(N, 1, channels)},
         },
     )  # fmt: skip
 
@@ -206,10 +205,10 @@ def test_views_are_saved_without_what_they_look_into(path):
 def test_numpy_numbers_become_plain_and_other_objects_are_refused(path):
     checkpoint = make_checkpoint()
     checkpoint.spatial_lr_scale = np.float64(1.5)
-    checkpoint.extras = {"distance": np.float32(0.5), "frames": np.int64(3)}
+    checkpoint.extras = {"distance": np.float32(0.5), "bits": np.int64(8), "of_a_later_version": 1}
     save_checkpoint(path, checkpoint)
     loaded = load_checkpoint(path)
-    assert_same(loaded.extras, {"distance": 0.5, "frames": 3})
+    assert_same(loaded.extras, {"distance": 0.5, "bits": 8})
     checkpoint.extras = {"what": object()}
     with pytest.raises(TypeError, match="object"):
         save_checkpoint(path, checkpoint)
@@ -399,6 +398,77 @@ def test_moments_of_another_shape_are_named(path):
     state["optimizer_state"]["state"][0]["exp_avg"] = torch.zeros(N + 1, 3)
     torch.save((state, 7), path)
     with pytest.raises(UserError, match="exp_avg of xyz"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("width", "13"),
+        ("height", 0),
+        ("distance", None),
+        ("numbers", [1, 2, 3]),
+        ("pixels", b"a0"),
+        ("options", {"lambda_l1": torch.zeros(2)}),
+        ("options", {"test_iterations": [[1]]}),
+        ("background", torch.zeros(4)),
+        ("background", torch.full((1,), torch.nan)),
+        ("random", torch.zeros(16, dtype=torch.uint8)),
+        ("random", torch.zeros(5056, dtype=torch.uint8)),
+        ("random", [1]),
+        ("gradients", {"xyz": torch.zeros(N, 2)}),
+        ("gradients", {"xyz": torch.full((N, 3), torch.inf)}),
+        ("gradients", {"abc": torch.zeros(N, 3)}),
+        ("gradients", torch.zeros(N, 3)),
+    ],
+)
+def test_the_extra_at_fault_is_named(path, key, value):
+    checkpoint = make_checkpoint()
+    checkpoint.extras[key] = value
+    save_checkpoint(path, checkpoint)
+    word = {"options": "option", "gradients": "gradient", "height": "height"}.get(key, key)
+    with pytest.raises(UserError, match=word) as error:
+        load_checkpoint(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("moment", "value"),
+    [
+        ("exp_avg", torch.full((N, 3), torch.nan)),
+        ("exp_avg_sq", torch.zeros(N, 3, dtype=torch.float64)),
+        ("step", torch.zeros(2)),
+        ("step", float("nan")),
+        ("step", -1.0),
+        ("step", "one"),
+    ],
+)
+def test_moments_and_counts_that_will_not_do_are_named(path, moment, value):
+    state = published_state()
+    state["optimizer_state"]["state"][0][moment] = value
+    torch.save((state, 7), path)
+    with pytest.raises(UserError, match=moment):
+        load_checkpoint(path)
+
+
+def test_archives_that_would_grow_are_refused_before_they_are_read(path):
+    save_checkpoint(path, make_checkpoint())
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, data + bytes(10_000_000) if name.endswith("data/0") else data)
+    assert path.stat().st_size < 200_000
+    with pytest.raises(UserError, match="compressed"):
+        load_checkpoint(path)
+
+
+def test_archives_that_claim_more_than_the_file_holds_are_refused(path):
+    save_checkpoint(path, make_checkpoint())
+    data = path.read_bytes()
+    place = data.rindex(b"PK\x01\x02")  # the last entry of the directory: its sizes come 20 bytes on
+    path.write_bytes(data[: place + 20] + b"\0\0\0\x7f" * 2 + data[place + 28 :])
+    with pytest.raises(UserError, match=r"claims to hold more|damaged"):
         load_checkpoint(path)
 
 

@@ -12,11 +12,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from utils.errors import UserError
 from utils.files import atomic_folder, atomic_write
-from utils.images import MAX_PIXELS, image_files, natural_order, read_image, to_grey, to_unit, write_image
+from utils.images import (
+    MAX_PIXELS,
+    image_files,
+    natural_order,
+    read_image,
+    to_grey,
+    to_unit,
+    write_image,
+    write_levels,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -310,3 +321,38 @@ def test_bugs_keep_their_traceback(tmp_path):
         [sys.executable, script], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert done.returncode == 1 and "ZeroDivisionError" in done.stderr
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.sampled_from([np.uint8, np.uint16]),
+    st.sampled_from([(), (1,), (3,), (4,)]),
+    st.integers(1, 20),
+    st.integers(1, 20),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_png_files_hold_the_levels_exactly(tmp_path_factory, dtype, channels, height, width, strided, seed):
+    """Read back by Pillow through `read_image`, and where Pillow has the kind of image by Pillow itself."""
+    rng = np.random.default_rng(seed)
+    levels = rng.integers(0, np.iinfo(dtype).max + 1, (height, width, *channels), dtype)
+    levels[: height // 2] //= 200  # runs of equal bytes too
+    if strided:
+        levels = levels[::-1, ::-1]
+    path = tmp_path_factory.getbasetemp() / "levels.png"
+    write_levels(path, levels)
+    expected = levels[:, :, 0] if channels == (1,) else levels
+    found = read_image(path)
+    assert found.dtype == dtype and np.array_equal(found, expected)
+    with Image.open(path) as image:
+        image.load()
+        if dtype == np.uint8:
+            assert np.array_equal(np.asarray(image), expected)
+
+
+@pytest.mark.parametrize(("suffix", "dtype"), [(".tif", np.uint16), (".tif", np.uint8), (".jpg", np.uint8)])
+def test_levels_are_written_as_they_are(tmp_path, suffix, dtype):
+    levels = np.full((8, 8), 77, dtype)
+    write_levels(tmp_path / f"a{suffix}", levels)
+    found = read_image(tmp_path / f"a{suffix}")
+    assert found.dtype == dtype and (found == levels).all()

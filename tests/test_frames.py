@@ -64,6 +64,19 @@ def test_a_frame_outside_is_an_error(folder):
             frames([k])
 
 
+def test_some_frames_are_a_sequence_of_their_own(folder):
+    stack = [save(folder, f"{k:04d}.png", noise((4, 6, 4), seed=k)) for k in range(4)]
+    frames, _ = read(folder)
+    part = frames.take([1, 3])
+    assert (len(part), part.names, part.numbers, part.has_alpha) == (
+        2,
+        ["0001.png", "0003.png"],
+        [1, 3],
+        True,
+    )
+    assert torch.equal(part([0, 1]), frames([1, 3])) and stack[3].shape == (4, 6, 4)
+
+
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_survive_in_two_bytes(folder, suffix):
     array = noise((8, 8), np.uint16)
@@ -186,6 +199,13 @@ def test_a_first_number_other_than_zero_is_no_gap(folder):
     for number in (5, 6):
         save(folder, f"{number}.png", np.zeros((2, 2), np.uint8))
     assert read(folder)[1] == []
+
+
+def test_gaps_that_are_expected_are_not_worth_a_line(folder):
+    for number in (1, 3):
+        save(folder, f"{number}.png", np.zeros((2, 2), np.uint8))
+    frames, said = read(folder, consecutive=False)
+    assert frames.numbers == [1, 3] and said == []
 
 
 def test_equal_numbers_are_an_error(folder):

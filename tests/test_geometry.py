@@ -107,6 +107,11 @@ def test_uneven_slices_have_true_times_and_places():
         expected = apply_affine(affine @ cut.matrix(SHAPE), [(2, 3, depth) for depth in (0, 2, 3, 4, 7, 7.5)])
         assert np.allclose(every.to_patient(points, every.size, sub_frames), expected, atol=1e-9)
 
+    part = cut_geometry(cut, affine, SHAPE, box=(slice(1, 5), slice(0, 6), slice(3, 7)), **others)
+    assert part.positions == (8, 10, 12, 14) and part.evenly_spaced  # the gap is cropped away
+    expected = apply_affine(affine @ cut.matrix(SHAPE), [(1 + 2, 3, depth) for depth in (4, 7)])
+    assert np.allclose(apply_affine(part.matrix, [(2, 3, 0), (2, 3, 3)]), expected, atol=1e-9)
+
     other = cut_geometry(cut, affine, SHAPE, 2, **others)
     assert other.slices == (0, 2, 5 - 1, 6) and other.positions == (0, 4, 10, 14)
     assert other.heldout_slices == (1, 3, 5) and other.heldout_positions == (2, 8, 12)

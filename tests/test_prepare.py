@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from nibabel.affines import apply_affine
 
+import slices_to_ply
 from prepare import main
 from utils.errors import UserError
 from utils.geometry import Geometry
@@ -113,6 +114,17 @@ def test_keep_every(tmp_path, volume):
     )
 
 
+def test_masks_left_out_are_no_case_of_a_mesh(tmp_path, volume):
+    label = np.zeros((6, 7, 5), np.uint8)
+    label[2:4, 2:5, 1:4] = 1
+    label = _save(tmp_path / "label.nii.gz", label)
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--keep_every", "2", "--quiet"])
+    slices_to_ply.main(
+        ["-i", str(tmp_path / "out" / "seg"), "-o", str(tmp_path / "mesh"), "--smoothing", "none"]
+    )
+    assert os.listdir(tmp_path / "mesh") == ["original.ply"]
+
+
 def test_label_values(tmp_path, volume):
     labels = np.zeros((6, 7, 5), np.uint8)
     labels[1], labels[2], labels[3] = 1, 2, 3
@@ -148,6 +160,29 @@ def test_label_on_another_grid_is_resampled_and_that_is_said(tmp_path, volume, c
     assert np.array_equal(
         _frames(tmp_path / "a" / "seg" / "original"), _frames(tmp_path / "b" / "seg" / "original")
     )
+
+
+def test_what_is_odd_in_a_label_is_said(tmp_path, volume, capsys):
+    labels = np.zeros((6, 7, 5), np.float32)
+    labels[1, 2, 3], labels[2:4, 3, 3], labels[4, 4, 4] = np.nan, 2, np.inf
+    label = _save(tmp_path / "label.nii", labels)
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--label_value", "2", "9"])
+    said = capsys.readouterr().out
+    assert f"2 voxels of {label} are NaN or infinite" in said and "has the value 9" in said
+    assert (_frames(tmp_path / "out" / "seg" / "original") > 0).sum() == 2
+    main(["-i", volume, "-l", label, "-o", str(tmp_path / "out"), "--force", "--quiet"])
+    assert (_frames(tmp_path / "out" / "seg" / "original") > 0).sum() == 2
+
+
+def test_a_label_with_millimetres_for_frames_without(tmp_path, capsys):
+    for number in range(5):
+        write_image(tmp_path / "in" / f"{number}.png", np.full((7, 6), number / 5))
+    labels = np.zeros((6, 7, 5), np.uint8)
+    labels[1, 2, 3] = 1
+    label = _save(tmp_path / "label.nii", labels)
+    main(["-i", str(tmp_path / "in"), "-l", label, "-o", str(tmp_path / "out")])
+    assert "only one of them knows millimetres" in capsys.readouterr().out
+    assert np.argwhere(_frames(tmp_path / "out" / "seg" / "original")).tolist() == [[3, 2, 1]]
 
 
 def test_fractional_labels_are_cut_at_a_half(tmp_path, volume, capsys):

@@ -2,23 +2,31 @@
 
 import math
 import re
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nibabel
 import numpy as np
 import pytest
 import torch
+from nibabel.affines import apply_affine
+from PIL import Image, ImageSequence
+from plyfile import PlyData
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
+import prepare
 import render
-import slices_to_ply
 from gaussian_renderer import ACTIVE, editing, oracle
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
-from utils.geometry import Cut, cut_geometry
-from utils.images import read_image, write_image
-from utils.meshes import read_mesh
+from utils.geometry import Cut, Geometry, cut_geometry
+from utils.images import read_image, to_unit, write_image
 from utils.spherical_harmonics import from_colour, to_colour
 
 WIDTH, HEIGHT, FRAMES = 40, 32, 4
@@ -233,9 +241,23 @@ def test_a_file_that_cannot_be_written_ends_the_run(model, call, monkeypatch):
         if path.name == "00002_0.png":
             raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(render, "write_image", full)
+    monkeypatch.setattr(render, "write_levels", full)
     with pytest.raises(OSError, match="No space"):
         call("-m", model, "--quiet")
+
+
+def test_a_long_run_ends_soon_after_a_file_that_cannot_be_written(model, call, monkeypatch):
+    tried = []
+
+    def full(path, *_):
+        tried.append(path.name)
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(render, "write_levels", full)
+    monkeypatch.setattr(render, "WRITERS", 2)
+    with pytest.raises(OSError, match="No space"):
+        call("-m", model, "--quiet", "--interp", 20, "--chunks", 1000)
+    assert len(tried) < 20, "of 80"
 
 
 def test_the_oracle_needs_no_compiled_code(model, call, monkeypatch):
@@ -591,10 +613,338 @@ def test_files_without_the_function(tmp_path, model, call):
             call("-m", model, "--modify", function(tmp_path, "return 1", header))
 
 
+# ---- a volume --------------------------------------------------------------------------------------------------------
+
+
+def turned(*degrees):
+    """A rotation about x, y and z."""
+    out = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        i, j = (other for other in range(3) if other != axis)
+        turn = np.eye(3)
+        turn[[i, j], [i, j]], turn[i, j], turn[j, i] = math.cos(angle), -math.sin(angle), math.sin(angle)
+        out = out @ turn
+    return out
+
+
+AFFINES = {
+    "straight": np.diag([0.8, 0.9, 3.0]),
+    "flipped": np.diag([-0.8, 0.9, -3.0]),
+    "oblique": turned(10, -25, 40) @ np.diag([0.8, -0.9, 3.0]),
+    "permuted and oblique": turned(3, 8, -5) @ np.diag([0.8, 0.9, 3.0])[:, [2, 0, 1]],
+}
+
+
+def source_volume(folder, affine, shape=(14, 11, 6)):
+    """A NIfTI volume of noise, its label, and what prepare.py makes of them: (volume, OUT)."""
+    rng = np.random.default_rng(0)
+    placed = np.eye(4)
+    placed[:3, :3], placed[:3, 3] = affine, (12.0, -30.0, 55.0)
+    values = rng.normal(100, 300, shape).astype(np.float32)
+    nibabel.save(nibabel.Nifti1Image(values, placed), folder / "source.nii")
+    label = (rng.random(shape) > 0.5).astype(np.uint8)
+    nibabel.save(nibabel.Nifti1Image(label, placed), folder / "label.nii")
+    return nibabel.load(folder / "source.nii"), nibabel.load(folder / "label.nii")
+
+
+class FromFrames:
+    """Instead of a model: the frames themselves, and between two of them their blend."""
+
+    def __init__(self, root):
+        self.stacks = [
+            torch.stack(
+                [
+                    torch.from_numpy(to_unit(read_image(f)))
+                    for f in sorted((root / kind / "original").iterdir())
+                ]
+            )
+            for kind in ("img", "seg")
+        ]
+
+    def __call__(self, renderer, positions):
+        out = []
+        for stack in self.stacks[: len(renderer.outputs)]:
+            low = [min(int(p), len(stack) - 1) for p in positions]
+            high = [min(k + 1, len(stack) - 1) for k in low]
+            share = torch.tensor([p - k for p, k in zip(positions, low, strict=True)]).view(-1, 1, 1)
+            out.append(torch.lerp(stack[low], stack[high], share.float())[:, None])
+        return torch.stack(out)
+
+
+def model_of(folder, root):
+    """A model folder of the frames of prepare.py, as train.py would leave it."""
+    geometry = Geometry.load(root / "frames.json")
+    save(folder, with_head(random_gaussians(n=5)), frames=len(geometry.slices), size=geometry.size, bits=16)
+    geometry.save(folder / "frames.json")
+    return folder
+
+
+def ras_grid(image):
+    """(I, J, K, 3), where the voxels lie."""
+    return apply_affine(image.affine, np.stack(np.meshgrid(*map(np.arange, image.shape), indexing="ij"), -1))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("name", AFFINES)
+def test_the_volume_lies_on_its_source(tmp_path, call, monkeypatch, name, axis):
+    source, label = source_volume(tmp_path, AFFINES[name])
+    arguments = ["-i", tmp_path / "source.nii", "-l", tmp_path / "label.nii", "-o", tmp_path / "case"]
+    arguments += ["--axis", axis, "--window", -400, 500, "--quiet"]
+    assert prepare.main(list(map(str, arguments))) == 0
+    folder, frames = model_of(tmp_path / "model", tmp_path / "case"), FromFrames(tmp_path / "case")
+    monkeypatch.setattr(render.Renderer, "__call__", lambda self, positions: frames(self, positions))
+    call("-m", folder, "--interp", 3, "--pipeline", "both", "--nifti", "--quiet")
+
+    image, mask = (nibabel.load(folder / f"render_{kind}.nii.gz") for kind in ("img", "mask"))
+    expected = list(source.shape)
+    expected[axis] = 3 * (expected[axis] - 1) + 1  # up to the last slice: beyond it nothing was seen
+    assert image.shape == mask.shape == tuple(expected)
+    each = [slice(None)] * 3
+    each[axis] = slice(None, None, 3)
+    each = tuple(each)
+    # Micrometres: the header holds float32.
+    for volume in (image, mask):
+        np.testing.assert_allclose(ras_grid(volume)[each], ras_grid(source), atol=1e-3)
+    step = 900 / 65535
+    found, truth = image.get_fdata(), source.get_fdata().clip(-400, 500)
+    np.testing.assert_allclose(found[each], truth, rtol=0, atol=1.01 * step)
+    between = [slice(None)] * 3
+    between[axis] = slice(1, None, 3)
+    blend = (2 * np.delete(truth, -1, axis) + np.delete(truth, 0, axis)) / 3
+    np.testing.assert_allclose(found[tuple(between)], blend, rtol=0, atol=2.01 * step)
+    assert mask.get_data_dtype() == np.uint8 and np.array_equal(mask.get_fdata()[each], label.get_fdata())
+    assert image.header.get_xyzt_units()[0] == "mm"
+    assert image.header["sform_code"] == image.header["qform_code"] == 1
+    np.testing.assert_allclose(image.get_qform(), image.affine, atol=1e-3)
+
+
+def nifti_case(tmp_path, **changes):
+    """A random model of 4 frames of a volume, its geometry changed."""
+    folder = save(tmp_path / "model", with_head(random_gaussians()))
+    affine = np.diag([0.5, 0.5, 2.0, 1.0])
+    cut = Cut((0, 1, 2), (True, True))
+    geometry = cut_geometry(
+        cut, affine, (WIDTH, HEIGHT, FRAMES), window=(-100.0, 300.0), bits=8, source="scan"
+    )
+    replace(geometry, **changes).save(folder / "frames.json")
+    return folder, replace(geometry, **changes)
+
+
+def test_the_volume_holds_what_the_images_show(tmp_path, call):
+    folder, _ = nifti_case(tmp_path)
+    call("-m", folder, "--interp", 2, "--pipeline", "both", "--nifti", "--quiet")
+    volume = nibabel.load(folder / "render_img.nii.gz").get_fdata()
+    mask = nibabel.load(folder / "render_mask.nii.gz").get_fdata()
+    assert volume.shape == mask.shape == (WIDTH, HEIGHT, 7)
+    for slot in range(7):
+        name = f"{slot // 2:05d}_{slot % 2}.png"
+        frame = (
+            read_image(folder / "render_img" / name)[::-1, ::-1].T / 255
+        )  # columns and rows run against i and j
+        np.testing.assert_allclose((volume[:, :, slot] + 100) / 400, frame, rtol=0, atol=0.51 / 255)
+        level = read_image(folder / "render_mask" / name)[::-1, ::-1].T
+        clear = level != 127  # 126.5 to 127.5 may be either
+        assert np.array_equal(mask[:, :, slot][clear], (level >= 128)[clear])
+
+
+def test_a_volume_of_smaller_renders_covers_the_same_field(tmp_path, call):
+    folder, geometry = nifti_case(tmp_path, size=(2 * WIDTH, 2 * HEIGHT))
+    call("-m", folder, "--nifti", "--quiet")
+    image = nibabel.load(folder / "render_img.nii.gz")
+    corner = apply_affine(image.affine, [[WIDTH - 0.5, HEIGHT - 0.5, 0], [-0.5, -0.5, 3]])
+    expected = geometry.to_patient(np.array([[-0.5, -0.5, 0], [2 * WIDTH - 0.5, 2 * HEIGHT - 0.5, 3]]))
+    np.testing.assert_allclose(corner, expected, atol=1e-4)
+
+
+def test_a_volume_of_uneven_frames_has_even_slices(tmp_path, call, capsys):
+    """Frames at 0, 2, 6 and 7 mm, two images each: slices every half millimetre, drawn where they lie."""
+    folder, _ = nifti_case(
+        tmp_path,
+        slices=(0, 1, 3, 4),
+        positions=(0.0, 2.0, 6.0, 7.0),
+        affine=((-0.5, 0, 0, 20), (0, -0.5, 0, 16), (0, 0, 7 / 3, 5), (0, 0, 0, 1)),
+    )
+    call("-m", folder, "--interp", 2, "--nifti", "--extension", ".npy")
+    assert "unevenly spaced: slices are drawn at even steps" in capsys.readouterr().out
+    image = nibabel.load(folder / "render_img.nii.gz")
+    assert image.shape == (WIDTH, HEIGHT, 15) and image.affine[2].tolist() == [0, 0, 0.5, 5]
+    values = (image.get_fdata() + 100) / 400
+    assert len(images(folder / "render_img")) == 2 * FRAMES, "the images stay as they were asked for"
+    for slot, position in ((0, 0), (2, 0.5), (4, 1), (6, 1.25), (11, 1.875), (12, 2), (13, 2.5), (14, 3)):
+        shown = expected(folder, position)[::-1, ::-1].T
+        np.testing.assert_allclose(values[:, :, slot], shown, rtol=0, atol=CLOSE["atol"] + 1 / 65535)
+
+
+def test_a_tilted_gantry_is_a_shear(tmp_path, call):
+    tilted = ((-0.5, 0, 0, 20), (0, -0.5, 0.7, 16), (0, 0, 2, 5), (0, 0, 0, 1))
+    folder, geometry = nifti_case(tmp_path, affine=tilted)
+    call("-m", folder, "--interp", 4, "--nifti", "--quiet")
+    image = nibabel.load(folder / "render_img.nii.gz")
+    np.testing.assert_allclose(
+        apply_affine(image.affine, [WIDTH - 4, HEIGHT - 6, 8]),
+        geometry.to_patient(np.array([3.0, 5, 2])),
+        atol=1e-4,
+    )
+    assert image.header["sform_code"] == 1 and image.header["qform_code"] == 0
+
+
+def test_volumes_that_have_no_place(tmp_path, call):
+    folder = save(tmp_path / "plain", random_gaussians())
+    with pytest.raises(
+        UserError, match=r"--nifti: there is no .*frames.json, so nobody knows where the frames lie"
+    ):
+        call("-m", folder, "--nifti", "--quiet")
+    folder, geometry = nifti_case(tmp_path, affine=None)
+    with pytest.raises(UserError, match=r"--nifti: scan had no affine"):
+        call("-m", folder, "--nifti", "--quiet")
+    replace(geometry, slices=(0, 1, 2), positions=(0.0, 1.0, 2.0)).save(folder / "frames.json")
+    with pytest.raises(UserError, match=r"is of 3 frames, the model of 4"):
+        call("-m", folder, "--nifti", "--quiet")
+    folder, _ = nifti_case(tmp_path)
+    with pytest.raises(UserError, match=r"--nifti: 60001 slices are more than the 32767 .* smaller --interp"):
+        call("-m", folder, "--nifti", "--quiet", "--interp", 20000)
+    save(folder, random_gaussians(channels=3))
+    with pytest.raises(UserError, match=r"--nifti: .* colour model"):
+        call("-m", folder, "--nifti", "--quiet")
+    assert not (folder / "render_img").exists()
+
+
+def test_a_volume_that_cannot_be_written_leaves_the_earlier_one(tmp_path, call, monkeypatch):
+    folder, _ = nifti_case(tmp_path)
+    call("-m", folder, "--nifti", "--quiet")
+    before = (folder / "render_img.nii.gz").read_bytes()
+
+    def full(self, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nibabel.Nifti1Image, "to_stream", full)
+    with pytest.raises(OSError, match="No space"):
+        call("-m", folder, "--nifti", "--quiet", "--interp", 2)
+    assert (folder / "render_img.nii.gz").read_bytes() == before
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+
+
+# ---- a video ---------------------------------------------------------------------------------------------------------
+
+
+def shots_of(path):
+    """The images of an MP4 or GIF as arrays (H, W, 3), and their number a second."""
+    if path.suffix == ".mp4":
+        reader = pytest.importorskip("imageio_ffmpeg").read_frames(str(path))
+        about = next(reader)
+        width, height = about["size"]
+        return [np.frombuffer(shot, np.uint8).reshape(height, width, 3) for shot in reader], about["fps"]
+    with Image.open(path) as image:
+        shots, spent = [], 0
+        for shot in ImageSequence.Iterator(image):
+            shots.append(np.asarray(shot.convert("RGB")))
+            spent += shot.info["duration"]
+        return shots, 1000 * len(shots) / spent
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+@pytest.mark.parametrize("pipeline", ["img", "both"])
+def test_a_video_shows_the_sequence_and_marks_the_input(model, call, capsys, kind, pipeline):
+    if kind == "mp4":
+        pytest.importorskip("imageio_ffmpeg")
+    call("-m", model, "--interp", 3, "--pipeline", pipeline, "--video", 20, "--video_format", kind)
+    path = model / f"render_{pipeline}.{kind}"
+    assert f"10 images, 0.5 s, in {path}" in capsys.readouterr().out
+    shots, rate = shots_of(path)
+    assert len(shots) == 3 * (FRAMES - 1) + 1 and rate == pytest.approx(20)
+    height, width, _ = shots[0].shape
+    side = height - 44  # the margin
+    assert (width > 2 * side) == (pipeline == "both") and width % 2 == height % 2 == 0
+    for k, shot in enumerate(shots):
+        margin = shot[side:].astype(int)
+        orange = ((margin[:, :, 0] - margin[:, :, 2]) > 80).sum()
+        assert (orange > 100) == (k % 3 == 0), "input frames are marked"
+        # The picture is the render, enlarged: the mean survives that, and coding takes little.
+        rendered = read_image(model / "render_img" / f"{k // 3:05d}_{k % 3}.png")
+        assert shot[:side, :480].mean() == pytest.approx(rendered.mean(), abs=4)
+
+
+def test_pixels_of_a_video_are_square(tmp_path, call):
+    folder, _ = nifti_case(tmp_path, affine=((-0.5, 0, 0, 0), (0, -1.5, 0, 0), (0, 0, 2, 0), (0, 0, 0, 1)))
+    call("-m", folder, "--video", "--video_format", "gif", "--quiet")
+    shots, rate = shots_of(folder / "render_img.gif")
+    height, width, _ = shots[0].shape
+    assert (height - 44) / width == pytest.approx(3 * HEIGHT / WIDTH, rel=0.01)
+    assert rate == pytest.approx(15, rel=0.02)  # the default, in hundredths of a second
+
+
+@pytest.mark.parametrize(("extension", "channels"), [(".npy", 1), (".tif", 3)])
+def test_a_video_of_other_files(tmp_path, call, extension, channels):
+    folder = save(tmp_path, random_gaussians(channels=channels), bits=16)
+    call("-m", folder, "--video", 10, "--video_format", "gif", "--extension", extension, "--quiet")
+    shots, _ = shots_of(folder / "render_img.gif")
+    assert len(shots) == FRAMES and shots[0][:-50].std() > 5
+
+
+def test_without_ffmpeg_there_is_a_gif(model, call, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)  # importing it raises ImportError
+    call("-m", model, "--video")
+    assert (model / "render_img.gif").exists() and "pip install imageio-ffmpeg" in capsys.readouterr().out
+    with pytest.raises(
+        UserError, match=r"--video_format mp4 needs imageio-ffmpeg: pip install imageio-ffmpeg"
+    ):
+        call("-m", model, "--video", "--video_format", "mp4")
+    monkeypatch.delitem(sys.modules, "imageio_ffmpeg")
+    pytest.importorskip("imageio_ffmpeg")
+    call("-m", model, "--video", "--quiet")
+    assert (model / "render_img.mp4").exists()
+
+
+# ---- speed and memory ------------------------------------------------------------------------------------------------
+
+
+def test_views_at_once_follow_the_chunks_and_the_memory():
+    renderer = SimpleNamespace(
+        camera=CAMERA, model=GaussianModel(random_gaussians(), torch.ones(4)), outputs=[0]
+    )
+    assert render.views_at_once(renderer, 100, 1) == 64  # the most that the rasteriser draws in a call
+    assert [render.views_at_once(renderer, 100, chunks) for chunks in (3, 10, 30, 1000)] == [34, 10, 4, 1]
+    renderer.outputs = [0, 1]
+    assert render.views_at_once(renderer, 100, 1) == 32
+    renderer.camera = Camera(4000, 4000)
+    assert render.views_at_once(renderer, 100, 1) == 2  # 2 GiB of images would be 4
+    renderer.camera = Camera(40000, 40000)
+    assert render.views_at_once(renderer, 100, 1) == 1
+
+
+PEAK = """
+import resource, sys
+import render
+sys.argv = ["render.py", *sys.argv[1:], "--device", "cpu", "--quiet"]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+render.main()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.slow
+def test_more_chunks_take_less_memory(tmp_path):
+    """The peak beyond what the program itself takes: at 64 views, at 16 and at 4, 100 000 Gaussians each."""
+    params = random_gaussians(100_000)
+    params["scaling"] = params["scaling"] - 2  # small ones: the lists of the tiles stay short
+    folder = save(tmp_path, params, frames=16)
+
+    def peak(chunks):
+        arguments = ["-m", folder, "--interp", 4, "--chunks", chunks]
+        run = subprocess.run(
+            [sys.executable, "-c", PEAK, *map(str, arguments)], capture_output=True, text=True, check=True
+        )
+        return int(run.stdout)
+
+    one, four, sixteen = peak(1), peak(4), peak(16)
+    assert four < 0.6 * one and sixteen < 0.6 * four, (one, four, sixteen)
+
+
 # ---- to the mesh -----------------------------------------------------------------------------------------------------
 
 
-def test_masks_between_frames_make_one_closed_surface(tmp_path, call, capsys):
+def test_masks_between_frames_make_one_closed_surface(tmp_path, call):
     """A ball of 12 frames, each a disc that fades into its neighbours, rendered 8 times as densely and meshed."""
     frames, radius, centre = 12, 0.15, (0.03, -0.02)
     spacing = 2 * radius / 8  # plane units a frame: the ball is 8 frames high
@@ -607,10 +957,22 @@ def test_masks_between_frames_make_one_closed_surface(tmp_path, call, capsys):
     )
     folder = save(tmp_path / "ball", params, frames=frames)
     call("-m", folder, "--pipeline", "seg", "--interp", 8, "--quiet")
-    assert slices_to_ply.main(["-i", str(folder), "-o", str(tmp_path), "--quiet", "--thresh", "127.5"]) == 0
-    mesh = read_mesh(tmp_path / "ball.ply")
-    assert mesh.is_watertight and mesh.is_winding_consistent and mesh.body_count == 1
+    program = Path(render.__file__).with_name("slices_to_ply.py")
+    arguments = ["-i", folder, "-o", tmp_path, "--quiet", "--thresh", "127.5"]
+    subprocess.run([sys.executable, program, *map(str, arguments)], check=True)
+    mesh = PlyData.read(tmp_path / "ball.ply")
+    vertices = np.stack([mesh["vertex"][name] for name in "xyz"], 1).astype(np.float64)
+    triangles = np.stack(mesh["face"][mesh["face"].properties[0].name])
+
+    edges = np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]])
+    directed = edges.astype(np.int64) @ [2**31, 1]
+    assert len(np.unique(directed)) == len(directed)
+    assert set(directed) == set(edges.astype(np.int64) @ [1, 2**31]), "each edge has its twin: watertight"
+    graph = coo_array((np.ones(len(edges)), edges.T), shape=(len(vertices), len(vertices)))
+    assert connected_components(graph, directed=False)[0] == 1
     # Half-axes: radius, radius, 4 frames. Discs that fade into each other change it somewhat.
     voxels = 4 / 3 * math.pi * (radius * CAMERA.pixels_per_unit) ** 2 * 4 * 8
-    assert mesh.volume == pytest.approx(voxels, rel=0.25)
-    assert mesh.bounds[0, 2] > 1 and mesh.bounds[1, 2] < 8 * frames - 2, "no end of the stack cuts it"
+    first, second, third = vertices[triangles].transpose(1, 0, 2)
+    volume = np.einsum("ij,ij->", first, np.cross(second, third)) / 6  # positive: triangles face outwards
+    assert volume == pytest.approx(voxels, rel=0.25)
+    assert vertices[:, 2].min() > 1 and vertices[:, 2].max() < 8 * frames - 2, "no end of the stack cuts it"

@@ -187,10 +187,11 @@ def test_checkpoints_hold_the_run(joint):
     saved = checkpoint(out, 25)
     assert saved.iteration == 25 and saved.has_seg_head and saved.channels == 3
     assert saved.spatial_lr_scale == pytest.approx(1.1)
-    assert {key: saved.extras[key] for key in ("width", "height", "distance", "bits", "pipeline")} == {
-        "width": 24, "height": 20, "distance": 1.0, "bits": 8, "pipeline": "joint",
+    assert {key: saved.extras[key] for key in ("width", "height", "distance", "bits")} == {
+        "width": 24, "height": 20, "distance": 1.0, "bits": 8,
     }  # fmt: skip
-    assert saved.extras["names"] == [f"{k:04d}.png" for k in range(FRAMES)]
+    assert saved.extras["numbers"] == list(range(FRAMES))
+    assert saved.extras["options"]["pipeline"] == "joint"
 
 
 def test_centres(joint):
@@ -489,7 +490,7 @@ def test_debug_stops_at_values_that_are_not_finite(tmp_path, capsys, flag):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, capsys):
     images, out = write(tmp_path / "data", blobs()), tmp_path / "out"
     assert refused(images, out, "--iterations", 30, "--lambda_l1", 1e39) == 2  # more than float32 holds
-    assert "the loss is" in capsys.readouterr().err.splitlines()[-1]
+    assert "iteration 10: the l1 loss of img is not finite" in capsys.readouterr().err.splitlines()[-1]
     assert not list(out.glob("chkpnt*"))
 
 

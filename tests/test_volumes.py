@@ -11,7 +11,7 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 import tifffile
-from dicom import write_cine, write_enhanced, write_series
+from dicom_files import write_cine, write_enhanced, write_series
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nibabel.affines import apply_affine
@@ -136,8 +136,8 @@ def test_missing_slices_are_named_and_keep_their_times(tmp_path, capsys):
     )
     frames, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "d")
     said = capsys.readouterr().out
-    assert "2 slices are missing (2 behind slice014.dcm)" in said and "true times" in said
-    assert "2 instance numbers 4, 5 missing" in said
+    assert "2 slices are missing (2 behind slice014.dcm)" in said and "2.5 to 7.5 mm apart" in said
+    assert "2 instance numbers are missing (4, 5)" in said
     assert geometry.positions == pytest.approx((0, 2.5, 5, 12.5), abs=1e-6)
     assert geometry.durations() == pytest.approx(np.array([1, 1, 3, 1]) / 6)
     _same_voxels(frames, geometry, VALUES[:, :, kept], affine, kept)
@@ -164,6 +164,11 @@ def test_a_label_on_an_even_grid_meets_uneven_slices(tmp_path, capsys):
     )
     assert "another grid" in capsys.readouterr().out
     _same_voxels(masks > 0, geometry, label[:, :, kept] > 0, _affine(), kept)
+    # of as many slices, but elsewhere: nothing is known of the last frame
+    short = _nifti(tmp_path / "s.nii", label[:, :, :4])
+    _, masks, geometry = _prepare(tmp_path / "c", "-i", tmp_path / "d", "-l", short)
+    expected = np.where(np.arange(4) < 3, label[:, :, kept], 0)
+    _same_voxels(masks > 0, geometry, expected > 0, _affine(), kept)
     # and back: an uneven label on an even volume, where slices 3 and 4 take the nearest one
     write_series(tmp_path / "l", label[:, :, kept], _affine(), depths=kept)
     _, masks, geometry = _prepare(tmp_path / "b", "-i", _nifti(tmp_path / "v.nii"), "-l", tmp_path / "l")
@@ -190,7 +195,7 @@ def test_series_are_chosen_by_uid(tmp_path, capsys):
     folder = tmp_path / "two"
     first = write_series(folder, VALUES, _affine(), SeriesDescription="thin")
     second = write_series(folder, VALUES[:, :, :4], _affine(), prefix="b", Modality="MR")
-    with pytest.raises(UserError, match=r"holds 2 series: choose one with --series UID: ") as error:
+    with pytest.raises(UserError, match=r"holds 2 series: choose one for -i with --series UID, ") as error:
         read_volume(folder)
     assert f"{first} (6 files, CT thin)" in str(error.value) and f"{second} (4 files, MR test)" in str(
         error.value
@@ -205,7 +210,7 @@ def test_dicom_cine_in_grey_and_colour(tmp_path, capsys):
         write_cine(tmp_path / f"{name}.dcm", stack)
         found, _, geometry = _prepare(tmp_path / name, "-i", tmp_path / f"{name}.dcm")
         assert np.array_equal(found, stack) and geometry.affine is None
-        assert "frames in time" in capsys.readouterr().out
+        assert "do not say where they lie" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("order", [[0, 1, 2, 3, 4, 5], [3, 0, 5, 1, 4, 2], [0, 1, 5, 4]])
@@ -274,6 +279,17 @@ def test_nrrd_without_space_is_mentioned(tmp_path):
     assert read_volume(_itk(tmp_path / "b.nrrd")).notes == []
 
 
+def test_nrrd_in_another_space(tmp_path):
+    header = (
+        "NRRD0005\ntype: uchar\ndimension: 3\nspace: right-anterior-superior\nsizes: 2 3 4\nencoding: raw\n"
+    )
+    header += "space directions: (1,0,0) (0,1,0) (0,0,2)\nspace origin: (5,6,7)\n\n"
+    (tmp_path / "a.nrrd").write_bytes(header.encode() + bytes(range(24)))
+    expected = np.diag([1.0, 1, 2, 1])
+    expected[:3, 3] = 5, 6, 7
+    assert np.array_equal(read_volume(tmp_path / "a.nrrd").affine, expected)
+
+
 # --- Stacks of frames ---------------------------------------------------------------------------------------
 
 
@@ -337,14 +353,14 @@ def test_missing_frame_numbers_are_named(tmp_path, capsys):
     for number in (3, 4, 5, 8, 9):
         write_image(tmp_path / "in" / f"frame_{number:03d}.png", np.full((5, 4), number / 10))
     _, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "in")
-    assert "2 numbers 6, 7 missing" in capsys.readouterr().out
+    assert "2 numbers are missing (6, 7)" in capsys.readouterr().out
     assert geometry.positions == (0, 1, 2, 5, 6) and geometry.slices == (0, 1, 2, 3, 4)
     assert geometry.durations() == pytest.approx(np.array([1, 1, 3, 1, 1]) / 7)
 
 
 def test_numbers_that_do_not_count_frames_are_left_aside(tmp_path, capsys):
-    for name in ("101500", "101501", "101700", "101701"):  # clocks
-        write_image(tmp_path / "in" / f"{name}.png", np.full((5, 4), 0.5))
+    for seconds in (0, 1, 100, 101, 60 * 60 * 24 * 365):
+        write_image(tmp_path / "in" / f"2024{seconds:010d}.png", np.full((5, 4), 0.5))
     _, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "in")
     assert "do not count" in capsys.readouterr().out and geometry.durations() is None
     for number in (0, 2, 4, 6):  # every second one is even
@@ -364,6 +380,11 @@ def test_ct_windows(tmp_path, name):
     assert geometry.window == (level - width / 2, level + width / 2)
     readme = (Path(__file__).parent.parent / "README.md").read_text()
     assert f"| `{name}` | {level} | {width} |" in readme.replace("−", "-")
+
+
+def test_a_window_below_zero(tmp_path):
+    _, _, geometry = _prepare(tmp_path / "out", "-i", _nifti(tmp_path / "a.nii"), "--window", "-50", "-10.5")
+    assert geometry.window == (-50, -10.5)
 
 
 def test_a_ct_window_on_something_else_is_mentioned(tmp_path, capsys):
@@ -483,6 +504,7 @@ def _refusals(folder):
     cut = folder / "short" / "slice014.dcm"
     cut.write_bytes(cut.read_bytes()[:-60])
     (folder / "study").mkdir()
+    write_series(folder / "lossy", VALUES, affine, LossyImageCompression="01")
     write_series(folder / "study" / "series", VALUES, affine)
     write_series(folder / "sizes", VALUES[:, :, :3], affine)
     uid = pydicom.dcmread(folder / "sizes" / "slice000.dcm").SeriesInstanceUID
@@ -491,6 +513,10 @@ def _refusals(folder):
     write_enhanced(folder / "copies.dcm", VALUES, affine, [0, 1, 2, 0, 1, 2], [1.0] * 6)
     (folder / "junk").mkdir()
     (folder / "junk" / "a.dcm").write_text("hello")
+    Image.new("L", (4, 4)).save(folder / "vast.gif")
+    vast = bytearray((folder / "vast.gif").read_bytes())
+    vast[6:10] = b"\xff\xff\xff\xff"  # the size of its screen
+    (folder / "vast.gif").write_bytes(vast)
     for name in ("text.nrrd", "text.mha", "text.tif", "text.gif", "text.mp4"):
         (folder / name).write_text("hello")
     sitk.WriteImage(sitk.GetImageFromArray(VALUES[0]), str(folder / "flat.nrrd"))
@@ -523,6 +549,7 @@ def _refusals(folder):
         "slices of two sizes": (["-i", folder / "sizes"], "slices have one size"),
         "scales of frames": (["-i", folder / "scaled.dcm"], "rescales its frames differently"),
         "frames twice": (["-i", folder / "copies.dcm"], "3 slices lie where another one does (frame 0 and frame 3)"),
+        "a mosaic": (["-i", Path(nibabel.__path__[0]) / "nicom/tests/data/0.dcm"], "is a mosaic"),
         "no DICOM image": (["-i", folder / "junk"], "no DICOM image that can be read (tried a.dcm)"),
         "one DICOM file": (["-i", folder / "localizer" / "slice000.dcm"], "give -i the folder of its series"),
         "no such series": (["-i", folder / "localizer", "--series", "1.2"], "has no series 1.2"),
@@ -532,6 +559,7 @@ def _refusals(folder):
         "no MetaImage": (["-i", folder / "text.mha"], "damaged, or not what its name says"),
         "no TIFF": (["-i", folder / "text.tif"], "cannot be read"),
         "no GIF": (["-i", folder / "text.gif"], "cannot be read"),
+        "a vast GIF": (["-i", folder / "vast.gif"], "65535 x 65535 pixels, over the limit"),
         "no video": (["-i", folder / "text.mp4"], "cannot be read"),
         "2-D NRRD": (["-i", folder / "flat.nrrd"], "is 2-D"),
         "5-D MetaImage": (["-i", folder / "5d.mha"], "is 5-D"),
@@ -545,6 +573,7 @@ def _refusals(folder):
         "a negative margin": (["-i", good, "--crop", "-1"], "-1 is not a number of millimetres"),
         "two windows": (["-i", good, "--window", "0", "1", "--ct_window", "brain"], "not allowed with"),
         "a JPEG label": (["-i", pictures, "-l", folder / "jpegs"], "does not keep labels exactly"),
+        "a label of lossy DICOM": (["-i", good, "-l", folder / "lossy"], "does not keep labels exactly"),
         "a coloured label": (["-i", pictures, "-l", folder / "coloured"], "holds colours"),
         "another numbering": (["-i", pictures, "-l", folder / "numbered"], "numbered differently"),
     }  # fmt: skip
@@ -564,9 +593,12 @@ def test_every_mistake_is_one_line_and_writes_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")  # libraries are silent too
 
 
-@pytest.mark.parametrize("module, name", [("SimpleITK", "a.nrrd"), ("imageio_ffmpeg", "a.mp4")])
+@pytest.mark.parametrize(
+    "module, name",
+    [("SimpleITK", "a.nrrd"), ("SimpleITK", "a.dcm"), ("pydicom", "a.dcm"), ("imageio_ffmpeg", "a.mp4")],
+)
 def test_a_missing_library_is_asked_for_by_name(tmp_path, monkeypatch, module, name):
-    (tmp_path / name).touch()
+    write_enhanced(tmp_path / name, VALUES, _affine(), [0, 1], [1.0, 1.0])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"{name} needs {module.replace('_', '-')}: pip3 install "):
+    with pytest.raises(UserError, match=f"{name}.* needs {module.replace('_', '-')}: pip3 install "):
         read_volume(tmp_path / name)

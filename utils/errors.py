@@ -1,15 +1,18 @@
-"""How a script ends: 0 done, 1 partly done or the machine said no, 2 the user's input is wrong, 130 interrupted."""
+"""How a script ends: 0 done, 1 partly done or the machine said no, 2 the user's input is wrong, 130 interrupted, 143
+asked to end (SIGTERM)."""
 
 from __future__ import annotations
 
 import argparse
 import errno
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from types import FrameType
+from typing import Any, NoReturn
 
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -37,8 +40,51 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message} (--help lists the options)")
 
 
-def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call `main` and exit the process with its status (None means 0).
+class StopRequest:
+    """Within it, SIGTERM and the first Ctrl-C are a request that the body looks for; the second stops it at once.
+
+    with StopRequest() as stop:
+        while not stop:
+            ...
+    return stop.status
+    """
+
+    def __init__(self) -> None:
+        self.signal = 0
+        self._before: dict[int, Any] = {}
+
+    def __bool__(self) -> bool:
+        return self.signal != 0
+
+    @property
+    def status(self) -> int:
+        """What a process that was asked to stop exits with: 130 after Ctrl-C, 143 after SIGTERM; 0 if it was not."""
+        return 128 + self.signal if self.signal else 0
+
+    def __enter__(self) -> StopRequest:
+        self._before = {
+            number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+        }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        if self.signal:
+            if number == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + number)
+        self.signal = number
+        # Not print: the signal may have come while something was printed.
+        os.write(2, b"\nasked to stop: finishing the iteration, then saving (once more: stops at once)\n")
+
+
+def run(
+    main: Callable[[], int | None], if_out_of_memory: str = "take smaller images or fewer at once"
+) -> NoReturn:
+    """Call `main` and exit the process with its status (None means 0). `if_out_of_memory`: what would help then.
 
     What a user can cause ends in one line on stderr, `<script>: error: ...`; `--debug` on the command line adds
     the traceback. Anything else is a bug of ours and keeps its traceback.
@@ -63,9 +109,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except (MemoryError, RuntimeError) as error:
         if not _is_out_of_memory(error):
             raise
-        status = _fail(
-            "out of memory: take fewer Gaussians, smaller frames or fewer at once, or free some", 1
-        )
+        where = "GPU memory" if type(error).__name__ == "OutOfMemoryError" else "memory"
+        status = _fail(f"out of {where}: {if_out_of_memory}, or free some", 1)
     except KeyboardInterrupt:
         status = _fail("interrupted", 130)
     sys.exit(status)

@@ -1,15 +1,23 @@
-"""Files and folders that are either complete or not there: written beside their place, then renamed into it."""
+"""Files and folders that are either complete or not there, written beside their place, then renamed into it; and
+folders that one run at a time may write to."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from utils.errors import UserError
+
+LOCK = ".lock"
+_WRITE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 _FULL = 4096  # bytes: a disk with less has no room for another block
 
 
@@ -22,8 +30,8 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
 
     The temporary name keeps the suffix, so libraries that choose a format by it (or append one) work, and so do
     `temporary.write_text` and `temporary.open("wb")`. Missing parent folders are made, a symbolic link is written
-    through. When the body raises, the temporary file is removed and an earlier `path` stays as it was; on a full disk
-    the exception is an OSError that names `path`.
+    through. When the body raises, the temporary file is removed and an earlier `path` stays as it was; where the disk
+    is full, or the system refuses otherwise, the exception is an OSError that names `path`.
 
     `sync=False` leaves the flushing to the system: still all or nothing when the program dies, not when the power
     does. Meant for images by the thousand.
@@ -37,10 +45,10 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
             _sync(temporary)
         os.replace(temporary, target)
     except BaseException as error:
-        full = _is_full(error, target)
+        number = _system_error(error, target)
         temporary.unlink(missing_ok=True)
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        if number:
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
     if sync:
         _sync(target.parent)
@@ -74,26 +82,98 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         else:
             os.rename(temporary, target)
     except BaseException as error:
-        full = _is_full(error, target)
+        number = _system_error(error, target)
         shutil.rmtree(temporary, ignore_errors=True)
-        if full:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target)) from error
+        if number:
+            raise OSError(number, os.strerror(number), str(target)) from error
         raise
     _sync(target.parent)
+
+
+@contextmanager
+def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make the folder `path` where it is not there, and hold it against other runs while the body runs.
+
+    The lock is the system's, on the file `.lock`: a process that dies, however it dies, has let go of it, and the
+    file that it leaves behind stops nobody. Folders made here that are still empty at the end are removed again.
+
+    Raises `UserError` where another run holds the folder, or a file is in its way.
+    """
+    folder = Path(path)
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"-m {folder}: a file of that name is in the way") from error
+    try:
+        descriptor = _lock(folder)
+        try:
+            yield folder
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it would hold a ghost
+            os.close(descriptor)
+    finally:
+        for place in made:
+            with suppress(OSError):  # no longer empty
+                place.rmdir()
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove the files that `atomic_write` was at in `folder` when its process was killed."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if _TEMPORARY.fullmatch(file.name) and file.is_file():
+            file.unlink(missing_ok=True)
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}(\.[^.]*)?")
 
 
 def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
 
 
-def _is_full(error: BaseException, target: Path) -> bool:
-    """Whether writing failed for want of space, to be asked before the half-written file goes.
+def _lock(folder: Path) -> int:
+    """The descriptor of the lock file, locked. Raises `UserError` where another process holds it."""
+    file = folder / LOCK
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
+            os.close(descriptor)
+            raise UserError(
+                f"{folder} is in use by another run ({holder}): wait for it, stop it, or give another -m"
+            ) from None
+        except OSError as error:
+            if error.errno not in (
+                errno.ENOLCK,
+                errno.ENOTSUP,
+            ):  # a file system without locks has to do without
+                os.close(descriptor)
+                raise
+        # Between opening and locking, the run that held the file may have removed it.
+        if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            return descriptor
+        os.close(descriptor)
 
-    Libraries raise exceptions of their own then (torch a RuntimeError), so the disk is asked too.
+
+def _system_error(error: BaseException, target: Path) -> int:
+    """The number of the system's error for which writing failed, 0 where it was no such error; to be asked before the
+    half-written file goes.
+
+    Libraries raise exceptions of their own then (torch a RuntimeError): the system's may be behind them, and else the
+    disk is asked whether it is full.
     """
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno == errno.ENOSPC
-    return isinstance(error, Exception) and shutil.disk_usage(target.parent).free < _FULL
+    behind: BaseException | None = error
+    while behind is not None:
+        if isinstance(behind, OSError) and behind.errno in _WRITE_ERRORS:
+            return behind.errno
+        behind = behind.__cause__ or behind.__context__
+    full = not isinstance(error, OSError) and shutil.disk_usage(target.parent).free < _FULL
+    return errno.ENOSPC if full and isinstance(error, Exception) else 0
 
 
 def _sync(path: Path) -> None:

@@ -17,14 +17,21 @@ from PIL import Image, UnidentifiedImageError
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# A PNG of a few kB can claim any size. 8192 x 8192 is beyond every scanner's frame and 1 GiB as float RGBA.
 MAX_PIXELS = 8192 * 8192
+"""A PNG of a few kB can claim any size. This is beyond every scanner's frame, and 1 GiB as float RGBA."""
+_limit = MAX_PIXELS
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard: a warning on stderr first, and no file name
 
 READABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".npy")
 WRITABLE = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".npy")
 
 _AnyPath = TypeVar("_AnyPath", str, Path)
+
+
+def limit_pixels(limit: int) -> None:
+    """Refuse image files of more pixels from now on; before any call, `MAX_PIXELS` is the limit."""
+    global _limit
+    _limit = limit
 
 
 def natural_order(paths: Iterable[_AnyPath]) -> list[_AnyPath]:
@@ -56,7 +63,7 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """One frame as (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA: uint8, uint16, or float32 as stored.
 
     Palettes become the colours they stand for, 1-bit images 0 and 255, grey with transparency RGBA. Raises UserError
-    for a missing or damaged file, a kind of image that is not a frame, and more than MAX_PIXELS.
+    for a missing or damaged file, a kind of image that is not a frame, and more pixels than `limit_pixels` said.
     """
     path = Path(path)
     suffix = path.suffix.lower()
@@ -107,40 +114,36 @@ def to_grey(array: np.ndarray) -> np.ndarray:
 
 
 def write_image(path: str | os.PathLike[str], array: np.ndarray, bits: int = 8) -> None:
-    """Write floats in [0, 1], (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), by the suffix of `path`.
+    """Write values in [0, 1], (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), by the suffix of `path`.
 
     .png and .tif round to `bits` (8 or 16), .jpg to 8; .npy keeps float32, whatever `bits`. Values outside [0, 1]
-    are clamped, NaN becomes 0. uint8 and uint16 are levels already: they are written as they are, `bits` says
-    nothing of them. The file is complete or not there.
+    are clamped, NaN becomes 0. The file is complete or not there.
     """
+    if bits not in (8, 16):
+        raise ValueError(f"bits is 8 or 16, not {bits}")
+    values = np.clip(np.nan_to_num(np.asarray(array, np.float64), nan=0.0), 0.0, 1.0)
+    if Path(path).suffix.lower() == ".npy":
+        values = _without_axis(values)
+        with atomic_write(path, sync=False) as temporary:
+            np.save(temporary, values.astype(np.float32))
+    else:
+        write_levels(path, np.rint(values * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16))
+
+
+def write_levels(path: str | os.PathLike[str], levels: np.ndarray) -> None:
+    """Write levels uint8 or uint16, of the shapes of `write_image`, as they are: .png, .tif, and of uint8 .jpg."""
     path = Path(path)
     suffix = path.suffix.lower()
-    array = np.asarray(array)
-    if array.ndim == 3 and array.shape[2] == 1:
-        array = array[:, :, 0]
-    stored = array.dtype in (np.uint8, np.uint16)
-    if stored:
-        bits = 8 * array.dtype.itemsize
-    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
-        raise ValueError(f"an image is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}")
+    levels = _without_axis(levels)
     if suffix not in WRITABLE:
         raise UserError(
             f"images are written as {', '.join(WRITABLE)}, not as {suffix or 'a file without a suffix'}"
         )
-    if suffix in (".jpg", ".jpeg") and (bits != 8 or array.shape[2:] == (4,)):
+    if suffix in (".jpg", ".jpeg") and (levels.dtype != np.uint8 or levels.shape[2:] == (4,)):
         raise UserError(
             f"{path}: JPEG holds 8-bit grey or RGB; write .png or .tif for 16 bits or transparency"
         )
-    if bits not in (8, 16):
-        raise ValueError(f"bits is 8 or 16, not {bits}")
-
     with atomic_write(path, sync=False) as temporary:
-        if suffix == ".npy":
-            np.save(temporary, to_unit(array) if stored else _clamped(array).astype(np.float32))
-            return
-        levels = array
-        if not stored:
-            levels = np.rint(_clamped(array) * (2**bits - 1)).astype(np.uint8 if bits == 8 else np.uint16)
         if suffix == ".png":
             temporary.write_bytes(_encode_png(levels))
         elif suffix in (".tif", ".tiff"):
@@ -153,15 +156,20 @@ def write_image(path: str | os.PathLike[str], array: np.ndarray, bits: int = 8) 
             Image.fromarray(levels).save(temporary, format="JPEG", quality=95)
 
 
-def _clamped(array: np.ndarray) -> np.ndarray:
-    """float64 in [0, 1], NaN 0."""
-    return np.clip(np.nan_to_num(np.asarray(array, np.float64), nan=0.0), 0.0, 1.0)
+def _without_axis(array: np.ndarray) -> np.ndarray:
+    """(H, W, 1) as (H, W); the other shapes of an image as they are."""
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+    if array.ndim != 2 and not (array.ndim == 3 and array.shape[2] in (3, 4)):
+        raise ValueError(f"an image is (H, W), (H, W, 1), (H, W, 3) or (H, W, 4), not {array.shape}")
+    return array
 
 
 def _check_pixels(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
+    if width * height > _limit:
         raise UserError(
-            f"{path} is {width} x {height} pixels, over the limit of {MAX_PIXELS:,}: make it smaller"
+            f"{path} is {width} x {height} pixels, over the limit of {_limit:,}: make it smaller, or raise the limit "
+            "with --max_pixels"
         )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -140,10 +139,6 @@ class Report:
             return
         shown = float(loss.detach())
         self.smoothed = shown if self.smoothed is None else 0.6 * self.smoothed + 0.4 * shown
-        if not math.isfinite(shown):
-            raise UserError(
-                f"iteration {iteration}: the loss is {shown}; --debug names the value that went wrong first"
-            )
         batch_psnr = float(psnr(images.detach(), targets).mean())
         figures = {"loss": f"{self.smoothed:.5f}", "PSNR": f"{batch_psnr:.2f}", "points": len(training.model)}
         self.bar.set_postfix(figures, refresh=False)

@@ -21,7 +21,7 @@ from PIL import Image, ImageSequence
 
 from utils.errors import UserError
 from utils.geometry import check_affine, is_even, swap_ras_lps
-from utils.images import MAX_PIXELS, image_files, read_image
+from utils.images import _check_pixels, image_files, read_image
 
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}  # NIfTI's units of length
 _MAX_VIDEO = (
@@ -49,7 +49,7 @@ class Volume:
     depths: np.ndarray | None = None
     """Where the slices of axis 2 lie, as increasing indices of the affine; None where they are 0, 1, ..., K - 1."""
     lossy: bool = False
-    """Whether the values are near what was stored, but not it (JPEG, video)."""
+    """Whether the values are near what was measured or drawn, but not it (JPEG, video)."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about how it was read."""
 
@@ -159,7 +159,7 @@ def _read_folder(path: Path) -> Volume:
     notes: list[str] = []
     depths = _numbered_depths(files, notes)
     lossy = any(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
-    return _stack(np.stack(images), path.name, notes, lossy=lossy, depths=depths)
+    return _stack(np.stack(images), path.resolve().name, notes, lossy=lossy, depths=depths)
 
 
 def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
@@ -170,17 +170,17 @@ def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
     if len(numbers) < 3 or numbers.min() < 0 or steps.min() <= 0 or is_even(numbers):
         return None  # nothing is missing, or the names do not count
     step = float(np.median(steps))
-    present, missing = set(numbers), []
-    for number in np.arange(numbers[0], numbers[-1], step):
-        if number not in present:
-            missing.append(f"{number:.0f}")
-    if len(missing) > len(files):
+    if (numbers[-1] - numbers[0]) / step + 1 > 2 * len(files):
         notes.append(
             "the numbers in the file names do not count the frames: their order is taken, evenly spaced"
         )
         return None
+    present = set(numbers)
+    missing = [
+        f"{number:.0f}" for number in np.arange(numbers[0], numbers[-1], step) if number not in present
+    ]
     if missing:
-        notes.append(f"{_count(missing, 'number')} {_list(missing)} missing: the others keep their times")
+        notes.append(f"{_missing(missing, 'number')}: the other frames keep their times")
     else:
         notes.append("the numbers in the file names are unevenly spaced, and so are the frames in time")
     return (numbers - numbers[0]) / step
@@ -192,7 +192,7 @@ def _describe(image: np.ndarray) -> str:
 
 
 def _stack(stack: np.ndarray, name: str, notes: list[str], **others: Any) -> Volume:
-    """Pictures (frame, row, column[, channel]) as a Volume that knows no millimetres."""
+    """Pictures (frame, row, column[, channel]) as a Volume without millimetres."""
     values = stack.transpose(2, 1, 0, *range(3, stack.ndim))
     full_scale = None
     if values.dtype in (np.uint8, np.uint16):
@@ -223,10 +223,10 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
                     f"{path} holds pages of several kinds ({sizes}): frames have one size and one kind"
                 )
             pages, page = file.series[0], file.pages.first
-            _check_frame(path, page.imagewidth, page.imagelength)
+            _check_pixels(path, page.imagewidth, page.imagelength)
             array, axes = pages.asarray(), pages.axes
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
-                array, axes = _grey_last((page.colormap[:, array] // 257).astype(np.uint8)), axes
+                array = _grey(np.moveaxis((page.colormap[:, array] // 257).astype(np.uint8), 0, -1))
             elif page.photometric == tifffile.PHOTOMETRIC.MINISWHITE:
                 array = np.invert(array)
     except UserError:
@@ -242,7 +242,7 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
     chosen = None
     if len(paged) == 2:
         chosen = _chosen(path, array.shape[0], index)
-        array = array[chosen]
+        array = array[chosen or 0]
     elif len(paged) != 1:
         what = f"{len(paged) + 2}-D ({axes})" if paged else "one page"
         raise UserError(f"{path} holds {what}: a stack has two pages or more, along one axis")
@@ -253,17 +253,12 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
     return _stack(array, path.name, [], index=chosen)
 
 
-def _grey_last(colours: np.ndarray) -> np.ndarray:
-    """(3, frame, row, column) to (frame, row, column[, 3])."""
-    return _grey(np.moveaxis(colours, 0, -1))
-
-
 def _read_pictures(path: Path, index: int | None) -> Volume:
     """An animated GIF, or another file of several pictures that Pillow reads."""
     frames = []
     try:
         with Image.open(path) as image:
-            _check_frame(path, *image.size)
+            _check_pixels(path, *image.size)
             for frame in ImageSequence.Iterator(image):
                 known = frame.mode in ("L", "F", "I;16", "RGB") and path.suffix.lower() != ".gif"
                 frames.append(np.array(frame if known else frame.convert("RGB")))
@@ -284,7 +279,7 @@ def _read_video(path: Path, index: int | None) -> Volume:
     try:
         decoder = ffmpeg.read_frames(path)
         width, height = next(decoder)["size"]
-        _check_frame(path, width, height)
+        _check_pixels(path, width, height)
         for data in decoder:
             frames.append(np.frombuffer(data, np.uint8).reshape(height, width, 3))
             if len(frames) * len(data) > _MAX_VIDEO:
@@ -297,11 +292,6 @@ def _read_video(path: Path, index: int | None) -> Volume:
     if not frames:
         raise UserError(f"{path} has no frames that ffmpeg can decode")
     return _stack(_grey(np.stack(frames)), path.name, [], lossy=True)
-
-
-def _check_frame(path: Path, width: int, height: int) -> None:
-    if width * height > MAX_PIXELS:
-        raise UserError(f"{path} has frames of {width} x {height} pixels, over the limit of {MAX_PIXELS:,}")
 
 
 # --- ITK ----------------------------------------------------------------------------------------------------
@@ -481,7 +471,10 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
     if series is not None and series not in found:
         raise UserError(f"{path} has no series {series}: it has {_series(found)}")
     if series is None and len(found) > 1:
-        raise UserError(f"{path} holds {len(found)} series: choose one with --series UID: {_series(found)}")
+        raise UserError(
+            f"{path} holds {len(found)} series: choose one for -i with --series UID, or give a folder of one:"
+            f" {_series(found)}"
+        )
     chosen = found[series or next(iter(found))]
 
     first = chosen[0]
@@ -491,6 +484,10 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
                 f"{other.path} has {other.size[0]} x {other.size[1]} pixels, but {first.path.name} {first.size[0]} x"
                 f" {first.size[1]}: slices have one size"
             )
+        if "MOSAIC" in other.tag("0008|0008"):
+            raise UserError(
+                f"{other.path} is a mosaic, all slices tiled in one image: convert it (dcm2niix) to NIfTI"
+            )
         if len(chosen) > 1 and other.size[2] > 1:
             raise UserError(
                 f"{other.path} holds {other.size[2]} frames beside other files: give -i this file alone"
@@ -498,7 +495,7 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
 
     affine, depths, order = None, None, list(range(max(len(chosen), first.size[2])))
     if first.size[2] > 1 and not _ENHANCED.match(first.tag("0008|0016")):
-        notes.append("frames in time: their place in the patient is not known")
+        notes.append("its frames do not say where they lie in the patient: they are taken in their order")
     else:
         slices = [file.slice() for file in chosen] if first.size[2] == 1 else _enhanced_slices(first.path)
         known = [place for place in slices if place is not None]
@@ -510,15 +507,17 @@ def _read_dicom(path: Path, files: list[Path], series: str | None) -> Volume:
                 "the files do not say where slices lie: they are taken by their numbers, evenly spaced"
             )
 
-    stack = [file.read(sitk) for file in chosen]
+    in_order = [chosen[k] for k in order] if len(chosen) > 1 else chosen
+    stack = [file.read(sitk) for file in in_order]
     if len({array.shape[1:] for array in stack}) > 1:
         raise UserError(f"{path} mixes grey and colour slices: they have to be of one kind")
-    values = np.concatenate(stack)[order]
+    values = np.concatenate(stack) if len(chosen) > 1 else stack[0][order]
     stored = first.tag("0028|0101")
     bits = 8 if values.dtype.itemsize == 1 or (stored.isdecimal() and int(stored) <= 8) else 16
     full_scale = (0.0, 255.0) if values.dtype == np.uint8 and (values.ndim == 4 or affine is None) else None
     values = values.transpose(2, 1, 0, *range(3, values.ndim))
-    return Volume(values, affine, bits, path.name, None, full_scale, depths, notes=notes)
+    lossy = first.tag("0028|2110") == "01"
+    return Volume(values, affine, bits, path.resolve().name, None, full_scale, depths, lossy, notes)
 
 
 def _enhanced_slices(path: Path) -> list[_Slice]:
@@ -588,7 +587,7 @@ def _place(
     missing = sorted(set(range(numbers[0], numbers[-1] + 1)) - set(numbers)) if numbers else []
     # Every second number of an even stack, say, is how some archives count.
     if missing and len(np.unique(np.diff(numbers))) > 1:
-        notes.append(f"{_count(missing, 'instance number')} {_list(map(str, missing))} missing")
+        notes.append(_missing(map(str, missing), "instance number"))
 
     even = is_even(heights)
     step = float(gaps.mean() if even else np.median(gaps))
@@ -647,8 +646,9 @@ def _list(words: Iterable[str], most: int = 8) -> str:
     return ", ".join(words[:most]) + (f" and {len(words) - most} more" if len(words) > most else "")
 
 
-def _count(things: list[Any], noun: str) -> str:
-    return f"{len(things)} {noun}{'s' if len(things) > 1 else ''}"
+def _missing(words: Iterable[str], noun: str) -> str:
+    words = list(words)
+    return f"{len(words)} {noun}{'s are' if len(words) > 1 else ' is'} missing ({_list(words)})"
 
 
 READERS: dict[str, Callable[[Path, int | None], Volume]] = {

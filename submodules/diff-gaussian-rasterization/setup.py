@@ -46,7 +46,7 @@ def compiled_part(target: str) -> dict:
         [os.path.relpath(path) for path in _library.sources(target)],
         include_dirs=[os.path.abspath(f"{NAME}/csrc")],
         extra_compile_args=flags if cuda else flags["cxx"],
-        extra_link_args=[flag for flag in _library.CXX_FLAGS if flag == "-fopenmp"],
+        extra_link_args=_library.LINK_FLAGS,
     )
     return {"ext_modules": [extension], "cmdclass": {"build_py": FreshBuildPy, "build_ext": BuildLibrary}}
 

@@ -6,7 +6,8 @@ torch, or of other sources, is never loaded: under the name looked for it is not
 1. beside this file, where an install that sees torch (`pip install --no-build-isolation`) compiles it;
 2. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
 
-The environment variable MEDGS_FORCE_CPU=1 leaves the CUDA kernels out; TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
+The environment variable MEDGS_FORCE_CPU=1 leaves the CUDA kernels out, MEDGS_CXX_FLAGS adds flags for the C++ compiler
+and linker (a library compiled with other flags has another name); TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
 This file is the same in both packages (a test compares them), and setup.py reads it too: it imports torch late.
 """
 
@@ -29,6 +30,8 @@ CSRC = PACKAGE / "csrc"
 
 # -fno-math-errno lets the compiler inline sqrt and its kind; results stay IEEE. Apple's clang has no OpenMP.
 CXX_FLAGS = ["-O3", "-fno-math-errno"] + ([] if sys.platform == "darwin" else ["-fopenmp"])
+CXX_FLAGS += os.environ.get("MEDGS_CXX_FLAGS", "").split()
+LINK_FLAGS = [flag for flag in CXX_FLAGS if flag.startswith(("-fopenmp", "-fsanitize"))]
 NVCC_FLAGS = ["-O3"]
 CUDA_DEFINES = ["-DWITH_CUDA"]
 
@@ -184,7 +187,7 @@ def _compile(target: str, name: str, library: Path) -> None:
                 sources=[str(path) for path in files],
                 extra_cflags=CXX_FLAGS + ([] if target == "cpu" else CUDA_DEFINES),
                 extra_cuda_cflags=NVCC_FLAGS + CUDA_DEFINES,
-                extra_ldflags=[flag for flag in CXX_FLAGS if flag == "-fopenmp"],
+                extra_ldflags=LINK_FLAGS,
                 extra_include_paths=[str(CSRC)],
                 build_directory=str(build),
                 with_cuda=target != "cpu",

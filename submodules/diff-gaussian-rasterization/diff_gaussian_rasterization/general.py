@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import ACTIVE, blend
+from .ops import ACTIVE, blend, one_device
 
 NEAR_PLANE = 0.2  # what is at this view-space depth or nearer is not drawn; kNearPlane in csrc/common
 
@@ -179,7 +179,8 @@ def rasterize_gaussians(
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::project")
-def _project_fake(means3d, scales, quaternions, covariances, shs, *_):
+def _project_fake(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos, *_):
+    one_device(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos)
     n = means3d.shape[0]
     return (
         means3d.new_empty(n, 2),

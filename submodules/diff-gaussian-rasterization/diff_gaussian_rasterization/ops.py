@@ -136,16 +136,11 @@ def observe(
         statistics: max_radii2D (N,), xyz_gradient_accum, m_gradient_accum, denom and m_denom (N, 1).
     """
     names = ("max_radii2D", "xyz_gradient_accum", "m_gradient_accum", "denom", "m_denom")
-    _ops.observe(
-        radii,
-        active,
-        screen_gradients,
-        m_gradients,
-        bit,
-        width / 2,
-        height / 2,
-        *(statistics[n] for n in names),
-    )
+    written = [statistics[name] for name in names]
+    if any(tensor.is_neg() or tensor.is_conj() for tensor in written):
+        # Torch ends the process where an operator without results would write to one.
+        raise ValueError("statistics must be plain tensors, not negated or conjugated views")
+    _ops.observe(radii, active, screen_gradients, m_gradients, bit, width / 2, height / 2, *written)
 
 
 class Adam(torch.optim.Adam):
@@ -191,8 +186,16 @@ class Adam(torch.optim.Adam):
 # ---- shapes, for torch.compile and opcheck ---------------------------------------------------------------------------
 
 
+def one_device(*tensors: Tensor | None) -> None:
+    """The kernels check it for themselves; torch asks for shapes alone where any tensor is on the meta device."""
+    devices = {str(tensor.device) for tensor in tensors if tensor is not None}
+    if len(devices) > 1:
+        raise ValueError(f"all tensors must be on one device, got {' and '.join(sorted(devices))}")
+
+
 @torch.library.register_fake("diff_gaussian_rasterization::fold")
 def _(xyz, w1, m, sigma, scaling, rotation, times, signs, pixels_per_unit, width, height):
+    one_device(xyz, w1, m, sigma, scaling, rotation, times, signs)
     v, n = times.shape[0], xyz.shape[0]
     return (
         xyz.new_empty(v, n, 2),
@@ -226,6 +229,7 @@ def _(
 def _(
     means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height, raw
 ):
+    one_device(means2d, conics, active, opacities, colours, backgrounds, screen)
     v, n, _ = means2d.shape
     r, c = len(views), colours.shape[2]
     pairs = torch.library.get_ctx().new_dynamic_size()
@@ -270,6 +274,7 @@ def _(
 
 @torch.library.register_fake("diff_gaussian_rasterization::similarity")
 def _(images, targets, with_gradient):
+    one_device(images, targets)
     return (
         images.new_empty(()),
         images.new_empty(()),
@@ -283,13 +288,13 @@ def _(raw, low, high):
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::observe")
-def _(*_):
-    return None
+def _(*arguments):
+    one_device(*(argument for argument in arguments if isinstance(argument, Tensor)))
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::adam_step")
-def _(*_):
-    return None
+def _(parameters, gradients, first_moments, second_moments, *_):
+    one_device(*parameters, *gradients, *first_moments, *second_moments)
 
 
 # ---- gradients -------------------------------------------------------------------------------------------------------

@@ -1,0 +1,152 @@
+"""Runs of train.py as processes of their own, without a start of Python and torch for each of them.
+
+As a script it is the process that they are forked from: it has imported all and computed nothing, so that no thread
+is lost in a fork. It reads one JSON line {"arguments": [...], "log": ..., "die_at": ...} for each run to start, and
+answers with its process id; an id alone waits for that run, and is answered with its exit status (negative: a signal).
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Run:
+    """One run. ``log``: what it printed, errors included."""
+
+    server: Server
+    pid: int
+    log: Path
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        os.kill(self.pid, number)  # it stays a zombie until it is waited for: the number is still its own
+
+    def wait(self) -> int:
+        """The exit status, negative where a signal ended the run."""
+        return self.server.ask(self.pid)
+
+
+class Server:
+    """Starts runs; a context manager that ends the process which they are forked from."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.count = folder, 0
+        path = os.pathsep.join([str(ROOT), *sys.path])
+        self.process = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        )
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait(60)
+
+    def ask(self, request: object) -> int:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: list[str], die_at: int = 0) -> Run:
+        """``python train.py ...``; ``arguments`` begin with the program's name. The run kills itself at step
+        ``die_at`` of its saving, if that is not 0: a checkpoint half written, a file flushed, a file renamed."""
+        self.count += 1
+        log = self.folder / f"run{self.count}.log"
+        return Run(self, self.ask({"arguments": arguments, "log": str(log), "die_at": die_at}), log)
+
+
+def _die_at(step: int) -> None:
+    """SIGKILL at that step of saving, counted over all of the run."""
+    import torch
+
+    count = 0
+
+    def counted(function: Callable[..., Any], instead: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*arguments: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == step:
+                instead(*arguments)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments)
+
+        return wrapped
+
+    def half(state: Any, file: BinaryIO) -> None:
+        whole = io.BytesIO()
+        save(state, whole)
+        file.write(whole.getvalue()[: len(whole.getvalue()) // 2])
+        file.flush()
+
+    save = torch.save
+    torch.save = counted(save, half)
+    os.fsync = counted(os.fsync, lambda descriptor: None)
+    os.replace = counted(os.replace, lambda source, target: None)
+
+
+def _child(arguments: list[str], log: str, die_at: int) -> None:
+    from utils.errors import run
+
+    if die_at:
+        _die_at(die_at)
+
+    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
+    for stream in (0, 1, 2):
+        os.dup2(file if stream else os.open(os.devnull, os.O_RDONLY), stream)
+    sys.argv = arguments
+    try:
+        run(train.main)
+    except SystemExit as ended:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(
+            ended.code if isinstance(ended.code, int) else 1
+        )  # tearing all the modules down takes a second
+
+
+if __name__ == "__main__":
+    # All that a run would import on its way, some of it seconds long.
+    for name in (
+        "diff_gaussian_rasterization",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "scipy.spatial",
+        "simple_knn._C",
+        "torch._dynamo",
+        "torch.utils.tensorboard",
+    ):
+        importlib.import_module(name)
+    import torch
+    from PIL import Image
+
+    import train
+
+    Image.init()
+    torch.set_num_threads(1)
+    for line in sys.stdin:
+        request = json.loads(line)
+        if isinstance(request, int):
+            answer = os.waitstatus_to_exitcode(os.waitpid(request, 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _child(**request)
+        print(answer, flush=True)
