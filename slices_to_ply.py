@@ -53,7 +53,10 @@ from utils.stacks import (
     rendered_paths,
 )
 
-NOT_CASES = ("mirror", "heldout")  # beside original/: flipped copies of training, frames that prepare.py left out
+NOT_CASES = (
+    "mirror",
+    "heldout",
+)  # beside original/: flipped copies of training, frames that prepare.py left out
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
 SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns

@@ -149,9 +149,17 @@ def test_largest():
     assert largest(touching, 0.5).sum() == 3
 
 
-def test_decimation_that_would_open_a_mesh_is_refused():
+def test_decimation_that_would_open_a_mesh_is_refused(monkeypatch):
+    ball = surface(_ball(), 0.5)
     with pytest.raises(ValueError, match="not closed"):
-        decimate(surface(_ball(), 0.5), 0.9995)
+        decimate(ball, 0.9995)  # nothing is left
+
+    def torn(mesh, percent):
+        return trimesh.Trimesh(mesh.vertices, mesh.faces[1:], process=False)
+
+    monkeypatch.setattr(trimesh.Trimesh, "simplify_quadric_decimation", torn)
+    with pytest.raises(ValueError, match="not closed"):
+        decimate(ball, 0.5)
 
 
 def test_otsu():
