@@ -14,24 +14,24 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from scipy.ndimage import gaussian_filter
 from skimage.transform import resize
 
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
-from utils.geometry import Geometry, swap_ras_lps
+from utils.geometry import Geometry
 from utils.images import image_files, read_image, to_unit
-from utils.meshes import VOXELS, read_ply, signed_volume
+from utils.meshes import in_space, read_mesh
+from utils.shading import shade
 
 matplotlib.use("Agg")  # before pyplot, which else looks for a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from trimesh import Trimesh
 
 COLUMNS = 5
 GAP = 0.45  # inches between rows of frames, for their captions
 BACKGROUND, TEXT, FAINT, ACCENT = "#101317", "#e9edf1", "#8d98a5", "#ffb454"
-SKIN = np.array([0.93, 0.67, 0.52])  # the mesh
 TO_VIEWER = np.array([0.55, -0.75, 0.38])  # LPS: from the patient's front left, a little above
 
 
@@ -72,7 +72,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(
             f"{model / 'render_img'} has nothing in between frames: run render.py -m {model} --interp 8"
         )
-    vertices, triangles, unit = _mesh_in_lps(Path(options.mesh))
+    mesh = read_mesh(options.mesh)
+    if mesh.metadata["space"] == "RAS":
+        mesh = in_space(mesh, "LPS")
 
     psnrs = [_psnr(renders.read(k, 0), _opaque(read_image(path))) for k, path in enumerate(inputs)]
     geometry = Geometry.find(_original(data).parent)
@@ -104,7 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     side = min(0.3 * width, height - header)
     middle = (height - header + 0.6) / 2
-    _draw_mesh(_axes(figure, 0.69 * width, middle - side / 2, side, side), vertices, triangles, unit)
+    _draw_mesh(_axes(figure, 0.69 * width, middle - side / 2, side, side), mesh)
 
     preview = out / "preview.png"
     with atomic_write(preview) as temporary:
@@ -220,19 +222,11 @@ def _show(axes: Axes, image: np.ndarray, aspect: float, caption: str, mask: np.n
     axes.axis("off")
 
 
-def _mesh_in_lps(path: Path) -> tuple[np.ndarray, np.ndarray, str]:
-    """Vertices, triangles and the unit of length of a mesh of slices_to_ply.py."""
-    vertices, triangles, comments = read_ply(path)
-    if len(triangles) == 0:
-        raise UserError(f"{path} has no triangles")
-    unit = "voxels" if VOXELS in comments else "mm"
-    return (swap_ras_lps(vertices) if "SPACE=RAS" in comments else vertices), triangles, unit
-
-
-def _draw_mesh(axes: Axes, vertices: np.ndarray, triangles: np.ndarray, unit: str) -> None:
+def _draw_mesh(axes: Axes, mesh: Trimesh) -> None:
     """The shaded mesh with its size, volume and a scale bar."""
     side = 700
-    picture, scale = shade(vertices, triangles, TO_VIEWER, side)
+    unit = mesh.metadata["unit"] or "mm"
+    picture, scale = shade(mesh, TO_VIEWER, side)
     axes.imshow(picture, interpolation="lanczos")
     axes.axis("off")
     axes.set_ylim(side * 1.12, 0)
@@ -244,107 +238,18 @@ def _draw_mesh(axes: Axes, vertices: np.ndarray, triangles: np.ndarray, unit: st
     axes.text(
         left + length * scale / 2, bottom - 12, f"{length:g} {unit}", color=TEXT, fontsize=11, ha="center"
     )
-    volume = signed_volume(vertices, triangles)
-    sizes = " x ".join(f"{size:.0f}" for size in np.ptp(vertices, axis=0))
-    text = f"{volume / 1000:,.1f} ml" if unit == "mm" else f"{volume:,.0f} voxels"
+    sizes = " x ".join(f"{size:.0f}" for size in mesh.extents)
+    text = f"{mesh.volume / 1000:,.1f} ml" if unit == "mm" else f"{mesh.volume:,.0f} voxels"
     axes.text(
         side * 0.96, bottom, f"{sizes} {unit}, {text}", color=FAINT, fontsize=11, ha="right", va="center"
     )
-    axes.set_title(f"mesh, {len(triangles):,} triangles", color=ACCENT, fontsize=14, pad=6)
+    axes.set_title(f"mesh, {len(mesh.faces):,} triangles", color=ACCENT, fontsize=14, pad=6)
 
 
 def _round_number(length: float) -> float:
     """The largest of 1, 2, 5, 10, 20, ... that is at most `length`."""
     power = 10.0 ** np.floor(np.log10(length))
     return float(power * max(step for step in (1, 2, 5) if step * power <= length * (1 + 1e-9)))
-
-
-def shade(
-    vertices: np.ndarray, triangles: np.ndarray, to_viewer: np.ndarray, side: int
-) -> tuple[np.ndarray, float]:
-    """A picture of a mesh from afar (no perspective): RGBA (side, side, 4) in [0, 1], and pixels per unit of length.
-
-    vertices (V, 3) with z up; to_viewer (3,) points from the mesh to the eye.
-    """
-    back = to_viewer / np.linalg.norm(to_viewer)
-    right = np.cross([0, 0, 1.0], back)
-    right /= np.linalg.norm(right)
-    view = np.stack((right, np.cross(back, right), back))  # rows: picture right, picture up, towards the eye
-
-    fine = 2 * side  # supersampled twice in each direction, which smooths the edges
-    points = (vertices - (vertices.min(0) + vertices.max(0)) / 2) @ view.T
-    scale = 0.94 * fine / np.ptp(points[:, :2], axis=0).max()
-    middle = (points.min(0) + points.max(0)) / 2
-    points = (points - middle) * scale * np.array([1, -1, 1]) + np.array(
-        [fine / 2, fine / 2, 0]
-    )  # column, row, depth
-
-    first, second, third = vertices[triangles].transpose(1, 0, 2)
-    facing = np.cross(second - first, third - first) @ view.T
-    normals = np.zeros_like(vertices)
-    for corner in range(3):
-        np.add.at(normals, triangles[:, corner], facing)  # weighted by area: the cross product's length
-    normals /= np.linalg.norm(normals, axis=1, keepdims=True) + 1e-12
-    front = triangles[facing[:, 2] > 0]  # of a closed mesh the others are hidden
-
-    depths, picked = _nearest(points[front].astype(np.float32), normals[front].astype(np.float32), fine)
-    seen = np.isfinite(depths)
-    picked /= np.linalg.norm(picked, axis=2, keepdims=True) + 1e-12
-
-    # Light: a key from the upper left, a weak fill from the right, a highlight; crevices are darker, since a pixel that
-    # lies deeper than its surroundings sees less of the sky.
-    key, fill = _unit(-0.45, 0.65, 0.65), _unit(0.8, -0.1, 0.4)
-    diffuse = np.clip(picked @ key, 0, 1) * 0.78 + np.clip(picked @ fill, 0, 1) * 0.2 + 0.16
-    highlight = np.clip(picked @ _unit(*(key + np.array([0, 0, 1]))), 0, 1) ** 40 * 0.22
-    crevice = np.zeros_like(depths)
-    for radius in (fine / 120, fine / 40):
-        weight = gaussian_filter(seen.astype(np.float64), radius) + 1e-9
-        around = gaussian_filter(np.where(seen, depths, 0), radius) / weight
-        crevice += np.clip((around - depths) / (3 * radius), 0, 1) * 0.45
-    colours = SKIN * (diffuse * (1 - np.where(seen, crevice, 0)))[:, :, None] + highlight[:, :, None]
-    picture = np.where(seen[:, :, None], np.dstack((np.clip(colours, 0, 1), np.ones_like(depths))), 0)
-    small = picture.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
-    small[:, :, :3] /= np.maximum(small[:, :, 3:], 1e-9)  # colours of the covered part alone
-    return np.clip(small, 0, 1), scale / 2
-
-
-def _nearest(corners: np.ndarray, normals: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depths (side, side), -inf where nothing is, and normals (side, side, 3) of what lies nearest to the eye.
-
-    corners: (T, 3 corners, column row depth) in pixels; normals: (T, 3 corners, 3). Triangles are sampled more densely
-    than pixels, each by the length of its longest edge, and the samples compete.
-    """
-    depths = np.full(side * side, -np.inf, np.float32)
-    picked = np.zeros((side * side, 3), np.float32)
-    edges = np.linalg.norm(corners[:, :, :2] - np.roll(corners[:, :, :2], 1, axis=1), axis=2).max(axis=1)
-    counts = 2 ** np.ceil(np.log2(np.maximum(edges * 1.2, 1))).astype(
-        int
-    )  # steps along an edge, under a pixel each
-    for count in np.unique(counts):
-        i, j = np.meshgrid(np.arange(count + 1), np.arange(count + 1))
-        inside = i + j <= count
-        shares = (
-            np.stack((i[inside], j[inside], (count - i - j)[inside]), axis=1) / count
-        )  # (samples, 3 corners)
-        shares = shares.astype(np.float32)
-        chosen = np.flatnonzero(counts == count)
-        for part in np.array_split(chosen, len(chosen) * len(shares) // 2_000_000 + 1):
-            points = (shares @ corners[part]).reshape(-1, 3)
-            pixels = np.clip(points[:, :2].astype(int), 0, side - 1) @ np.array([1, side])
-            order = np.argsort(points[:, 2])
-            best = np.full(side * side, -1)
-            best[pixels[order]] = order  # of several writes the last stays: the nearest
-            won = np.flatnonzero(best >= 0)
-            won = won[points[best[won], 2] > depths[won]]
-            samples = best[won]
-            depths[won] = points[samples, 2]
-            triangle, share = np.divmod(samples, len(shares))
-            picked[won] = np.einsum("sc,scx->sx", shares[share], normals[part[triangle]])
-    return depths.reshape(side, side), picked.reshape(side, side, 3)
-
-
-def _unit(*direction: float) -> np.ndarray:
-    return np.array(direction) / np.linalg.norm(direction)
 
 
 if __name__ == "__main__":

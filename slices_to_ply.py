@@ -3,77 +3,103 @@
     python slices_to_ply.py -i output -o meshes
 
 makes meshes/<case>.ply of every folder output/<case>. Where the frames lie comes from, in this order: frames.json of
-prepare.py in the case folder, `<case>.nii.gz` in the folder given by -n, a NIfTI file in the case folder. A NIfTI file
-alone says that frame k is volume[:, :, k].T. With none of them the mesh is in voxels, and that is printed.
+prepare.py in the case folder or its parent, `<case>.nii.gz` in the folder given by -n, a NIfTI file in the case folder.
+A NIfTI file alone says that frame k is volume[:, :, k].T. With none of them the mesh is in voxels, and that is printed.
+
+Several organs in one run: a case folder for each, or with --labels one stack of label maps, meshes/<case>_<label>.ply.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import traceback
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
 from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
+from trimesh import Trimesh
 
 from utils.errors import ArgumentParser, UserError, run
-from utils.geometry import Cut, Geometry, cut_geometry, swap_ras_lps
-from utils.images import MAX_PIXELS, image_files, limit_pixels, read_image, to_grey
-from utils.meshes import MILLIMETRES, VOXELS, otsu, signed_volume, surface, write_ply
-from utils.volumes import nifti_grid
+from utils.images import MAX_PIXELS, limit_pixels
+from utils.meshes import (
+    FORMATS,
+    decimate,
+    in_space,
+    inside_shares,
+    is_closed,
+    largest,
+    otsu,
+    smooth,
+    surface,
+    surface_of_volume,
+    write_mesh,
+)
+from utils.stacks import (
+    FRAME_FOLDERS,
+    PUBLISHED_INTER,
+    Stack,
+    frame_paths,
+    loose_paths,
+    read_stack,
+    rendered_paths,
+)
 
 NOT_CASES = (
     "mirror",
     "heldout",
-)  # beside original/: flipped copies from training, frames that prepare.py left out
-FRAME_FOLDERS = ("render_mask", "render_img", "render")
-PUBLISHED_INTER = 8
+)  # beside original/: flipped copies of training, frames that prepare.py left out
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
 SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
-
-Say = Callable[[str], None]
+# The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors
+# gave the surfaces nearest to the true ones: less leaves the steps of voxels, more blurs what is thin.
+OF_FINEST, OF_OWN = 0.7, 0.25
+MAX_LABELS = 64  # more kinds of value than this are grey levels
 
 
 @dataclass(frozen=True)
 class Case:
-    """The frames of one mesh."""
+    """The frames of one mesh, or of one for each label."""
 
     name: str
     folder: Path
-    frames: list[Path]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case came to: lines to print, and why it failed if it did."""
+
+    case: Case
+    lines: list[str]
+    failure: str | None = None
+    trace: str | None = None
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
-    say: Say = (lambda line: None) if options.quiet else print
-    limit_pixels(options.max_pixels)
-    out = Path(options.output)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: give -o a folder")
-    if options.nifti is not None and not Path(options.nifti).is_dir():
-        raise UserError(f"{options.nifti} is not a folder: -n takes the folder of <case>.nii.gz")
-    if options.inter is not None and options.inter < 1:
-        raise UserError(f"--inter {options.inter} is not a positive number")
-    if not 0 <= options.thresh < 255:
-        raise UserError(f"--thresh {options.thresh:g} is not an intensity from 0 to 255")
+    _check(options)
     cases = _cases(Path(options.input), options.extension)
 
     failures = []
-    for case in cases:
-        try:
-            _mesh(case, out / f"{case.name}.ply", options, say)
-        except UserError as error:
-            failures.append(f"{case.name}: {error}")
-    for failure in failures:
-        print(f"slices_to_ply.py: failed: {failure}", file=sys.stderr)
+    for outcome in _outcomes(cases, options):
+        if not options.quiet:
+            for line in outcome.lines:
+                print(line, flush=True)
+        if outcome.failure is not None:
+            failures.append(outcome)
+    for outcome in failures:
+        if outcome.trace is not None:
+            print(outcome.trace, file=sys.stderr)
+        print(f"slices_to_ply.py: failed: {outcome.case.name}: {outcome.failure}", file=sys.stderr)
     if failures and len(cases) > 1:
         print(f"slices_to_ply.py: {len(failures)} of {len(cases)} cases failed", file=sys.stderr)
     return 1 if failures else 0
@@ -95,14 +121,38 @@ def _parser() -> argparse.ArgumentParser:
         help=f"sub-frames per frame (default: what the file names say, else {PUBLISHED_INTER})",
     )
     parser.add_argument(
-        "--smoothing",
-        choices=("published", "none"),
-        default="published",
-        help=f"published: total variation per frame, then a Gaussian of sigma {SIGMA} (slice, row, column) voxels",
+        "--labels",
+        type=int,
+        nargs="*",
+        metavar="V",
+        help="frames are label maps: a mesh <case>_<V> for each of these pixel values (default: all but 0)",
     )
+    parser.add_argument(
+        "--smoothing",
+        metavar="MM|none|published",
+        help=f"standard deviation in mm of a Gaussian; none; or published: total variation per frame, then a Gaussian"
+        f" of sigma {SIGMA} (slice, row, column) voxels. Default, on each axis: {OF_FINEST:g} of the finest spacing,"
+        f" at least {OF_OWN:g} of the axis' own. Except for none and published, the enclosed volume stays the mask's",
+    )
+    parser.add_argument("--largest", action="store_true", help="keep the largest connected body alone")
+    parser.add_argument(
+        "--open", action="store_true", help="no caps where the border of the stack cuts the object"
+    )
+    parser.add_argument(
+        "--decimate",
+        type=float,
+        default=0.0,
+        metavar="FRACTION",
+        help="remove this fraction of the triangles, 0.9 leaves a tenth (needs fast-simplification)",
+    )
+    parser.add_argument("--format", choices=FORMATS, default="ply", help="of the meshes (default: ply)")
     parser.add_argument(
         "--space", choices=("lps", "ras"), default="lps", help="of the vertices (default: lps)"
     )
+    parser.add_argument(
+        "--preview", action="store_true", help="also a picture <case>.png: three views, axes in mm"
+    )
+    parser.add_argument("--jobs", type=int, help="cases at once, each a process (default: one a processor)")
     parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
     parser.add_argument(
         "--max_pixels",
@@ -116,14 +166,47 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check(options: argparse.Namespace) -> None:
+    """Everything about the options that is wrong whatever the cases are."""
+    if Path(options.output).exists() and not Path(options.output).is_dir():
+        raise UserError(f"{options.output} is a file: give -o a folder")
+    if options.nifti is not None and not Path(options.nifti).is_dir():
+        raise UserError(f"{options.nifti} is not a folder: -n takes the folder of <case>.nii.gz")
+    if options.inter is not None and options.inter < 1:
+        raise UserError(f"--inter {options.inter} is not a positive number")
+    if options.jobs is not None and options.jobs < 1:
+        raise UserError(f"--jobs {options.jobs} is not a positive number")
+    if not 0 <= options.thresh < 255:
+        raise UserError(f"--thresh {options.thresh:g} is not an intensity from 0 to 255")
+    if options.labels is not None and options.thresh:
+        raise UserError("--labels takes pixels of exactly those values: leave --thresh out")
+    if not 0 <= options.decimate < 1:
+        raise UserError(f"--decimate {options.decimate:g} is not a fraction from 0 to below 1")
+    if options.decimate and find_spec("fast_simplification") is None:
+        raise UserError("--decimate needs fast-simplification: pip install fast-simplification")
+    if options.format == "glb" and options.space == "ras":
+        raise UserError(
+            "--space ras is not for GLB, whose standard has a space of its own: leave one of them out"
+        )
+    if options.smoothing not in (None, "none", "published"):
+        try:
+            millimetres = float(options.smoothing)
+        except ValueError:
+            millimetres = np.nan
+        if not 0 < millimetres < 1000:
+            raise UserError(
+                f"--smoothing {options.smoothing} is neither millimetres, nor none, nor published"
+            )
+        options.smoothing = millimetres
+
+
 def _cases(folder: Path, extension: str) -> list[Case]:
     """One case if the folder has renders; else its case folders; else one case of the frames in the folder itself."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give -i a folder of case folders, or a case folder")
     name = folder.resolve().name
-    rendered = _renders(folder, extension)
-    if rendered:
-        return [Case(name, folder, rendered)]
+    if rendered_paths(folder, extension):
+        return [Case(name, folder)]
     if any(folder.glob("chkpnt*.pth")):
         raise UserError(f"{folder} is a model without renders: run render.py -m {folder} first")
     children = sorted(
@@ -131,153 +214,192 @@ def _cases(folder: Path, extension: str) -> list[Case]:
         for child in folder.iterdir()
         if child.is_dir() and not child.name.startswith(".") and child.name not in NOT_CASES
     )
-    cases = [
-        Case(child.name, child, _renders(child, extension) or _loose(child, extension)) for child in children
-    ]
-    if any(case.frames for case in cases):
-        return cases
-    if _loose(folder, extension):
-        return [Case(name, folder, _loose(folder, extension))]
+    if any(frame_paths(child, extension) for child in children):
+        return [Case(child.name, child) for child in children]
+    if loose_paths(folder, extension):
+        return [Case(name, folder)]
     raise UserError(
         f"{folder} has no {extension} frames in {', '.join(FRAME_FOLDERS)}, itself or a case folder"
     )
 
 
-def _renders(folder: Path, extension: str) -> list[Path]:
-    for name in FRAME_FOLDERS:
-        if (folder / name).is_dir() and (frames := _loose(folder / name, extension)):
-            return frames
-    return []
+# ---- cases side by side ----------------------------------------------------------------------------------------------
 
 
-def _loose(folder: Path, extension: str) -> list[Path]:
-    return image_files(folder, [extension if extension.startswith(".") else f".{extension}"])
-
-
-def _mesh(case: Case, path: Path, options: argparse.Namespace, say: Say) -> None:
-    if not case.frames:
-        raise UserError(f"{case.folder} has no {options.extension} frames")
-    geometry, source = _geometry(case, options.nifti)
-    inter = _inter(case, geometry, options.inter)
-    values = _read_frames(case.frames)  # (sub-frame, row, column) float32 in [0, 1]
-    say(f"{case.name}: {len(case.frames)} frames of {case.frames[0].parent}, {inter} per slice; {source}")
-
-    affine = None
-    if geometry is not None:
-        if len(case.frames) != inter * len(geometry.slices):
-            raise UserError(
-                f"{len(case.frames)} frames are not {len(geometry.slices)} slices times {inter}, which {source} and"
-                " --inter ask for"
+def _outcomes(cases: list[Case], options: argparse.Namespace) -> Iterator[Outcome]:
+    """What each case came to, in their order, `--jobs` of them at once."""
+    jobs = min(options.jobs or len(os.sched_getaffinity(0)), len(cases))
+    if jobs == 1:
+        yield from (_attempt(case, options) for case in cases)
+        return
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks
+    with ProcessPoolExecutor(jobs, context) as pool:
+        running = [pool.submit(_attempt, case, options) for case in cases]
+        for case, future in zip(cases, running, strict=True):
+            outcome = _result(case, future)
+            if outcome is None:  # one process died, and took the pool with it: this case may not be the one
+                with ProcessPoolExecutor(1, context) as alone:
+                    outcome = _result(case, alone.submit(_attempt, case, options))
+            yield outcome or Outcome(
+                case, [], "its process was killed, for want of memory most likely: --jobs 1"
             )
-        affine = geometry.for_renders((values.shape[2], values.shape[1]), inter)
-    if options.smoothing == "published":
-        if inter < SIGMA[0]:
-            say(
-                f"  note: the published smoothing is made for {PUBLISHED_INTER} sub-frames per slice; its sigma is"
-            )
-            say(
-                f"        {SIGMA[0] / inter:.2g} slices here. Render with --interp 8, or give --smoothing none"
-            )
-        _smooth(values, options.quiet)
+
+
+def _result(case: Case, future: Future[Outcome]) -> Outcome | None:
     try:
-        level = options.thresh / 255 if options.thresh else otsu(values)
-        vertices, triangles = surface(values, level, affine)
+        return future.result()
+    except BrokenProcessPool:
+        return None
+
+
+def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
+    """Mesh a case; whatever goes wrong belongs to this case alone."""
+    lines: list[str] = []
+    limit_pixels(options.max_pixels)  # of this process
+    try:
+        _mesh(case, options, lines)
+    except UserError as error:
+        return Outcome(case, lines, str(error), traceback.format_exc() if options.debug else None)
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        return Outcome(case, lines, f"{error.strerror or error}{where}")
+    except MemoryError:
+        return Outcome(
+            case, lines, "out of memory: fewer at once (--jobs), fewer in-betweens, or smaller frames"
+        )
+    except Exception as error:  # a bug of ours, which is shown, and does not cost the other cases
+        return Outcome(case, lines, f"{type(error).__name__}: {error}", traceback.format_exc())
+    return Outcome(case, lines)
+
+
+# ---- one case --------------------------------------------------------------------------------------------------------
+
+
+def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
+    """Read, smooth, mesh and write a case; what is worth knowing goes to `lines`."""
+    stack = read_stack(case.folder, options.extension, options.nifti, options.inter)
+    frames = frame_paths(case.folder, options.extension)
+    lines.append(
+        f"{case.name}: {len(frames)} frames of {frames[0].parent}, {stack.inter} per slice; {stack.place}"
+    )
+    if options.labels is None:
+        _write(case.name, stack, stack.values, options, lines)
+        return
+    stored = np.rint(stack.values * stack.full_scale).astype(np.int32)
+    for value in _labels(stored, options.labels):
+        _write(f"{case.name}_{value}", stack, (stored == value).astype(np.float32), options, lines)
+
+
+def _labels(stored: np.ndarray, wanted: list[int]) -> list[int]:
+    """The labels to mesh, all of which are there."""
+    present = np.unique(stored).tolist()
+    if len(present) > MAX_LABELS:
+        raise UserError(
+            f"the frames hold {len(present)} different values, so they are no label maps: leave --labels out, and give"
+            " each organ a case folder of its own masks"
+        )
+    missing = sorted(set(wanted) - set(present))
+    if missing or present == [0]:
+        raise UserError(
+            f"no pixel has the value {', '.join(map(str, missing)) or 'of a label'}: there are"
+            f" {', '.join(map(str, present))}"
+        )
+    return sorted(set(wanted)) or [value for value in present if value]
+
+
+def _write(
+    name: str, stack: Stack, values: np.ndarray, options: argparse.Namespace, lines: list[str]
+) -> None:
+    """One mesh of values (frame, row, column), and its picture."""
+    try:
+        mesh, level = _surface(stack, values, options, lines)
+        if options.decimate:
+            mesh = decimate(mesh, options.decimate)
     except ValueError as error:
         raise UserError(f"the frames hold no surface: {error}") from error
+    if mesh.metadata["space"]:
+        mesh = in_space(mesh, options.space.upper())
+    path = Path(options.output) / f"{name}.{options.format}"
+    write_mesh(path, mesh)
 
-    unit, comments = "voxels", [VOXELS]
-    if affine is not None:
-        unit, comments = "mm", [f"SPACE={options.space.upper()}", MILLIMETRES]
-        if options.space == "lps":
-            vertices = swap_ras_lps(vertices)  # a half turn about z: triangles keep facing outwards
-    write_ply(path, vertices, triangles, comments)
-    box = "; ".join(
-        f"{low:.1f} to {high:.1f}" for low, high in zip(vertices.min(0), vertices.max(0), strict=True)
+    unit = mesh.metadata["unit"]
+    box = "; ".join(f"{low:.1f} to {high:.1f}" for low, high in mesh.bounds.T)
+    enclosed = (
+        f"volume {mesh.volume:,.1f} {unit}{'^3' if unit == 'mm' else ''}" if is_closed(mesh) else "open"
     )
-    volume = signed_volume(vertices, triangles)
-    say(f"  level {level * 255:.1f}, {len(vertices):,} vertices, {len(triangles):,} triangles")
-    say(f"  volume {volume:,.1f} {unit}{'^3' if unit == 'mm' else ''}, box {box} {unit}")
-    say(f"  {path}{f' ({options.space.upper()})' if affine is not None else ''}")
+    lines.append(f"  level {level * 255:.1f}, {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    lines.append(f"  {enclosed}, box {box} {unit}")
+    lines.append(f"  {path}{f' ({options.space.upper()})' if unit == 'mm' else ''}")
+    if options.preview:
+        from utils.shading import write_preview  # matplotlib takes a while to import
+
+        write_preview(path.with_suffix(".png"), mesh, name)
+        lines.append(f"  {path.with_suffix('.png')}")
 
 
-def _geometry(case: Case, nifti: str | None) -> tuple[Geometry | None, str]:
-    """Where the case's frames lie, and who says so."""
-    # Frames that prepare.py wrote (OUT/seg/original) are a case too: then frames.json is two folders up.
-    geometry = Geometry.find(case.folder.parent if case.folder.name == "original" else case.folder)
-    if geometry is not None and geometry.affine is not None:
-        return geometry, f"place from frames.json of {geometry.source}"
-    candidates = [Path(nifti) / f"{case.name}{suffix}" for suffix in (".nii.gz", ".nii")] if nifti else []
-    candidates += sorted(path for path in case.folder.iterdir() if path.name.endswith((".nii.gz", ".nii")))
-    for path in candidates:
-        if path.is_file():
-            shape, affine = nifti_grid(path)
-            plain = Cut((0, 1, 2), (False, False))
-            geometry = cut_geometry(plain, affine, shape, window=(0.0, 1.0), bits=8, source=path.name)
-            return geometry, f"place from {path}, as volume[:, :, k].T"
-    missing = "no frames.json" if geometry is None else f"no millimetres in frames.json of {geometry.source}"
-    missing += f", no {case.name}.nii.gz in {nifti}" if nifti else ""
-    return None, f"{missing}, no NIfTI file: units are voxels, not millimetres"
+def _surface(
+    stack: Stack, values: np.ndarray, options: argparse.Namespace, lines: list[str]
+) -> tuple[Trimesh, float]:
+    """The mesh and its level. Raises ValueError where there is none.
 
-
-def _inter(case: Case, geometry: Geometry | None, wanted: int | None) -> int:
-    """Sub-frames per frame, which have to be all there for the spacing to be right."""
-    numbers = [re.fullmatch(r"(\d+)_(\d+)", path.stem) for path in case.frames]
-    if not all(numbers):  # plain numbers: other programs' frames, or input frames
-        slices = len(geometry.slices) if geometry is not None else len(case.frames) + 1
-        told = len(case.frames) // slices if len(case.frames) % slices == 0 else PUBLISHED_INTER
-        return wanted or told
-    found = {(int(number[1]), int(number[2])) for number in numbers if number}
-    frames, inter = [max(numbers) + 1 for numbers in zip(*found, strict=True)]
-    first = min(frame for frame, _ in found)
-    for frame in range(first, frames):
-        for sub_frame in range(inter):
-            if (frame, sub_frame) not in found:
-                raise UserError(
-                    f"frame {frame:05d}_{sub_frame} is missing in {case.frames[0].parent}: render again"
-                )
-    if wanted not in (None, inter):
-        raise UserError(
-            f"{case.frames[0].parent} holds {inter} sub-frames per frame, which is not --inter {wanted}"
-        )
-    return inter
-
-
-def _read_frames(paths: list[Path]) -> np.ndarray:  # (frame, row, column) float32
-    first = to_grey(read_image(paths[0]))
-    values = np.empty((len(paths), *first.shape), np.float32)
-    for number, path in enumerate(paths):
-        frame = to_grey(read_image(path))
-        if frame.shape != first.shape:
-            raise UserError(
-                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {first.shape[1]} x"
-                f" {first.shape[0]}: frames have one size"
+    --thresh tells the mask from the rest. Without smoothing it is the level of the surface. The published smoothing
+    has its level chosen, or applied, after it. The smoothing in millimetres takes the level that gives the volume of
+    the mask's voxels back.
+    """
+    published = options.smoothing == "published"
+    if published:
+        if stack.inter < SIGMA[0]:
+            lines.append(
+                f"  note: the published smoothing is made for {PUBLISHED_INTER} sub-frames per slice; its sigma is"
+                f" {SIGMA[0] / stack.inter:.2g} slices here. Render with --interp 8, or leave it out"
             )
-        values[number] = frame
-    if min(values.shape) < 2:
-        raise UserError(
-            f"{len(paths)} frame of {first.shape[1]} x {first.shape[0]} pixels encloses no volume"
+        values = smooth(_denoise(values, options.quiet), SIGMA)
+    level = options.thresh / 255 if options.thresh else otsu(values)
+    if options.largest:
+        values = largest(values, level)
+    if published or options.smoothing == "none":
+        return surface(values, level, stack.affine, stack.heights, not options.open), level
+
+    if values.max() < level:
+        raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
+    volume = stack.volume(inside_shares(values, level))
+    millimetres = _sigma(stack.spacing, options.smoothing)
+    column, row, frame = (sigma / step for sigma, step in zip(millimetres, stack.spacing, strict=True))
+    unit = "voxels" if stack.affine is None else "mm"
+    lines.append(
+        f"  smoothed by {', '.join(f'{sigma:.3g}' for sigma in millimetres)} {unit} (column, row, slice)"
+    )
+    smoothed = smooth(values, (frame * stack.inter, row, column))
+    mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
+    if options.largest:  # what hung by a thread may have come off
+        smoothed = largest(smoothed, level)
+        mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
+    if not options.open and abs(mesh.volume - volume) > 0.01 * volume:
+        lines.append(
+            f"  note: no level gives the mask's volume of {volume:,.1f} back, as happens to specks: --smoothing none"
         )
-    return values
+    return mesh, level
 
 
-def _smooth(values: np.ndarray, quiet: bool) -> None:
-    """The published smoothing, in place. Beyond the border the outermost voxels go on."""
+def _sigma(spacing: tuple[float, float, float], wanted: float | None) -> tuple[float, float, float]:
+    """Standard deviations of the smoothing along column, row and slice in the unit of `spacing`."""
+    if wanted is not None:
+        return wanted, wanted, wanted
+    column, row, slice_ = (max(OF_FINEST * min(spacing), OF_OWN * own) for own in spacing)
+    return column, row, slice_
 
-    def denoise(number: int) -> None:
-        if np.ptp(values[number]):  # an empty frame stays as it is
-            values[number] = denoise_tv_chambolle(values[number], weight=TV_WEIGHT)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        progress = tqdm(
-            pool.map(denoise, range(len(values))),
-            "smoothing",
-            len(values),
-            leave=False,
-            disable=quiet or None,
-        )
-        for _ in progress:
-            pass
-    gaussian_filter(values, SIGMA, mode="nearest", output=values)
+def _denoise(values: np.ndarray, quiet: bool) -> np.ndarray:
+    """The published total variation of each frame (frame, row, column)."""
+
+    def denoise(frame: np.ndarray) -> np.ndarray:
+        return denoise_tv_chambolle(frame, weight=TV_WEIGHT) if np.ptp(frame) else frame  # empty ones stay
+
+    alone = multiprocessing.parent_process() is None  # a worker of several leaves the other processors alone
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if alone else 1) as pool:
+        frames = pool.map(denoise, values)
+        progress = tqdm(frames, "smoothing", len(values), leave=False, disable=quiet or not alone or None)
+        return np.stack(list(progress))
 
 
 if __name__ == "__main__":

@@ -137,6 +137,18 @@ def shown_score(name: str, scores: Mapping[str, float]) -> str | None:
     return f"{scores[name]:.{DECIMALS[name]}f}" if name in scores else None
 
 
+def surface_table(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Distances in mm of what meshes.py measured, one row a method, for each smoothing."""
+    headers = ["case", "kept", "interp", "mesh of", "smoothing", "ASD, mm", "HD95, mm", "HD, mm"]
+    rows = [
+        [line["case"], f"1/{line['keep']}", line["interp"], row["method"], row["smoothing"]]
+        + [f"{row[name]:.3f}" for name in ("asd", "hd95", "hd")]
+        for line in lines
+        for row in line["surfaces"]
+    ]
+    return table(headers, rows)
+
+
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

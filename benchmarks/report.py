@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from common import DECIMALS, RESULTS, shown_score, table
+from common import DECIMALS, RESULTS, shown_score, surface_table, table
 
 from utils.errors import UserError, run
 
@@ -153,8 +153,12 @@ def main() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     parts = [part for part in speed(results) if part]
-    if lines:
-        parts.append(quality(lines))
+    scored = [line for line in lines if "scores" in line]
+    if scored:
+        parts.append(quality(scored))
+    meshed = [line for line in lines if "surfaces" in line]
+    if meshed:
+        parts.append(surface_table(meshed))
     body = "\n\n".join(parts or ["Nothing is recorded yet."])
     README.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from demo import main, shade
+from demo import main
 from utils.errors import UserError
 from utils.images import read_image, write_image
-from utils.meshes import surface, write_ply
+from utils.meshes import surface, write_mesh
+from utils.shading import shade
 
 
 @pytest.fixture
@@ -20,7 +21,7 @@ def run_of_a_blob(tmp_path):
         name = f"{number // 2:05d}_{number % 2}.png"
         write_image(tmp_path / "model" / "render_img" / name, frame + 0.1, 16)
         write_image(tmp_path / "model" / "render_mask" / name, frame > 0.4)
-    write_ply(tmp_path / "blob.ply", *surface(blob.astype(np.float32), 0.4), ["units are voxels"])
+    write_mesh(tmp_path / "blob.ply", surface(blob.astype(np.float32), 0.4))
     return [
         "--data",
         str(tmp_path / "data"),
@@ -58,7 +59,7 @@ def test_shade_fills_the_outline_and_hides_what_is_behind():
     """A cube of 8 seen from in front (LPS: from -y) is an even square of 8 without holes."""
     values = np.zeros((12, 12, 12), np.float32)
     values[2:10, 2:10, 2:10] = 1
-    picture, scale = shade(*surface(values, 0.5), np.array([0.0, -1.0, 0.0]), side=100)
+    picture, scale = shade(surface(values, 0.5), np.array([0.0, -1.0, 0.0]), side=100)
     covered = picture[:, :, 3] > 0.5
     rows, columns = np.nonzero(covered)
     assert (

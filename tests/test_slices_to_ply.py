@@ -1,5 +1,6 @@
 """slices_to_ply.py as a user runs it: masks in, closed meshes of the right size in the right place out."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,14 +9,16 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
-from skimage.filters import threshold_otsu
 
 import prepare
+import slices_to_ply
 from slices_to_ply import main
 from utils.errors import UserError
-from utils.geometry import swap_ras_lps
-from utils.images import write_image
-from utils.meshes import otsu, read_ply, signed_volume, surface, write_ply
+from utils.geometry import FILE_NAME, Geometry, voxel_sizes
+from utils.images import read_image, write_image
+from utils.meshes import FORMATS, in_space, is_closed, read_mesh, surface
+from utils.stacks import read_stack
+from utils.surfaces import point_distances, surface_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RADIUS = 10.0  # mm, of the ball in most tests
@@ -44,21 +47,12 @@ def _write_frames(folder, values, inter=None):
     """values (frame, row, column) in [0, 1] as 0000.png ..., or as 00000_0.png ... of `inter` per slice."""
     for number, frame in enumerate(values):
         name = f"{number:04d}" if inter is None else f"{number // inter:05d}_{number % inter}"
-        write_image(folder / f"{name}.png", frame)
+        write_image(folder / f"{name}.png", frame.astype(float))
 
 
 def _round_frames(count=16, side=24, radius=8.0):
     z, y, x = np.mgrid[:count, :side, :side]
     return ((z - count / 2) ** 2 + (y - side / 2) ** 2 + (x - side / 2) ** 2 < radius**2).astype(float)
-
-
-def _is_closed(triangles):
-    """Every directed edge has exactly one twin that runs the other way: closed, and consistently wound."""
-    edges = np.concatenate([triangles[:, [0, 1]], triangles[:, [1, 2]], triangles[:, [2, 0]]]).astype(
-        np.int64
-    )
-    keys, twins = edges @ [2**31, 1], edges @ [1, 2**31]
-    return len(np.unique(keys)) == len(keys) and np.array_equal(np.sort(keys), np.sort(twins))
 
 
 @pytest.mark.parametrize("axis", ["auto", "0", "1"])
@@ -98,15 +92,13 @@ def test_a_ball_comes_back_in_place_and_size(tmp_path, affine, axis, space):
         space,
     ]
     assert main([*arguments, "--quiet"]) == 0
-    vertices, triangles, comments = read_ply(tmp_path / "out" / "case.ply")
-    assert f"SPACE={space.upper()}" in comments
-    if space == "lps":
-        vertices = swap_ras_lps(vertices)
-    assert _is_closed(triangles)
+    mesh = read_mesh(tmp_path / "out" / "case.ply")
+    assert mesh.metadata == {"space": space.upper(), "unit": "mm"}
+    mesh = in_space(mesh, "RAS")
+    assert is_closed(mesh)
+    vertices = mesh.vertices
     expected = ball.sum() * np.prod(SPACING)
-    assert signed_volume(vertices, triangles) == pytest.approx(
-        expected, rel=0.03
-    )  # positive: triangles face outwards
+    assert mesh.volume == pytest.approx(expected, rel=0.03)  # positive: triangles face outwards
     assert np.abs((vertices.min(0) + vertices.max(0)) / 2 - centre).max() < 0.08
     assert np.abs(np.linalg.norm(vertices - centre, axis=1) - RADIUS).max() < np.linalg.norm(SPACING) / 2
 
@@ -134,12 +126,10 @@ def test_sub_frames_divide_the_slice_spacing(tmp_path, inter):
             "ras",
         ]
     )
-    vertices, triangles, _ = read_ply(tmp_path / "case.ply")
-    assert np.abs((vertices.min(0) + vertices.max(0)) / 2 - centre).max() < 0.08
+    mesh = read_mesh(tmp_path / "case.ply")
+    assert np.abs(mesh.bounds.mean(axis=0) - centre).max() < 0.08
     # Many sub-frames leave the voxels' corners in the plane alone: 3 % as above.
-    assert signed_volume(vertices, triangles) == pytest.approx(
-        fine.sum() * np.prod(SPACING) / inter, rel=0.03
-    )
+    assert mesh.volume == pytest.approx(fine.sum() * np.prod(SPACING) / inter, rel=0.03)
 
 
 def test_published_smoothing_keeps_a_ball_where_it_is(tmp_path):
@@ -159,60 +149,11 @@ def test_published_smoothing_keeps_a_ball_where_it_is(tmp_path):
         "--space",
         "ras",
     ]
-    assert main([*arguments, "--quiet"]) == 0
-    vertices, triangles, _ = read_ply(tmp_path / "out" / "case.ply")
-    assert _is_closed(triangles)
-    assert np.abs((vertices.min(0) + vertices.max(0)) / 2 - centre).max() < 0.15
-    assert signed_volume(vertices, triangles) == pytest.approx(4 / 3 * np.pi * 16**3, rel=0.1)
-
-
-def test_a_mask_that_touches_the_border_is_closed_half_a_voxel_outside():
-    """All of a block but its first frame: faces lie between voxels, so the volume is a count, less cut edges."""
-    values = np.ones((5, 6, 7), np.float32)
-    values[0] = 0
-    vertices, triangles = surface(values, 0.5)
-    assert _is_closed(triangles)
-    assert vertices.min(0).tolist() == [-0.5, -0.5, 0.5] and vertices.max(0).tolist() == [6.5, 5.5, 4.5]
-    # The 12 edges are bevelled by triangles of area 1/8, the 8 corners by a little more: at most all lengths / 8.
-    assert 4 * 6 * 7 - 4 * (4 + 6 + 7) / 8 <= signed_volume(vertices, triangles) < 4 * 6 * 7
-
-
-def test_caps_do_not_depend_on_how_bright_the_object_is():
-    _, y, x = np.mgrid[:6, :9, :9].astype(np.float32)
-    values = np.clip(3.5 - np.hypot(y - 4, x - 4), 0, 1)
-    boxes = []
-    for brightness in (0.6, 1.0):
-        vertices, triangles = surface(values * brightness, 0.3)
-        assert _is_closed(triangles)
-        boxes.append((vertices[:, 2].min(), vertices[:, 2].max()))
-    assert np.allclose(boxes, (-0.5, 5.5), atol=1e-3)  # values at the level are moved by 1e-4 of the range
-
-
-@pytest.mark.parametrize("handedness", [1, -1])
-def test_triangles_face_outwards_in_either_handedness(handedness):
-    affine = np.diag([handedness * 2.0, 1.0, 3.0, 1.0])
-    values = _round_frames().astype(np.float32)
-    vertices, triangles = surface(values, 0.5, affine)
-    assert signed_volume(vertices, triangles) == pytest.approx(values.sum() * 6, rel=0.03)
-
-
-def test_values_that_equal_the_level_leave_the_mesh_closed():
-    values = np.random.default_rng(0).integers(0, 3, (8, 8, 8)).astype(np.float32) / 2
-    for level in (0.5, 1.0):
-        _, triangles = surface(values, level)
-        assert _is_closed(triangles)
-
-
-def test_otsu():
-    rng = np.random.default_rng(0)
-    two = np.concatenate([rng.normal(0.2, 0.15, 5000), rng.normal(0.8, 0.2, 3000)]).astype(np.float32)
-    bin_width = float(np.ptp(two)) / 256  # ours is a bin's edge, scikit-image's its centre
-    assert otsu(two) == pytest.approx(float(threshold_otsu(two)), abs=bin_width)
-    assert otsu(np.array([0.0, 0, 0, 1])) == pytest.approx(
-        0.5, abs=1e-3
-    )  # the middle of the gap, not its start
-    with pytest.raises(ValueError, match=r"all values are 0\.3"):
-        otsu(np.full(9, 0.3))
+    assert main([*arguments, "--smoothing", "published", "--quiet"]) == 0
+    mesh = read_mesh(tmp_path / "out" / "case.ply")
+    assert is_closed(mesh)
+    assert np.abs(mesh.bounds.mean(axis=0) - centre).max() < 0.15
+    assert mesh.volume == pytest.approx(4 / 3 * np.pi * 16**3, rel=0.1)
 
 
 def test_the_level(tmp_path):
@@ -223,7 +164,7 @@ def test_the_level(tmp_path):
     volumes = {}
     for thresh in ("0", "76.5", "25"):
         assert main([*arguments, "--thresh", thresh]) == 0
-        volumes[thresh] = signed_volume(*read_ply(tmp_path / "out" / "case.ply")[:2])
+        volumes[thresh] = read_mesh(tmp_path / "out" / "case.ply").volume
     assert volumes["0"] == pytest.approx(volumes["76.5"], rel=0.01)
     assert volumes["0"] == pytest.approx(_round_frames().sum(), rel=0.03)
     assert volumes["25"] == pytest.approx(frames.size, rel=0.05)
@@ -255,9 +196,9 @@ def test_frames_of_other_kinds_and_unpadded_numbers(tmp_path):
     for extension in (".npy", "tif"):
         arguments = ["-i", str(tmp_path / "case"), "-o", str(tmp_path / extension), "--extension", extension]
         assert main([*arguments, "--smoothing", "none", "--quiet"]) == 0
-        vertices, triangles, comments = read_ply(tmp_path / extension / "case.ply")
-        assert signed_volume(vertices, triangles) == pytest.approx(frames.sum(), rel=0.03)
-        assert comments == ["units are voxels"]
+        mesh = read_mesh(tmp_path / extension / "case.ply")
+        assert mesh.volume == pytest.approx(frames.sum(), rel=0.03)
+        assert mesh.metadata == {"space": None, "unit": "voxels"}
 
 
 def test_what_is_printed(tmp_path, capsys):
@@ -298,7 +239,7 @@ def test_one_bad_case_does_not_stop_the_others(tmp_path, capsys):
     _write_frames(folder / "j_single", frames[:1])
 
     arguments = ["-i", str(folder), "-o", str(tmp_path / "out"), "--inter", "8", "-n", str(tmp_path)]
-    assert main([*arguments, "--smoothing", "none", "--quiet"]) == 1
+    assert main([*arguments, "--smoothing", "none", "--quiet", "--jobs", "1"]) == 1
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["a_good.ply", "c_good.ply"]
     lines = capsys.readouterr().err.splitlines()
     reasons = {
@@ -317,6 +258,330 @@ def test_one_bad_case_does_not_stop_the_others(tmp_path, capsys):
     assert lines[-1] == "slices_to_ply.py: 8 of 10 cases failed"
 
 
+# ---- the round trip that trains nothing ------------------------------------------------------------------------------
+
+
+def _organ(shape, affine, fill=0.55):
+    """A bent body with a lobe, in voxels of a volume: no symmetry hides a flip."""
+    size = np.array(voxel_sizes(affine))
+    points = (
+        np.stack(np.meshgrid(*map(np.arange, shape), indexing="ij"), axis=-1) - (np.array(shape) - 1) / 2
+    ) * size
+    half = fill * np.array(shape) * size / 2
+    x, y, z = np.moveaxis(points / half, -1, 0)
+    body = (x - 0.25 * y * y) ** 2 + y**2 + (z + 0.2 * x) ** 2 < 0.8
+    lobe = (x - 0.7) ** 2 + (y - 0.45) ** 2 + (z - 0.5) ** 2 < 0.16
+    return (body | lobe).astype(np.uint8)
+
+
+AFFINES = {
+    "ras": _affine(),
+    "flipped": _affine(signs=(-1, 1, -1)),
+    "oblique": _affine(signs=(1, -1, -1), tilt=0.4),
+    "permuted": _affine(axes=(2, 0, 1), signs=(-1, 1, 1), tilt=-0.3),
+}
+
+
+@pytest.mark.parametrize("axis", ["0", "1", "2"])
+@pytest.mark.parametrize("affine", AFFINES.values(), ids=AFFINES.keys())
+def test_masks_to_frames_to_mesh_is_the_surface_of_the_label(tmp_path, affine, axis):
+    """Label volume -> prepare.py -> slices_to_ply.py against marching cubes on the label volume itself.
+
+    Unsmoothed, it is the same surface up to how diagonal voxels are cut: the farthest point within half the finest
+    voxel. Smoothed, the corners of voxels go: on average and for 95 % of the surface within half a voxel.
+    """
+    label = _organ((30, 26, 14), affine)
+    nibabel.save(nibabel.Nifti1Image(label, affine), tmp_path / "v.nii.gz")
+    volume = str(tmp_path / "v.nii.gz")
+    case = tmp_path / "case"
+    prepare.main(["-i", volume, "-l", volume, "-o", str(case), "--axis", axis, "--quiet"])
+    direct = surface(label.T.astype(np.float32), 0.5, affine)
+    assert direct.volume > 0
+    for smoothing, farthest in (("none", 0.5), (None, np.inf)):
+        arguments = ["-i", str(case / "seg" / "original"), "-o", str(tmp_path), "--quiet"]
+        assert main([*arguments, *(["--smoothing", smoothing] if smoothing else [])]) == 0
+        mesh = in_space(read_mesh(tmp_path / "original.ply"), "RAS")
+        scores = surface_scores(mesh, direct, samples=5000)
+        half = min(SPACING) / 2
+        assert mesh.is_watertight and mesh.volume > 0
+        assert scores.hd <= farthest * 2 * half and scores.asd < half
+        # Thick slices have steps of a slice, which smoothing is there to take away.
+        assert scores.hd95 < (half if smoothing else max(SPACING) / 2)
+
+
+# ---- what the options do ---------------------------------------------------------------------------------------------
+
+
+def _placed(tmp_path, values, spacing=SPACING, inter=1, name="case"):
+    """A case folder of values (frame, row, column) with a NIfTI file for its place."""
+    _write_frames(tmp_path / name / "render_mask", values, inter)
+    shape = (values.shape[2], values.shape[1], len(values) // inter)
+    header = nibabel.Nifti1Image(
+        np.zeros(shape, np.uint8), np.diag([-spacing[0], -spacing[1], spacing[2], 1.0])
+    )
+    nibabel.save(header, tmp_path / name / "place.nii.gz")
+    return tmp_path / name
+
+
+@pytest.mark.parametrize("smoothing", [None, "1.5"])
+@pytest.mark.parametrize(
+    ("spacing", "inter"), [((1, 1, 1), 1), ((0.7, 0.7, 5), 1), ((0.8, 0.8, 3), 4), ((2.0, 1.0, 0.5), 1)]
+)
+def test_smoothing_keeps_the_volume(tmp_path, spacing, inter, smoothing):
+    """Thin, small and anisotropic: a sheet one voxel thick, a vessel two voxels wide, a body and a single voxel."""
+    z, y, x = np.mgrid[: 12 * inter, :24, :24]
+    shapes = {
+        "sheet": (y == 11) & (x > 4) & (x < 19) & (z > 2) & (z < 10 * inter),
+        "vessel": (abs(y - 12 - 3 * np.sin(z / 3 / inter)) < 1.1) & (abs(x - 11) < 1.1),
+        "body": ((z / inter - 6) / 4) ** 2 + ((y - 12) / 8) ** 2 + ((x - 12) / 6) ** 2 < 1,
+        "voxel": (z == 5 * inter) & (y == 12) & (x == 9),
+    }
+    for name, inside in shapes.items():
+        _placed(tmp_path / "in", inside.astype(float), spacing, inter, name)
+    arguments = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--quiet", "--jobs", "1"]
+    assert main([*arguments, *(["--smoothing", smoothing] if smoothing else [])]) == 0
+    for name, inside in shapes.items():
+        mesh = read_mesh(tmp_path / "out" / f"{name}.ply")
+        assert mesh.is_watertight
+        assert mesh.volume == pytest.approx(inside.sum() * np.prod(spacing) / inter, rel=0.01), name
+
+
+def test_a_volume_that_no_level_gives_back_is_told(tmp_path, capsys):
+    """Eight single voxels, blurred: where two grow together across a diagonal, the volume of marching cubes jumps."""
+    values = np.zeros((12, 11, 13))
+    voxels = "1 0 6, 1 8 1, 3 9 5, 6 5 6, 8 7 4, 9 6 0, 10 4 12, 11 7 6"  # frame, row, column
+    for voxel in voxels.split(", "):
+        values[tuple(map(int, voxel.split()))] = 1
+    _placed(tmp_path / "in", values, (1, 1, 1), name="specks")
+    _placed(tmp_path / "in", _round_frames(), (1, 1, 1), name="whole")
+    assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path), "--jobs", "1"]) == 0
+    specks, whole = capsys.readouterr().out.split("whole:")
+    assert "note: no level gives the mask's volume of 8.0 back" in specks and "note:" not in whole
+
+
+def test_the_default_smoothing_takes_steps_away(tmp_path):
+    """A ball of 12 mm in voxels of 1 mm: nearer to the ball than without smoothing, and its millimetres are printed."""
+    z, y, x = np.mgrid[:32, :32, :32]
+    case = _placed(tmp_path, np.linalg.norm((z - 15.3, y - 15.6, x - 15.1), axis=0) < 12, (1, 1, 1))
+    centre, rough = np.array([15.1, 15.6, 15.3]), {}
+    for smoothing in ([], ["--smoothing", "none"]):
+        assert main(["-i", str(case), "-o", str(tmp_path), "--quiet", *smoothing]) == 0
+        vertices = read_mesh(tmp_path / "case.ply").vertices
+        rough[bool(smoothing)] = np.linalg.norm(vertices - centre, axis=1).std()
+    assert rough[False] < 0.6 * rough[True]
+
+
+def test_millimetres_mean_millimetres_on_every_axis(tmp_path, capsys):
+    """One block on three grids, smoothed by 2 mm, gives one surface: to a tenth of a millimetre on average.
+
+    All grids have voxel borders where the block ends, so nothing else than the smoothing could tell them apart. The
+    third is the first, as 4 sub-frames of slices 4 mm apart.
+    """
+    meshes = []
+    for number, (spacing, inter) in enumerate((((1, 1, 1), 1), ((0.5, 1, 2), 1), ((1, 1, 4), 4))):
+        steps = np.array(spacing) / (1, 1, inter)
+        places = [(np.arange(32 / step) + 0.5) * step for step in steps]
+        column, row, slice_ = (((at > 8) & (at < 24)).astype(float) for at in places)
+        case = _placed(
+            tmp_path, np.einsum("i,j,k->ijk", slice_, row, column), spacing, inter, f"grid{number}"
+        )
+        assert main(["-i", str(case), "-o", str(tmp_path), "--smoothing", "2"]) == 0
+        assert "smoothed by 2, 2, 2 mm" in capsys.readouterr().out
+        mesh = read_mesh(tmp_path / f"grid{number}.ply")
+        meshes.append(mesh.apply_translation(steps / 2))  # from voxel centres to the corner of the grid
+    assert surface_scores(meshes[0], meshes[1], samples=3000).asd < 0.1
+    assert surface_scores(meshes[0], meshes[2], samples=3000).hd < 1e-3
+
+
+@pytest.mark.parametrize("format_", FORMATS)
+def test_formats(tmp_path, format_):
+    case = _placed(tmp_path, _round_frames())
+    arguments = ["-i", str(case), "-o", str(tmp_path / "out"), "--quiet"]
+    assert main(arguments) == 0 and main([*arguments, "--format", format_]) == 0
+    expected, mesh = (read_mesh(tmp_path / "out" / f"case.{kind}") for kind in ("ply", format_))
+    assert mesh.metadata == {"space": "LPS", "unit": "mm"}
+    assert mesh.is_watertight and mesh.volume == pytest.approx(expected.volume, rel=1e-5)
+    assert np.allclose(mesh.bounds, expected.bounds, atol=1e-4)
+
+
+def test_slicer_finds_the_space_in_the_header(tmp_path):
+    case = _placed(tmp_path, _round_frames())
+    for space in ("lps", "ras"):
+        for kind, start in (("ply", b"ply\n"), ("stl", b"SPACE="), ("obj", b"# SPACE=")):
+            assert (
+                main(["-i", str(case), "-o", str(tmp_path), "--format", kind, "--space", space, "--quiet"])
+                == 0
+            )
+            head = (tmp_path / f"case.{kind}").read_bytes()[:80]
+            assert head.startswith(start) and f"SPACE={space.upper()}".encode() in head
+
+
+def test_open_leaves_the_caps_out_and_the_rest_as_it_is(tmp_path):
+    """A column through all slices: the caps are two discs, the wall stays, and the volume is that of the closed one."""
+    _, y, x = np.mgrid[:10, :24, :24]
+    case = _placed(tmp_path, np.hypot(y - 11.5, x - 11.5) < 7, (1, 1, 2))
+    meshes = []
+    for extra in ([], ["--open"]):
+        assert main(["-i", str(case), "-o", str(tmp_path), "--quiet", *extra]) == 0
+        meshes.append(read_mesh(tmp_path / "case.ply"))
+    closed, opened = meshes
+    assert closed.is_watertight and not opened.is_watertight
+    assert np.allclose(closed.bounds, opened.bounds) and closed.bounds[:, 2].tolist() == [-1, 19]
+    assert opened.area == pytest.approx(2 * np.pi * 7 * 20, rel=0.03), (
+        "steps of the circle, smoothed, add a little"
+    )
+    assert np.abs(opened.face_normals[:, 2]).max() < 1e-6, "no cap is left, nor its bevel"
+    outwards = opened.triangles_center[:, :2] - 11.5
+    assert ((opened.face_normals[:, :2] * outwards).sum(axis=1) > 0).all(), "and the wall faces outwards"
+
+
+def test_largest_keeps_one_body_and_its_cavity(tmp_path):
+    z, y, x = np.mgrid[:24, :24, :40]
+    shell = (abs(z - 12) < 8) & (abs(y - 12) < 8) & (abs(x - 12) < 8)
+    shell &= ~((abs(z - 12) < 4) & (abs(y - 12) < 4) & (abs(x - 12) < 4))
+    crumb = np.linalg.norm((z - 12, y - 12, x - 32), axis=0) < 4
+    case = _placed(tmp_path, shell | crumb, (1, 1, 1))
+    for smoothing in ([], ["--smoothing", "none"]):
+        assert main(["-i", str(case), "-o", str(tmp_path), "--largest", "--quiet", *smoothing]) == 0
+        mesh = read_mesh(tmp_path / "case.ply")
+        assert mesh.bounds[1, 0] < 21 and mesh.body_count == 2, "the wall's outside and inside"
+        assert mesh.volume == pytest.approx(shell.sum(), rel=0.01 if not smoothing else 0.03)
+
+
+def test_decimate(tmp_path):
+    case = _placed(tmp_path, _round_frames(28, 36, 12.0), (1, 1, 1))
+    meshes = []
+    for extra in ([], ["--decimate", "0.8"]):
+        assert main(["-i", str(case), "-o", str(tmp_path), "--quiet", *extra]) == 0
+        meshes.append(read_mesh(tmp_path / "case.ply"))
+    full, simple = meshes
+    assert len(simple.faces) == pytest.approx(0.2 * len(full.faces), rel=0.02)
+    assert simple.is_watertight and simple.volume == pytest.approx(full.volume, rel=0.01)
+    assert point_distances(np.asarray(simple.vertices), full).max() < 0.5
+
+
+def test_label_maps(tmp_path, capsys):
+    """Two organs in one stack: a mesh for each value, or for those asked for."""
+    z, y, x = np.mgrid[:16, :24, :48]
+    left, right = (np.linalg.norm((z - 8, y - 12, x - at), axis=0) < 6 for at in (12, 34))
+    values = left * 3.0 + right * 200.0
+    case = _placed(tmp_path, values / 255, (1, 1, 1))
+    arguments = ["-i", str(case), "-o", str(tmp_path / "out"), "--smoothing", "none", "--quiet"]
+    assert main([*arguments, "--labels"]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["case_200.ply", "case_3.ply"]
+    for value, at in ((3, 12), (200, 34)):
+        mesh = read_mesh(tmp_path / "out" / f"case_{value}.ply")
+        assert np.allclose(mesh.bounds.mean(axis=0), (at, 12, 8)) and mesh.body_count == 1
+    assert main([*arguments[:3], str(tmp_path / "one"), "--labels", "3", "--quiet"]) == 0
+    assert [path.name for path in (tmp_path / "one").iterdir()] == ["case_3.ply"]
+    assert main([*arguments, "--labels", "3", "7"]) == 1
+    assert "no pixel has the value 7: there are 0, 3, 200" in capsys.readouterr().err
+    _write_frames(tmp_path / "grey", np.linspace(0, 1, 8 * 24 * 24).reshape(8, 24, 24))
+    assert main(["-i", str(tmp_path / "grey"), "-o", str(tmp_path / "no"), "--labels"]) == 1
+    assert "different values, so they are no label maps" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_preview_of_each_mesh(tmp_path):
+    for name, frames in (("placed", _round_frames()), ("unplaced", _round_frames())):
+        if name == "placed":
+            _placed(tmp_path / "in", frames, name=name)
+        else:
+            _write_frames(tmp_path / "in" / name, frames)
+    arguments = ["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--space", "ras", "--jobs", "1"]
+    assert main([*arguments, "--preview", "--quiet"]) == 0
+    for name in ("placed", "unplaced"):
+        picture = read_image(tmp_path / "out" / f"{name}.png")
+        assert picture.shape[1] > 1000
+        for panel in np.array_split(picture[200:500], 3, axis=1):
+            assert panel.std() > 10, "a mesh in each of the three views"
+
+
+def test_unevenly_spaced_slices_land_where_they_were_taken(tmp_path):
+    """Slices at 0, 2, 3, 7, 9 and 10 mm: a block of the three in the middle reaches half-way to its neighbours."""
+    positions = (0.0, 2.0, 3.0, 7.0, 9.0, 10.0)
+    values = np.zeros((6, 8, 8))
+    values[2:5, 2:6, 2:6] = 1
+    _write_frames(tmp_path / "case" / "render_mask", values)
+    geometry = Geometry(
+        axes=(0, 1, 2),
+        flips=(False, False),
+        size=(8, 8),
+        affine=((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 2.0, 5.0), (0.0, 0.0, 0.0, 1.0)),
+        slices=tuple(range(6)),
+        slice_count=6,
+        positions=positions,
+        window=(0.0, 1.0),
+        bits=8,
+        source="uneven",
+    )
+    geometry.save(tmp_path / "case" / FILE_NAME)
+    arguments = ["-i", str(tmp_path / "case"), "-o", str(tmp_path), "--smoothing", "none", "--space", "ras"]
+    assert main([*arguments, "--quiet"]) == 0
+    assert read_mesh(tmp_path / "case.ply").bounds[:, 2].tolist() == pytest.approx([5 + 2.5, 5 + 9.5])
+    stack = read_stack(tmp_path / "case")
+    assert stack.volume(values > 0) == pytest.approx(16 * 7), "each slice counts half-way to its neighbours"
+
+
+# ---- several cases ---------------------------------------------------------------------------------------------------
+
+
+def test_cases_side_by_side_give_the_same_files(tmp_path, capsys):
+    for name in ("a", "b", "c"):
+        _placed(tmp_path / "in", _round_frames(radius=6.0 if name == "b" else 8.0), name=name)
+    (tmp_path / "in" / "b" / "render_mask" / "00003_0.png").write_bytes(b"no image")
+    for jobs in ("1", "2"):
+        assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / jobs), "--jobs", jobs]) == 1
+    one, two = capsys.readouterr().out.split("a: 16 frames")[1:]
+    assert one.replace(str(tmp_path / "1"), "") == two.replace(str(tmp_path / "2"), "")
+    for name in ("a", "c"):
+        assert (tmp_path / "1" / f"{name}.ply").read_bytes() == (tmp_path / "2" / f"{name}.ply").read_bytes()
+    assert len(list((tmp_path / "2").iterdir())) == 2
+
+
+def test_whatever_a_case_dies_of_the_others_are_done(tmp_path, capsys, monkeypatch):
+    """A full disk, no memory, a bug: the case is named, and the next one goes on."""
+    for name in "abcd":
+        _write_frames(tmp_path / "in" / name, _round_frames())
+    written = slices_to_ply.write_mesh
+    raised = {
+        "a": OSError(28, "No space left on device", "a.ply"),
+        "b": MemoryError(),
+        "c": RuntimeError("surprise"),
+    }
+
+    def failing(path, mesh):
+        if path.stem in raised:
+            raise raised[path.stem]
+        written(path, mesh)
+
+    monkeypatch.setattr(slices_to_ply, "write_mesh", failing)
+    assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--jobs", "1", "--quiet"]) == 1
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["d.ply"]
+    text = capsys.readouterr().err
+    for reason in ("a: No space left on device: a.ply", "b: out of memory", "c: RuntimeError: surprise"):
+        assert f"slices_to_ply.py: failed: {reason}" in text
+    assert "Traceback" in text, "a bug of ours keeps its traceback"
+
+
+def test_a_killed_process_costs_its_case_alone(tmp_path, monkeypatch):
+    """Process b is killed; its pool breaks, and cases that had not ended are done again alone."""
+    for name in "abc":
+        _write_frames(tmp_path / name, _round_frames())
+    options = slices_to_ply._parser().parse_args(["-i", "x", "-o", str(tmp_path / "out"), "--jobs", "2"])
+    cases = [slices_to_ply.Case(name, tmp_path / name) for name in "abc"]
+    monkeypatch.setattr(slices_to_ply, "_attempt", _die_on_b)
+    outcomes = list(slices_to_ply._outcomes(cases, options))
+    assert [outcome.failure for outcome in outcomes[::2]] == [None, None]
+    assert "was killed" in outcomes[1].failure
+
+
+def _die_on_b(case, options):
+    if case.name == "b":
+        os._exit(9)
+    return slices_to_ply.Outcome(case, [])
+
+
 def test_usage_errors(tmp_path):
     _write_frames(tmp_path / "case", _round_frames())
     (tmp_path / "file").touch()
@@ -329,6 +594,14 @@ def test_usage_errors(tmp_path):
         (["-i", case, "-o", out, "-n", str(tmp_path / "none")], "is not a folder"),
         (["-i", case, "-o", out, "--inter", "0"], "--inter"),
         (["-i", case, "-o", out, "--thresh", "300"], "--thresh"),
+        (["-i", case, "-o", out, "--jobs", "0"], "--jobs"),
+        (["-i", case, "-o", out, "--labels", "--thresh", "9"], "leave --thresh out"),
+        (["-i", case, "-o", out, "--decimate", "1"], "not a fraction"),
+        (["-i", case, "-o", out, "--format", "glb", "--space", "ras"], "GLB"),
+        (["-i", case, "-o", out, "--format", "vtk"], "--format"),
+        (["-i", case, "-o", out, "--smoothing", "much"], "neither millimetres"),
+        (["-i", case, "-o", out, "--smoothing", "-1"], "neither millimetres|expected one argument"),
+        (["-i", case, "-o", out, "--smoothing", "nan"], "neither millimetres"),
         (["-i", case], "-o/--output"),
     ):
         with pytest.raises(UserError, match=message):
@@ -347,18 +620,15 @@ def test_usage_errors(tmp_path):
     )
 
 
-def test_ply_round_trip(tmp_path):
-    vertices, triangles = surface(_round_frames().astype(np.float32), 0.5)
-    write_ply(tmp_path / "a.ply", vertices, triangles, ["SPACE=LPS"])
-    back = read_ply(tmp_path / "a.ply")
-    assert (
-        np.abs(back[0] - vertices).max() < 1e-5
-        and np.array_equal(back[1], triangles)
-        and back[2] == ["SPACE=LPS"]
-    )
-    with pytest.raises(UserError, match="does not exist"):
-        read_ply(tmp_path / "b.ply")
-    for content in (b"", b"ply", b"hello\n", (tmp_path / "a.ply").read_bytes()[:-5]):
-        (tmp_path / "b.ply").write_bytes(content)
-        with pytest.raises(UserError, match="not a PLY file"):
-            read_ply(tmp_path / "b.ply")
+def test_a_missing_simplifier_is_named_before_anything_is_done(tmp_path, monkeypatch):
+    _write_frames(tmp_path / "case", _round_frames())
+    monkeypatch.setattr(slices_to_ply, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install fast-simplification"):
+        main(["-i", str(tmp_path / "case"), "-o", str(tmp_path / "out"), "--decimate", "0.5"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_renders(tmp_path):
+    (tmp_path / "chkpnt10.pth").touch()
+    with pytest.raises(UserError, match=r"run render\.py"):
+        main(["-i", str(tmp_path), "-o", str(tmp_path / "out")])

@@ -1,26 +1,51 @@
-"""Surfaces of voxel stacks, and triangle meshes in PLY files."""
+"""Surfaces of voxel stacks, and meshes in files. A mesh is a `trimesh.Trimesh` that knows its unit and its space.
+
+`mesh.metadata["unit"]` is "mm", "voxels" or None, `mesh.metadata["space"]` is "RAS", "LPS" or None: None where a file
+does not say. Coordinates are RAS inside this project and leave it as LPS, unless a user asks otherwise.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
 from pathlib import Path
 
 import numpy as np
-import plyfile
-from skimage.measure import marching_cubes
+import trimesh
+from scipy.ndimage import gaussian_filter
+from skimage.measure import label, marching_cubes
+from skimage.segmentation import expand_labels
+from trimesh import Trimesh
+from trimesh.exchange.gltf import export_glb
+from trimesh.exchange.obj import export_obj
+from trimesh.exchange.ply import export_ply
+from trimesh.exchange.stl import export_stl
+from trimesh.intersections import slice_faces_plane
 
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.geometry import swap_ras_lps
 
-# Header comments of our PLY files, beside SPACE=LPS or SPACE=RAS, which 3D Slicer reads.
-MILLIMETRES, VOXELS = "units are millimetres", "units are voxels"
+FORMATS = ("ply", "stl", "obj", "glb")
+UNITS = {"mm": "units are millimetres", "voxels": "units are voxels"}
+"""What the header of a mesh file says, beside SPACE=LPS or SPACE=RAS, which 3D Slicer reads."""
+
+# glTF is in metres with y up and the front of a thing towards +z: left, superior and anterior for a patient.
+_TO_GLTF = (
+    np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1000]]) / 1000
+)  # from LPS millimetres
+_HEADER = 1 << 16  # bytes in which the comments of a file stand
+
+_GREY_BAND = 8 / 255  # of values about a level that rounding to 8 bits may have put on either side
+_VOLUME_TOLERANCE = 1e-3
+_VOLUME_STEPS = 20
 
 
 def otsu(values: np.ndarray) -> float:
     """The level that parts values best into two classes (Otsu 1979), on 256 bins. Raises ValueError if all are equal.
 
-    Where a whole gap does equally well, as between the 0 and 1 of a mask, it is the middle of the gap.
+    Where a whole gap does equally well, as between the 0 and 1 of a mask, it is the middle of the gap, for which
+    scikit-image's takes the lower end.
     """
     low, high = float(values.min()), float(values.max())
     if not low < high:
@@ -40,14 +65,20 @@ def otsu(values: np.ndarray) -> float:
 
 
 def surface(
-    values: np.ndarray, level: float, affine: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """The closed surface around values of `level` and more: vertices (V, 3) float64 and triangles (T, 3) int32.
+    values: np.ndarray,
+    level: float,
+    affine: np.ndarray | None = None,
+    heights: np.ndarray | None = None,
+    closed: bool = True,
+) -> Trimesh:
+    """The surface around values of `level` and more (marching cubes), triangles counter-clockwise from outside.
 
     values: (frame, row, column) float32, at least two of each. affine: (column, row, frame) indices to the space of
-    the vertices, (4, 4); without one they are those indices. Triangles are counter-clockwise seen from outside,
-    whatever the handedness of the affine. Where the border of the stack cuts the object, a flat cap closes it half
-    a voxel outside, on the outer faces of the border voxels. Raises ValueError where no value reaches `level`.
+    the vertices, (4, 4), of either handedness; without one they are those indices, and the unit is voxels. heights:
+    the frame coordinate of each frame where they are not 0, 1, 2 ..., (frames,) increasing.
+
+    Where the border of the stack cuts the object, a flat cap closes the mesh half a voxel outside, on the outer faces
+    of the border voxels; with closed=False the mesh ends there, open. Raises ValueError where there is no surface.
     """
     if values.max() < level:
         raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
@@ -55,58 +86,194 @@ def surface(
     # Marching cubes leaves holes where values equal the level: they are moved off it, to the inside.
     margin = 1e-4 * max(float(np.ptp(values)), abs(level), 1e-3)
     padded[np.abs(padded - level) < margin] = level + margin
-    for axis in range(3):
-        for side in (0, -1):
-            layer = np.moveaxis(padded, axis, 0)[side]
-            layer[...] = level - np.abs(
-                layer - level
-            )  # mirrored below the level: interpolation puts the cap halfway
+    if closed:
+        for axis in range(3):
+            for side in (0, -1):
+                layer = np.moveaxis(padded, axis, 0)[side]
+                layer[...] = level - np.abs(layer - level)  # mirrored: interpolation puts the cap halfway
+    elif padded.min() > level:
+        raise ValueError("the object fills the stack: without caps it has no surface")
     vertices, triangles, _, _ = marching_cubes(padded, level)
     vertices = vertices[:, ::-1].astype(np.float64) - 1  # (column, row, frame), without the padding
+    if not closed:
+        for normal in np.eye(3):
+            for inwards, face in ((normal, -0.5), (-normal, normal @ values.shape[::-1] - 0.5)):
+                vertices, triangles, _ = slice_faces_plane(vertices, triangles, inwards, face * normal)
+
+    # scikit-image's triangles face inwards in (frame, row, column), so outwards in (column, row, frame): what is left
+    # is whether the affine mirrors. The volume's sign would tell too, but open meshes have none.
+    outwards = affine is None or np.linalg.det(affine[:3, :3]) > 0
+    if heights is not None:
+        vertices[:, 2] = np.interp(vertices[:, 2], *_beyond(heights))
     if affine is not None:
         vertices = vertices @ affine[:3, :3].T + affine[:3, 3]
-    if signed_volume(vertices, triangles) < 0:
-        triangles = triangles[:, ::-1]
-    return vertices, np.ascontiguousarray(triangles, np.int32)
+    mesh = Trimesh(vertices, triangles if outwards else triangles[:, ::-1], process=False)
+    mesh.remove_unreferenced_vertices()
+    mesh.metadata.update(unit="voxels" if affine is None else "mm", space=None if affine is None else "RAS")
+    return mesh
 
 
-def signed_volume(vertices: np.ndarray, triangles: np.ndarray) -> float:
-    """Volume that a closed mesh encloses, negative when its triangles face inwards (divergence theorem)."""
-    corners = (vertices - vertices.mean(axis=0))[
-        triangles
-    ]  # (T, 3 corners, xyz), near 0 for the sake of rounding
-    return float(np.einsum("ij,ij->", corners[:, 0], np.cross(corners[:, 1], corners[:, 2])) / 6)
+def _beyond(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Indices and heights of frames, with one more at either end for the caps."""
+    steps = np.diff(heights)
+    longer = np.concatenate(([heights[0] - steps[0]], heights, [heights[-1] + steps[-1]]))
+    return np.arange(-1, len(heights) + 1), longer
 
 
-def write_ply(
-    path: str | os.PathLike[str], vertices: np.ndarray, triangles: np.ndarray, comments: Sequence[str] = ()
-) -> None:
-    """A binary PLY of vertices (V, 3), stored as float32, and triangles (T, 3), with one header line per comment."""
-    header = ["ply", "format binary_little_endian 1.0", *(f"comment {comment}" for comment in comments)]
-    header += [f"element vertex {len(vertices)}", *(f"property float {name}" for name in "xyz")]
-    header += [f"element face {len(triangles)}", "property list uchar int vertex_indices", "end_header", ""]
-    faces = np.empty(
-        len(triangles), [("count", "u1"), ("vertices", "<i4", 3)]
-    )  # plyfile takes minutes for a million
-    faces["count"] = 3
-    faces["vertices"] = triangles
-    with atomic_write(path) as temporary, temporary.open("wb") as file:
-        file.write("\n".join(header).encode("ascii", "replace"))
-        file.write(np.ascontiguousarray(vertices, "<f4").tobytes())
-        file.write(faces.tobytes())
+def smooth(values: np.ndarray, sigma: tuple[float, float, float]) -> np.ndarray:
+    """values (frame, row, column) through a Gaussian of `sigma` voxels per axis; the border's go on beyond it."""
+    return gaussian_filter(values, sigma, mode="nearest", truncate=4.0)
 
 
-def read_ply(path: str | os.PathLike[str]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Vertices (V, 3) float64, triangles (T, 3) int32 and the header's comments of a PLY of triangles."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist")
+def inside_shares(values: np.ndarray, level: float) -> np.ndarray:
+    """How much of each voxel is inside at `level`, 0 to 1 (float32): none or all of it, but for values near the level.
+
+    Frames half-way between two are full of values that equal it. Counted as inside, they would swell the object.
+    """
+    width = min(_GREY_BAND, 2 * (float(values.max()) - level), 2 * (level - float(values.min())))
+    if width <= 0:
+        return (values >= level).astype(np.float32)
+    return np.clip((values - level) / width + 0.5, 0, 1)
+
+
+def surface_of_volume(
+    values: np.ndarray,
+    volume: float,
+    affine: np.ndarray | None = None,
+    heights: np.ndarray | None = None,
+    closed: bool = True,
+) -> tuple[Trimesh, float]:
+    """`surface` at the level where it encloses `volume`, and that level: smoothing shrinks what is convex and thin.
+
+    volume: in voxels, or in cubic millimetres with an affine. The volume is met to 0.1 % where some level meets it:
+    single voxels that grow together across diagonals make it jump. Raises ValueError where all values are equal.
+    """
+    low, high = float(values.min()), float(values.max())
+    if not low < high:
+        raise ValueError(f"all values are {low:g}")
+    falling = np.sort(values[values > low + 1e-3 * (high - low)])[::-1]
+    voxel = 1.0 if affine is None else abs(float(np.linalg.det(affine[:3, :3])))
+    rank = volume / voxel  # of the level among the values: a smooth surface encloses about as many voxels
+    level = float(np.interp(rank - 0.5, np.arange(len(falling)), falling))
+    # From there by false position (Illinois), between the levels where all and nothing is inside.
+    ends = [[low, values.size * voxel - volume], [high, -volume]]  # level and excess volume
+    best, least, last = level, np.inf, -1
+    for _ in range(_VOLUME_STEPS):
+        excess = float(surface(values, level, affine, heights).volume) - volume
+        if abs(excess) < least:
+            best, least = level, abs(excess)
+        if least <= _VOLUME_TOLERANCE * volume:
+            break
+        side = 0 if excess > 0 else 1
+        ends[side] = [level, excess]
+        if side == last:
+            ends[1 - side][1] /= 2
+        last = side
+        (below, surplus), (above, lack) = ends
+        level = below + (above - below) * surplus / (surplus - lack)
+    return surface(values, best, affine, heights, closed), best
+
+
+def is_closed(mesh: Trimesh) -> bool:
+    """Whether every edge has its twin that runs the other way, so that the mesh has an inside and faces out of it.
+
+    trimesh's `is_watertight` asks for more: where voxels touch along an edge, four triangles share it, and it says no.
+    """
+    ways = np.array([len(mesh.vertices), 1])
+    return np.array_equal(np.sort(mesh.edges @ ways), np.sort(mesh.edges @ ways[::-1]))
+
+
+def largest(values: np.ndarray, level: float) -> np.ndarray:
+    """A copy with the largest body of voxels that reach `level` (neighbours share faces), and nothing of the others.
+
+    What lies outside all bodies belongs to the nearest, so the grey rim of another goes with it.
+    """
+    bodies = label(values >= level, connectivity=1)
+    sizes = np.bincount(bodies.ravel())[1:]
+    if len(sizes) < 2:
+        return values.copy()
+    owners = expand_labels(bodies, distance=sum(values.shape))
+    return np.where(owners == sizes.argmax() + 1, values, values.min())
+
+
+def decimate(mesh: Trimesh, fraction: float) -> Trimesh:
+    """The mesh with `fraction` (0 to 1) of its triangles removed where that changes it least (quadric errors).
+
+    Raises UserError where fast-simplification is not installed, ValueError where the mesh was closed and would not be.
+    """
     try:
-        data = plyfile.PlyData.read(str(path), known_list_len={"face": {"vertex_indices": 3}})
-        vertices = np.stack([data["vertex"][name] for name in "xyz"], axis=1).astype(np.float64)
-        corners = data["face"]["vertex_indices"]  # (T, 3); from a text file T arrays
-        triangles = np.array(corners.tolist() if corners.dtype == object else corners, np.int32).reshape(
-            -1, 3
+        simple = mesh.simplify_quadric_decimation(percent=fraction)
+    except ImportError:
+        raise UserError("--decimate needs fast-simplification: pip install fast-simplification") from None
+    if not len(simple.faces) or (is_closed(mesh) and not is_closed(simple)):
+        raise ValueError(f"without {fraction:g} of its {len(mesh.faces)} triangles the mesh is not closed")
+    simple.metadata.update(mesh.metadata)
+    return simple
+
+
+def in_space(mesh: Trimesh, space: str) -> Trimesh:
+    """A copy in "RAS" or "LPS": half a turn about z, so triangles keep facing outwards."""
+    moved = mesh.copy()
+    if mesh.metadata["space"] != space:
+        moved.vertices = swap_ras_lps(mesh.vertices)
+        moved.metadata["space"] = space
+    return moved
+
+
+def write_mesh(path: str | os.PathLike[str], mesh: Trimesh) -> None:
+    """A mesh as the suffix of `path` says (FORMATS), binary where the format has it, unit and space in its header.
+
+    GLB is in metres with y up, as its standard says; a mesh in voxels counts one as a millimetre there.
+    """
+    kind = Path(path).suffix.lower().removeprefix(".")
+    comments = [f"SPACE={mesh.metadata['space']}"] if mesh.metadata["space"] else []
+    comments += [UNITS[mesh.metadata["unit"]]] if mesh.metadata["unit"] else []
+    if kind == "ply":
+        data = export_ply(mesh, vertex_normal=False)
+        start = data.index(b"comment ")  # trimesh writes one comment, its address, and takes no others
+        lines = "".join(f"comment {comment}\n" for comment in comments).encode()
+        data = data[:start] + lines + data[data.index(b"\n", start) + 1 :]
+    elif kind == "stl":
+        data = export_stl(mesh)
+        data = "; ".join(comments).encode().ljust(80) + data[80:]
+    elif kind == "obj":
+        text = export_obj(mesh, include_normals=False, header=None)
+        data = ("".join(f"# {comment}\n" for comment in comments) + text).encode()
+    elif kind == "glb":
+        lps = in_space(mesh, "LPS") if mesh.metadata["space"] else mesh
+        plain = Trimesh(lps.vertices, lps.faces, process=False, metadata={"comment": "; ".join(comments)})
+        data = export_glb(trimesh.Scene([plain]).apply_transform(_TO_GLTF))
+    else:
+        raise UserError(
+            f"meshes are written as {', '.join(FORMATS)}, not as {kind or 'a file without suffix'}"
         )
-    except (plyfile.PlyParseError, KeyError, ValueError) as error:
-        raise UserError(f"{path} is not a PLY file of triangles: {error}") from error
-    return vertices, triangles, list(data.comments)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_mesh(path: str | os.PathLike[str]) -> Trimesh:
+    """The triangles of a mesh file (FORMATS), with the unit and space that its header gives. Raises UserError."""
+    path = Path(path)
+    kind = path.suffix.lower().removeprefix(".")
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    if kind not in FORMATS:
+        raise UserError(f"{path} is not a kind of mesh that is read: {', '.join(FORMATS)}")
+    try:
+        mesh = trimesh.load_mesh(path, process=False)
+        vertices, triangles = np.array(mesh.vertices, np.float64), np.array(mesh.faces)
+    except Exception as error:  # trimesh's readers have exceptions of their own for damaged bytes
+        raise UserError(f"{path} is not a {kind.upper()} file of triangles: {error}") from error
+    if not len(triangles) or triangles.max() >= len(vertices) or not np.isfinite(vertices).all():
+        raise UserError(f"{path} is not a {kind.upper()} file of triangles: it has none, or they are damaged")
+    if kind == "glb":
+        vertices = trimesh.transform_points(vertices, np.linalg.inv(_TO_GLTF))
+    mesh = Trimesh(vertices, triangles, process=False)
+    mesh.merge_vertices()  # STL stores every corner of every triangle
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    space = re.search(rb"SPACE=(RAS|LPS)", header)
+    units = [unit for unit, comment in UNITS.items() if comment.encode() in header]
+    mesh.metadata.clear()
+    mesh.metadata.update(space=space[1].decode() if space else None, unit=units[0] if units else None)
+    return mesh

@@ -88,6 +88,12 @@ class Scores:
         return _dice(sum(self.overlaps), sum(self.sizes))
 
     @property
+    def iou(self) -> float:
+        """Intersection over union (Jaccard), pooled as `dice`."""
+        overlap, size = sum(self.overlaps), sum(self.sizes)
+        return overlap / (size - overlap) if size else 1.0
+
+    @property
     def frame_dice(self) -> list[float]:
         return [_dice(*counts) for counts in zip(self.overlaps, self.sizes, strict=True)]
 

@@ -1,0 +1,556 @@
+"""Score renders, masks or meshes against a reference: one row per case, then mean and deviation.
+
+    python evaluate.py frames output/case data/full/img --keep_every 2 --held_out
+    python evaluate.py masks output/case label.nii.gz
+    python evaluate.py meshes meshes references --csv scores.csv --json scores.json
+
+PRED and REF are a case each, or folders of cases of the same names. Nothing is moved, scaled or turned to fit, unless
+`--align icp` asks for it, and then the scores say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from trimesh import Trimesh
+
+from utils.errors import ArgumentParser, UserError, run
+from utils.files import atomic_write
+from utils.geometry import Cut, Geometry
+from utils.images import READABLE, image_files, read_image, to_unit
+from utils.meshes import FORMATS, in_space, read_mesh, surface
+from utils.metrics import Scores
+from utils.stacks import INNER, case_geometry, read_stack, sub_frames
+from utils.surfaces import SAMPLES, rigid_alignment, surface_scores
+from utils.volumes import Volume, read_volume
+
+THRESHOLD = 0.5  # of masks, on the scale from 0 to 1
+RENDERS = {"frames": ("render_img", "render"), "masks": ("render_mask", "render_img", "render")}
+INPUTS = {"frames": "img", "masks": "seg", "meshes": "seg"}  # of prepare.py's folder
+NOT_NAMES = ("original", "img", "seg", "render_img", "render_mask", "render")  # of folders within a case
+LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A case: what is scored, and against what; None where a folder has no counterpart."""
+
+    name: str
+    predicted: Path | None
+    reference: Path | None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    score, settings = _scorer(options)
+    rows, failed = [], {}
+    for pair in _pairs(options.what, Path(options.prediction), Path(options.reference)):
+        try:
+            if pair.predicted is None or pair.reference is None:
+                side, folder = (
+                    ("prediction", options.prediction)
+                    if pair.predicted is None
+                    else ("reference", options.reference)
+                )
+                raise UserError(f"{folder} has no {side} of that name")
+            rows.append({"case": pair.name, **score(pair.predicted, pair.reference)})
+        except UserError as error:
+            failed[pair.name] = str(error)
+    if not rows and len(failed) == 1:
+        raise UserError(next(iter(failed.values())))
+
+    summary = _summary(rows)
+    if rows and not options.quiet:
+        print(_table([*rows, *summary]))
+        print("\n".join(f"{name}: {text}" for name, text in settings.items()))
+    if options.csv:
+        text = io.StringIO()
+        table = csv.DictWriter(text, _columns(rows), extrasaction="ignore", lineterminator="\n")
+        table.writeheader()
+        table.writerows([*rows, *summary])
+        _write(options.csv, text.getvalue())
+    if options.json:
+        about = {"what": options.what, "prediction": options.prediction, "reference": options.reference}
+        results = {**about, "settings": settings, "rows": rows, "summary": summary, "failed": failed}
+        _write(options.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    for name, reason in failed.items():
+        print(f"evaluate.py: failed: {name}: {reason}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
+    kinds = parser.add_subparsers(dest="what", required=True, metavar="{frames,masks,meshes}")
+    for what, text in (
+        ("frames", "PSNR, SSIM and, where it is installed, LPIPS of images"),
+        ("masks", "Dice and IoU of masks, over all frames together"),
+        ("meshes", "Chamfer, ASD, Hausdorff and HD95 of surfaces, in mm"),
+    ):
+        kind = kinds.add_parser(what, help=text, description=text)
+        kind.add_argument("prediction", metavar="PRED", help="what is scored: a case, or a folder of cases")
+        kind.add_argument("reference", metavar="REF", help="what is right: a case, or a folder of cases")
+        if what != "meshes":
+            kind.add_argument(
+                "--keep_every",
+                type=int,
+                metavar="N",
+                help="renders k_i are of a model of every N-th frame (default: what frames.json says, else all)",
+            )
+            kind.add_argument("--held_out", action="store_true", help="only frames that were not trained on")
+        if what != "frames":
+            kind.add_argument(
+                "--label_value",
+                type=float,
+                nargs="+",
+                metavar="V",
+                help="of label volumes (default: all but 0)",
+            )
+        if what == "meshes":
+            kind.add_argument(
+                "--samples", type=int, default=SAMPLES, help=f"points a surface (default: {SAMPLES})"
+            )
+            kind.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
+            kind.add_argument(
+                "--space",
+                choices=("lps", "ras"),
+                help="of meshes whose header does not say, which else is an error",
+            )
+            kind.add_argument(
+                "--align",
+                choices=("none", "icp"),
+                default="none",
+                help="move the prediction first (default: none)",
+            )
+        kind.add_argument("--csv", help="write the table there")
+        kind.add_argument("--json", help="write table and settings there")
+        kind.add_argument("--quiet", action="store_true", help="print errors only")
+        kind.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    return parser
+
+
+def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], dict[str, str]]:
+    """What scores a pair, and how it does that in words."""
+    for path in (options.csv, options.json):
+        if path is not None and Path(path).is_dir():
+            raise UserError(f"{path} is a folder: name a file for the scores")
+    if options.what == "meshes":
+        if options.samples < 1:
+            raise UserError(f"--samples {options.samples} is not a positive number")
+        settings = {
+            "points": f"{options.samples} drawn by area on each surface, seed {options.seed}; exact distances",
+            "alignment": "icp: the prediction was turned and shifted, not scaled"
+            if options.align == "icp"
+            else "none: the prediction lies where it was",
+            "scores": "chamfer = sum, asd = mean of the two directed mean distances; hd95 = the larger percentile",
+        }
+        return lambda predicted, reference: _score_meshes(predicted, reference, options), settings
+    if options.keep_every is not None and options.keep_every < 1:
+        raise UserError(f"--keep_every {options.keep_every} is not a positive number")
+    if options.what == "masks":
+        settings = {
+            "threshold": f"{THRESHOLD} of full scale",
+            "scores": "over the pixels of all frames together",
+        }
+        return lambda predicted, reference: _score_masks(predicted, reference, options), settings
+    perceptual, word = _lpips()
+    settings = {
+        "scores": "means over frames; PSNR in dB, at most 100; SSIM with even windows of 7 pixels",
+        "lpips": word,
+    }
+    return lambda predicted, reference: _score_frames(predicted, reference, options, perceptual), settings
+
+
+# ---- which belongs to which ------------------------------------------------------------------------------------------
+
+
+def _pairs(what: str, predicted: Path, reference: Path) -> list[Pair]:
+    """PRED and REF as one case, or case by case."""
+    for path in (predicted, reference):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+    if _is_case(what, predicted):
+        place = predicted.resolve()
+        while place.name in NOT_NAMES:
+            place = place.parent
+        name = _stem(place)
+        if reference.is_file() or _input_folder(what, reference) is not None:
+            return [Pair(name, predicted, reference)]
+        found = _named(what, reference)
+        if name not in found:
+            raise UserError(f"{reference} is no reference for {what}, and has none named {name}")
+        return [Pair(name, predicted, found[name])]
+    cases = _named(what, predicted, _is_case)
+    if not cases:
+        raise UserError(f"{predicted} has no {what} to score, itself or by case")
+    if not reference.is_dir():
+        raise UserError(f"{predicted} holds {len(cases)} cases, and {reference} is one file: give a folder")
+    references = _named(what, reference)
+    return [Pair(name, cases.get(name), references.get(name)) for name in sorted({*cases, *references})]
+
+
+def _is_case(what: str, path: Path) -> bool:
+    """Whether a path is one case to score."""
+    if path.is_file():
+        mesh = path.suffix.lower().removeprefix(".") in FORMATS
+        return (
+            mesh if what == "meshes" else what == "masks" and not mesh and path.suffix.lower() not in READABLE
+        )
+    return what != "meshes" and _frames_folder(what, path) is not None
+
+
+def _named(what: str, folder: Path, accept: Callable[[str, Path], bool] | None = None) -> dict[str, Path]:
+    """Files and folders of a folder by case name; of REF those that could be references."""
+
+    def is_reference(what: str, path: Path) -> bool:
+        if path.is_dir():
+            return _input_folder(what, path) is not None
+        picture = path.suffix.lower() in READABLE or path.suffix.lower() in (".json", ".csv", ".txt", ".md")
+        return what != "frames" and not picture
+
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and (accept or is_reference)(what, path):
+            if _stem(path) in found:
+                raise UserError(
+                    f"{found[_stem(path)]} and {path} are both named {_stem(path)}: which one is meant?"
+                )
+            found[_stem(path)] = path
+    return found
+
+
+def _stem(path: Path) -> str:
+    name = path.name
+    if path.is_dir():
+        return name
+    return name[: -len(".nii.gz")] if name.lower().endswith(".nii.gz") else path.stem
+
+
+def _frames_folder(what: str, folder: Path) -> Path | None:
+    """Where a case has its renders: in a model's render_... folder, or in the folder itself."""
+    for place in (*(folder / name for name in RENDERS[what]), folder):
+        if place.is_dir() and image_files(place):
+            return place
+    return None
+
+
+def _input_folder(what: str, folder: Path) -> Path | None:
+    """Where a reference has its frames: in the folder, in original/, or in img/ or seg/original/ of prepare.py."""
+    if not folder.is_dir():
+        return None
+    for place in (folder, folder / "original", folder / INPUTS[what] / "original"):
+        if place.is_dir() and image_files(place):
+            return place
+    return None
+
+
+def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int]]:
+    """Renders, and the source slice that each shows; those that show none are left out.
+
+    Render k_i of n lies i / n of the way from frame k to the next. frames.json knows where slices lie in the sequence,
+    those left out too; without it, frame k is slice k times --keep_every.
+    """
+    paths = image_files(renders)
+    named = sub_frames(paths) or {(_number(path), 0): path for path in paths}
+    inter = max(sub_frame for _, sub_frame in named) + 1
+    geometry = case_geometry(renders if renders.name in INNER else renders.parent)
+    if geometry is not None and options.keep_every is None:
+        trained = dict(enumerate(geometry.slices))
+        left_out = dict(zip(geometry.heldout_indices(), geometry.heldout_slices, strict=True))
+    else:
+        step = options.keep_every or 1
+        last = max(frame for frame, _ in named)
+        trained = {frame: frame * step for frame in range(last + 1)}
+        left_out = {at / step: at for at in range(last * step) if at % step}
+    slices = {
+        round(at, 3): slice_ for at, slice_ in (left_out if options.held_out else trained | left_out).items()
+    }
+    places = {path: round(frame + sub_frame / inter, 3) for (frame, sub_frame), path in named.items()}
+    matched = [(path, slices[place]) for path, place in places.items() if place in slices]
+    if not matched:
+        what = (
+            "frame that was held out: render with --interp, or give --keep_every N"
+            if options.held_out
+            else "frames"
+        )
+        raise UserError(f"{renders} has no {what}")
+    return matched
+
+
+def _number(path: Path) -> int:
+    numbers = re.findall(r"\d+", path.stem)
+    if not numbers:
+        raise UserError(f"{path} has no number in its name, so nobody knows which frame it is")
+    return int(numbers[-1])
+
+
+def _frame_pairs(
+    what: str, predicted: Path, reference: Path, options: argparse.Namespace
+) -> list[tuple[Path, Path]]:
+    """Files of renders and of the frames that they should be."""
+    renders, inputs = _frames_folder(what, predicted), _input_folder(what, reference)
+    if renders is None or inputs is None:
+        raise UserError(f"{predicted if renders is None else reference} has no images")
+    frames = {_number(path): path for path in image_files(inputs)}
+    geometry = case_geometry(inputs)
+    if geometry is not None and inputs.name == "original":  # numbered by frame; those left out by slice
+        frames = {geometry.slices[k]: path for k, path in frames.items() if k < len(geometry.slices)}
+        left_out = inputs.with_name("heldout")
+        frames |= {_number(path): path for path in image_files(left_out)} if left_out.is_dir() else {}
+    matched = _matches(renders, options)
+    missing = [slice_ for _, slice_ in matched if slice_ not in frames]
+    if missing:
+        raise UserError(f"{reference} has no frame {missing[0]}, which {renders} shows")
+    last = max(slice_ for _, slice_ in matched)
+    known = options.keep_every is not None or case_geometry(renders.parent) is not None
+    if not known and max(frames) > last:
+        raise UserError(
+            f"{renders} ends at frame {last}, {inputs} at {max(frames)}: say which were trained on with --keep_every N"
+        )
+    return [(path, frames[slice_]) for path, slice_ in matched]
+
+
+# ---- frames ----------------------------------------------------------------------------------------------------------
+
+
+def _score_frames(
+    predicted: Path, reference: Path, options: argparse.Namespace, perceptual: Callable[..., float] | None
+) -> Row:
+    scores, lpips = Scores(), []
+    for render, frame in _frame_pairs("frames", predicted, reference, options):
+        image, truth = (_image(path) for path in (render, frame))  # (H, W, C) in [0, 1]
+        if image.shape[2] != truth.shape[2]:
+            image, truth = (array.mean(axis=2, keepdims=True) for array in (image, truth))
+        if image.shape != truth.shape:
+            raise UserError(f"{render} and {frame} differ in size: {_size(image)} and {_size(truth)} pixels")
+        a, b = (torch.from_numpy(array).permute(2, 0, 1)[None] for array in (image, truth))
+        scores += Scores.of(a, b)
+        if perceptual is not None:
+            lpips.append(perceptual(a, b))
+    row: Row = {"frames": len(scores), "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
+    return row | ({"lpips": float(np.mean(lpips))} if lpips else {})
+
+
+def _image(path: Path) -> np.ndarray:
+    """(H, W, 1 or 3) float64 in [0, 1]; opacity is left out."""
+    unit = np.atleast_3d(to_unit(read_image(path)))[:, :, :3].astype(np.float64)
+    return unit[:, :, :1] if (unit == unit[:, :, :1]).all() else unit
+
+
+def _size(image: np.ndarray) -> str:
+    return f"{image.shape[1]} x {image.shape[0]}"
+
+
+def _lpips() -> tuple[Callable[..., float] | None, str]:
+    """LPIPS (AlexNet) of two images (1, C, H, W) in [0, 1], or None; and a word on it. Nothing is downloaded."""
+    for package in ("torchvision", "lpips"):
+        if find_spec(package) is None:
+            return None, f"left out: {package} is not installed (pip install torchvision lpips)"
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
+    if not weights.is_file():
+        load = "python -c 'import torchvision.models as m; m.alexnet(weights=\"DEFAULT\")'"
+        return None, f"left out: AlexNet's weights are not at {weights}; this fetches them: {load}"
+    import lpips
+
+    network = lpips.LPIPS(net="alex", verbose=False).eval()
+
+    @torch.no_grad()
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float(network(*(image.float().expand(-1, 3, -1, -1) for image in (a, b)), normalize=True))
+
+    return distance, "AlexNet, version 0.1"
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------
+
+
+def _score_masks(predicted: Path, reference: Path, options: argparse.Namespace) -> Row:
+    masks, truth = _mask_stacks(predicted, reference, options)
+    scores = Scores(overlaps=[int((masks & truth).sum())], sizes=[int(masks.sum() + truth.sum())])
+    return {"frames": len(masks), "dice": scores.dice, "iou": scores.iou}
+
+
+def _mask_stacks(
+    predicted: Path, reference: Path, options: argparse.Namespace
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prediction and reference, (frame, row, column) bool each."""
+    if predicted.is_file():
+        if not reference.is_file():
+            raise UserError(f"{predicted} is a volume, so {reference} has to be one too")
+        if options.held_out or options.keep_every:
+            raise UserError("--held_out and --keep_every are for renders, not for volumes")
+        first, second = (read_volume(path) for path in (predicted, reference))
+        _check_same_grid(first, second)
+        return _inside(first, options.label_value), _inside(second, options.label_value)
+    if reference.is_dir():
+        pairs = _frame_pairs("masks", predicted, reference, options)
+        stacks: list[list[np.ndarray]] = [[], []]
+        for files in pairs:
+            for stack, file in zip(stacks, files, strict=True):
+                stack.append(_image(file).mean(axis=2) >= THRESHOLD)
+                if stack[-1].shape != stacks[0][0].shape:
+                    raise UserError(f"{file} is {_size(stack[-1])} pixels, the others {_size(stacks[0][0])}")
+        return np.stack(stacks[0]), np.stack(stacks[1])
+
+    renders = _frames_folder("masks", predicted)
+    assert renders is not None  # _pairs saw images there
+    geometry = case_geometry(renders if renders.name in INNER else renders.parent)
+    truth = _cut(_inside(read_volume(reference), options.label_value), geometry)
+    matched = _matches(renders, options)
+    masks = []
+    for path, slice_ in matched:
+        masks.append(_image(path).mean(axis=2) >= THRESHOLD)
+        if slice_ >= len(truth) or masks[-1].shape != truth.shape[1:]:
+            rows, columns = truth.shape[1:]
+            raise UserError(
+                f"{path}, slice {slice_} of {_size(masks[-1])} pixels, is not of {reference}, which has {len(truth)}"
+                f" slices of {columns} x {rows}"
+            )
+    return np.stack(masks), truth[[slice_ for _, slice_ in matched]]
+
+
+def _cut(inside: np.ndarray, geometry: Geometry | None) -> np.ndarray:
+    """A label volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
+    volume = inside.transpose(2, 1, 0)
+    if geometry is None:
+        return Cut((0, 1, 2), (False, False)).frames(volume)
+    (left, top), (columns, rows) = geometry.offset, geometry.size
+    frames = Cut(geometry.axes, geometry.flips).frames(volume)
+    return frames[:, top : top + rows, left : left + columns]
+
+
+def _inside(volume: Volume, wanted: Sequence[float] | None) -> np.ndarray:
+    """Voxels of a label volume that are inside: (frame, row, column) bool, that is (K, J, I)."""
+    values = np.nan_to_num(volume.values)
+    if values.ndim != 3:
+        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
+    inside = (
+        np.isin(values, wanted)
+        if wanted
+        else values >= THRESHOLD
+        if values.dtype.kind == "f"
+        else values != 0
+    )
+    if not inside.any():
+        present = ", ".join(f"{value:g}" for value in np.unique(values)[:12])
+        raise UserError(f"{volume.name} is empty: nothing is labelled as asked (it holds {present})")
+    return inside.transpose(2, 1, 0)
+
+
+def _check_same_grid(first: Volume, second: Volume) -> None:
+    if first.values.shape != second.values.shape:
+        raise UserError(
+            f"{first.name} has shape {first.values.shape}, {second.name} {second.values.shape}: resample one"
+        )
+    placed = first.affine is not None and second.affine is not None
+    if placed and not np.allclose(first.affine, second.affine, atol=1e-2):
+        raise UserError(f"{first.name} and {second.name} lie on different grids: resample one")
+
+
+# ---- meshes ----------------------------------------------------------------------------------------------------------
+
+
+def _score_meshes(predicted: Path, reference: Path, options: argparse.Namespace) -> Row:
+    meshes = [_mesh(path, options) for path in (predicted, reference)]
+    units = {mesh.metadata["unit"] or "mm" for mesh in meshes}
+    if len(units) > 1:
+        in_voxels = predicted if meshes[0].metadata["unit"] == "voxels" else reference
+        raise UserError(f"{in_voxels} is in voxels, the other in millimetres: they cannot be compared")
+    row: Row = {"unit": units.pop()}
+    first, second = meshes
+    if options.align == "icp":
+        matrix = rigid_alignment(first, second, options.seed)
+        moved = first.copy().apply_transform(matrix)
+        shift = float(np.linalg.norm(moved.centroid - first.centroid))
+        row |= {"align": "icp", "shift": shift, "matrix": matrix.tolist()}
+        first = moved
+    return row | asdict(surface_scores(first, second, options.samples, options.seed))
+
+
+def _mesh(path: Path, options: argparse.Namespace) -> Trimesh:
+    """A mesh, the surface of a label volume, or that of a folder of masks; in RAS unless it is in voxels."""
+    if path.is_dir():
+        folder = _input_folder("meshes", path)
+        assert folder is not None  # _pairs saw images there
+        extension = image_files(folder)[0].suffix
+        stack = read_stack(folder, extension)
+        return _surface(stack.values, THRESHOLD, stack.affine, path, stack.heights)
+    if path.suffix.lower().removeprefix(".") not in FORMATS:
+        volume = read_volume(path)
+        inside = _inside(volume, options.label_value).astype(np.float32)
+        return _surface(inside, THRESHOLD, volume.affine, path, volume.depths)
+    mesh = read_mesh(path)
+    if mesh.metadata["unit"] == "voxels":
+        return mesh
+    if mesh.metadata["space"] is None:
+        if options.space is None:
+            raise UserError(f"{path} does not say whether it is LPS or RAS: give --space lps or --space ras")
+        mesh.metadata["space"] = options.space.upper()
+    return in_space(mesh, "RAS")
+
+
+def _surface(
+    values: np.ndarray, level: float, affine: np.ndarray | None, path: Path, heights: np.ndarray | None = None
+) -> Trimesh:
+    try:
+        return surface(values, level, affine, heights)
+    except ValueError as error:
+        raise UserError(f"{path} holds no surface: {error}") from error
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+def _summary(rows: list[Row]) -> list[Row]:
+    """Mean and standard deviation (n - 1) over the cases; the latter from two of them."""
+    if not rows:
+        return []
+    names = [name for name, value in rows[0].items() if isinstance(value, float)]
+    columns = {name: [row[name] for row in rows] for name in names}
+    summary = [{"case": "mean", **{name: float(np.mean(column)) for name, column in columns.items()}}]
+    if len(rows) > 1:
+        deviations = {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
+        summary.append({"case": "deviation", **deviations})
+    return summary
+
+
+def _columns(rows: list[Row]) -> list[str]:
+    """What tables have; matrices are for JSON."""
+    return [name for name, value in rows[0].items() if not isinstance(value, list)] if rows else ["case"]
+
+
+def _table(rows: list[Row]) -> str:
+    """Rows under their names, numbers to the right."""
+
+    def shown(value: object) -> str:
+        return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+
+    names = _columns(rows)
+    cells = [names, *([shown(row.get(name)) for name in names] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return "\n".join(
+        "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip()
+        for line in cells
+    )
+
+
+def _write(path: str, text: str) -> None:
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run(main)

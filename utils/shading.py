@@ -1,0 +1,153 @@
+"""Pictures of meshes: shaded from afar, and a sheet of three views with axes."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+from matplotlib.figure import Figure
+from scipy.ndimage import gaussian_filter
+from trimesh import Trimesh
+
+from utils.files import atomic_write
+from utils.meshes import is_closed
+
+SKIN = np.array([0.93, 0.67, 0.52])
+BACKGROUND, TEXT, FAINT, ACCENT = "#101317", "#e9edf1", "#8d98a5", "#ffb454"
+VOXEL_AXES = ("column", "row", "frame")
+# Towards the eye in LPS, then what runs to the right and what upwards: (axis, its sign, names of the ends).
+VIEWS = (
+    ("from the front", (0, -1, 0), (0, 1, "R", "L"), (2, 1, "I", "S")),
+    ("from the left", (1, 0, 0), (1, 1, "A", "P"), (2, 1, "I", "S")),
+    ("from the feet", (0, -1e-3, -1), (0, 1, "R", "L"), (1, -1, "P", "A")),
+)
+
+
+def write_preview(path: str | os.PathLike[str], mesh: Trimesh, title: str) -> None:
+    """A PNG of the mesh (RAS, LPS or voxels) from the front, the left and the feet at one scale, with axes.
+
+    Axes are in the coordinates of the mesh file, R, A, S ... their ends in the patient; voxels have none.
+    """
+    placed = mesh.metadata["space"] is not None
+    turned = np.array([-1, -1, 1]) if mesh.metadata["space"] == "RAS" else np.ones(3)  # pictures are of LPS
+    shown = Trimesh(mesh.vertices * turned, mesh.faces, process=False)
+    middle, across = shown.bounds.mean(axis=0), 1.12 * float(shown.extents.max())
+    figure = Figure(figsize=(15, 5.9), facecolor=BACKGROUND)
+    unit = mesh.metadata["unit"] or "units"
+    names = [f"{name}, {unit}" for name in (("x", "y", "z") if placed else VOXEL_AXES)]
+    for number, (view, to_viewer, *ends) in enumerate(VIEWS):
+        axes = figure.add_axes((0.05 + number * 0.325, 0.11, 0.275, 0.7), facecolor=BACKGROUND)
+        picture, _ = shade(shown, np.array(to_viewer, float), 480, across)
+        limits = []  # of the picture, in the file's coordinates
+        for axis, sign, _, _ in ends:
+            limits += list((middle[axis] + np.array([-0.5, 0.5]) * across * sign) * turned[axis])
+        axes.imshow(picture, extent=tuple(limits), interpolation="lanczos")
+        axes.set_title(
+            view if placed else " and ".join(f"{VOXEL_AXES[end[0]]}s" for end in ends), color=ACCENT, pad=8
+        )
+        axes.set_xlabel(names[ends[0][0]], color=FAINT)
+        axes.set_ylabel(names[ends[1][0]], color=FAINT)
+        axes.tick_params(colors=FAINT)
+        axes.grid(color=FAINT, alpha=0.18, linewidth=0.6)
+        axes.set_axisbelow(True)
+        for spine in axes.spines.values():
+            spine.set_color("#343b44")
+        if placed:
+            (_, _, left, right), (_, _, below, above) = ends
+            for x, y, text in ((0.03, 0.5, left), (0.97, 0.5, right), (0.5, 0.03, below), (0.5, 0.97, above)):
+                axes.text(x, y, text, transform=axes.transAxes, color=TEXT, ha="center", va="center")
+    figure.text(0.05, 0.93, title, color=TEXT, fontsize=17, weight="bold", va="center")
+    size = " x ".join(f"{extent:.4g}" for extent in mesh.extents)
+    enclosed = f"{mesh.volume / 1000:,.4g} ml" if unit == "mm" else f"{mesh.volume:,.0f} {unit}"
+    text = f"{size} {unit}, {enclosed if is_closed(mesh) else 'open'}, {len(mesh.faces):,} triangles"
+    text += f", {mesh.metadata['space']}" if placed else ""
+    figure.text(0.975, 0.93, text, color=FAINT, fontsize=12, ha="right", va="center")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, dpi=110, facecolor=BACKGROUND)
+
+
+def shade(
+    mesh: Trimesh, to_viewer: np.ndarray, side: int, across: float | None = None
+) -> tuple[np.ndarray, float]:
+    """A picture of a mesh from afar (no perspective): RGBA (side, side, 4) in [0, 1], and pixels per unit of length.
+
+    The mesh has z up; to_viewer (3,) points from it to the eye. across: what the side of the picture measures, in the
+    mesh's unit; by default as much as the mesh needs.
+    """
+    vertices, triangles = np.asarray(mesh.vertices), np.asarray(mesh.faces)
+    back = to_viewer / np.linalg.norm(to_viewer)
+    right = np.cross([0, 0, 1.0], back)
+    right /= np.linalg.norm(right)
+    view = np.stack((right, np.cross(back, right), back))  # rows: picture right, picture up, towards the eye
+
+    fine = 2 * side  # supersampled twice in each direction, which smooths the edges
+    points = (vertices - (vertices.min(0) + vertices.max(0)) / 2) @ view.T
+    scale = fine / (across or np.ptp(points[:, :2], axis=0).max() / 0.94)
+    middle = (points.min(0) + points.max(0)) / 2
+    points = (points - middle) * scale * np.array([1, -1, 1]) + np.array(
+        [fine / 2, fine / 2, 0]
+    )  # column, row, depth
+
+    normals, facing = mesh.vertex_normals @ view.T, mesh.face_normals @ view.T
+    # Of a closed mesh the far side is hidden; of an open one the eye may see the inside.
+    front = triangles[facing[:, 2] > 0] if is_closed(mesh) else triangles
+
+    depths, picked = _nearest(points[front].astype(np.float32), normals[front].astype(np.float32), fine)
+    seen = np.isfinite(depths)
+    picked /= np.linalg.norm(picked, axis=2, keepdims=True) + 1e-12
+    picked[picked[:, :, 2] < 0] *= -1
+
+    # Light: a key from the upper left, a weak fill from the right, a highlight; crevices are darker, since a pixel that
+    # lies deeper than its surroundings sees less of the sky.
+    key, fill = _unit(-0.45, 0.65, 0.65), _unit(0.8, -0.1, 0.4)
+    diffuse = np.clip(picked @ key, 0, 1) * 0.78 + np.clip(picked @ fill, 0, 1) * 0.2 + 0.16
+    highlight = np.clip(picked @ _unit(*(key + np.array([0, 0, 1]))), 0, 1) ** 40 * 0.22
+    crevice = np.zeros_like(depths)
+    for radius in (fine / 120, fine / 40):
+        weight = gaussian_filter(seen.astype(np.float64), radius) + 1e-9
+        around = gaussian_filter(np.where(seen, depths, 0), radius) / weight
+        crevice += np.clip((around - depths) / (3 * radius), 0, 1) * 0.45
+    colours = SKIN * (diffuse * (1 - np.where(seen, crevice, 0)))[:, :, None] + highlight[:, :, None]
+    picture = np.where(seen[:, :, None], np.dstack((np.clip(colours, 0, 1), np.ones_like(depths))), 0)
+    small = picture.reshape(side, 2, side, 2, 4).mean(axis=(1, 3))
+    small[:, :, :3] /= np.maximum(small[:, :, 3:], 1e-9)  # colours of the covered part alone
+    return np.clip(small, 0, 1), scale / 2
+
+
+def _nearest(corners: np.ndarray, normals: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
+    """Depths (side, side), -inf where nothing is, and normals (side, side, 3) of what lies nearest to the eye.
+
+    corners: (T, 3 corners, column row depth) in pixels; normals: (T, 3 corners, 3). Triangles are sampled more densely
+    than pixels, each by the length of its longest edge, and the samples compete.
+    """
+    depths = np.full(side * side, -np.inf, np.float32)
+    picked = np.zeros((side * side, 3), np.float32)
+    edges = np.linalg.norm(corners[:, :, :2] - np.roll(corners[:, :, :2], 1, axis=1), axis=2).max(axis=1)
+    counts = 2 ** np.ceil(np.log2(np.maximum(edges * 1.2, 1))).astype(
+        int
+    )  # steps along an edge, under a pixel each
+    for count in np.unique(counts):
+        i, j = np.meshgrid(np.arange(count + 1), np.arange(count + 1))
+        inside = i + j <= count
+        shares = (
+            np.stack((i[inside], j[inside], (count - i - j)[inside]), axis=1) / count
+        )  # (samples, 3 corners)
+        shares = shares.astype(np.float32)
+        chosen = np.flatnonzero(counts == count)
+        for part in np.array_split(chosen, len(chosen) * len(shares) // 2_000_000 + 1):
+            points = (shares @ corners[part]).reshape(-1, 3)
+            pixels = np.clip(points[:, :2].astype(int), 0, side - 1) @ np.array([1, side])
+            order = np.argsort(points[:, 2])
+            best = np.full(side * side, -1)
+            best[pixels[order]] = order  # of several writes the last stays: the nearest
+            won = np.flatnonzero(best >= 0)
+            won = won[points[best[won], 2] > depths[won]]
+            samples = best[won]
+            depths[won] = points[samples, 2]
+            triangle, share = np.divmod(samples, len(shares))
+            picked[won] = np.einsum("sc,scx->sx", shares[share], normals[part[triangle]])
+    return depths.reshape(side, side), picked.reshape(side, side, 3)
+
+
+def _unit(*direction: float) -> np.ndarray:
+    return np.array(direction) / np.linalg.norm(direction)

@@ -1,0 +1,190 @@
+"""Stacks of frames on the disk, with their place in the patient: what meshes are made of and compared with."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.geometry import Cut, Geometry, cut_geometry, voxel_sizes
+from utils.images import image_files, read_image, to_grey
+from utils.volumes import nifti_grid
+
+FRAME_FOLDERS = ("render_mask", "render_img", "render")
+INNER = ("original", "heldout")  # folders of a data root
+NIFTI = (".nii.gz", ".nii")
+PUBLISHED_INTER = 8
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Frames and where they lie."""
+
+    values: np.ndarray
+    """(frame, row, column) float32 in [0, 1]; with in-betweens `inter` of them per slice."""
+    affine: np.ndarray | None
+    """(column, row, frame) to RAS millimetres (4, 4), of evenly spaced frames; None where nobody knows."""
+    heights: np.ndarray | None
+    """The frame coordinate of each frame, (frames,), where slices are unevenly spaced; else None."""
+    inter: int
+    """Frames per slice."""
+    full_scale: int
+    """What 1 is in the files: 255, 65535, or 1 for floats."""
+    place: str
+    """Who says where the frames lie, in words."""
+
+    @property
+    def spacing(self) -> tuple[float, float, float]:
+        """From one column, row and slice (not in-between frame) to the next: mm, or voxels without an affine."""
+        column, row, frame = (1.0, 1.0, 1.0) if self.affine is None else voxel_sizes(self.affine)
+        return column, row, frame * self.inter
+
+    def volume(self, shares: np.ndarray) -> float:
+        """Volume of voxels of which these shares (frame, row, column), 0 to 1, are inside: mm^3, or voxels."""
+        thickness = np.ones(len(shares)) if self.heights is None else np.gradient(self.heights)
+        voxel = 1.0 if self.affine is None else abs(float(np.linalg.det(self.affine[:3, :3])))
+        return float(shares.sum(axis=(1, 2), dtype=np.float64) @ thickness) * voxel
+
+
+def frame_paths(folder: Path, extension: str = ".png") -> list[Path]:
+    """The frames of a case folder in their order: those of render_mask/, render_img/, render/ or the folder itself."""
+    return rendered_paths(folder, extension) or loose_paths(folder, extension)
+
+
+def rendered_paths(folder: Path, extension: str = ".png") -> list[Path]:
+    """The frames of the first folder of renders that has any."""
+    for name in FRAME_FOLDERS:
+        if (folder / name).is_dir() and (frames := loose_paths(folder / name, extension)):
+            return frames
+    return []
+
+
+def loose_paths(folder: Path, extension: str = ".png") -> list[Path]:
+    """The frames that lie in the folder itself."""
+    return image_files(folder, [extension if extension.startswith(".") else f".{extension}"])
+
+
+def read_stack(
+    folder: Path,
+    extension: str = ".png",
+    nifti: str | os.PathLike[str] | None = None,
+    inter: int | None = None,
+) -> Stack:
+    """The frames of a case folder (`frame_paths`), read and placed.
+
+    Their place comes from frames.json in the folder or its parent; else from `<case>.nii.gz` in the folder `nifti`,
+    or a NIfTI file in the case folder, which say that frame k is volume[:, :, k].T. inter: frames per slice, needed
+    only where neither names nor geometry tell. Raises UserError.
+    """
+    paths = frame_paths(folder, extension)
+    if not paths:
+        raise UserError(f"{folder} has no {extension} frames")
+    geometry, place = _geometry(folder, nifti)
+    inter = _inter(paths, geometry, inter)
+    values, full_scale = read_frames(paths)
+    if min(values.shape) < 2:
+        rows, columns = values.shape[1:]
+        raise UserError(f"{len(paths)} frame of {columns} x {rows} pixels encloses no volume")
+    affine, heights = None, None
+    if geometry is not None:
+        if len(paths) != inter * len(geometry.slices):
+            raise UserError(
+                f"{len(paths)} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
+                " --inter ask for"
+            )
+        affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), len(values), inter)
+    return Stack(values, affine, heights, inter, full_scale, place)
+
+
+def read_frames(paths: list[Path]) -> tuple[np.ndarray, int]:
+    """Grey values (frame, row, column) float32 in [0, 1], and what 1 is in the files. Raises UserError."""
+    values = np.empty((0, 0, 0), np.float32)
+    full_scale = 1
+    for number, path in enumerate(paths):
+        stored = read_image(path)
+        frame = to_grey(stored)
+        if number == 0:
+            values = np.empty((len(paths), *frame.shape), np.float32)
+            full_scale = int(np.iinfo(stored.dtype).max) if stored.dtype.kind == "u" else 1
+        if frame.shape != values.shape[1:]:
+            raise UserError(
+                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {values.shape[2]} x"
+                f" {values.shape[1]}: frames have one size"
+            )
+        values[number] = frame
+    return values, full_scale
+
+
+def case_geometry(folder: Path) -> Geometry | None:
+    """frames.json of a case: in its folder or the parent; for OUT/seg/original of prepare.py, in OUT."""
+    return Geometry.find(folder.parent if folder.name in INNER else folder)
+
+
+def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geometry | None, str]:
+    """Where the frames lie, and who says so."""
+    name = folder.resolve().name
+    geometry = case_geometry(folder)
+    if geometry is not None and geometry.affine is not None:
+        return geometry, f"place from frames.json of {geometry.source}"
+    candidates = [Path(nifti) / f"{name}{suffix}" for suffix in NIFTI] if nifti else []
+    candidates += sorted(path for path in folder.iterdir() if path.name.endswith(NIFTI))
+    for path in candidates:
+        if path.is_file():
+            shape, affine = nifti_grid(path)
+            plain = Cut((0, 1, 2), (False, False))
+            geometry = cut_geometry(plain, affine, shape, window=(0.0, 1.0), bits=8, source=path.name)
+            return geometry, f"place from {path}, as volume[:, :, k].T"
+    missing = "no frames.json" if geometry is None else f"no millimetres in frames.json of {geometry.source}"
+    missing += f", no {name}.nii.gz in {nifti}" if nifti else ""
+    return None, f"{missing}, no NIfTI file: units are voxels, not millimetres"
+
+
+def sub_frames(paths: list[Path]) -> dict[tuple[int, int], Path] | None:
+    """Renders by (frame, sub-frame), from names such as 00003_1.png; None where any has another kind of name."""
+    numbers = [re.fullmatch(r"(\d+)_(\d+)", path.stem) for path in paths]
+    if not all(numbers):
+        return None
+    return {(int(n[1]), int(n[2])): path for n, path in zip(numbers, paths, strict=True) if n}
+
+
+def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> int:
+    """Frames per slice, which have to be all there for the spacing to be right."""
+    found = sub_frames(paths)
+    if found is None:  # plain numbers: other programs' frames, or input frames
+        slices = len(geometry.slices) if geometry is not None else len(paths) + 1
+        told = len(paths) // slices if len(paths) % slices == 0 else PUBLISHED_INTER
+        return wanted or told
+    frames, inter = [max(numbers) + 1 for numbers in zip(*found, strict=True)]
+    first = min(frame for frame, _ in found)
+    for frame in range(first, frames):
+        for sub_frame in range(inter):
+            if (frame, sub_frame) not in found:
+                raise UserError(
+                    f"frame {frame:05d}_{sub_frame} is missing in {paths[0].parent}: render again"
+                )
+    if wanted not in (None, inter):
+        raise UserError(
+            f"{paths[0].parent} holds {inter} sub-frames per frame, which is not --inter {wanted}"
+        )
+    return inter
+
+
+def _placed(
+    geometry: Geometry, size: tuple[int, int], frames: int, inter: int
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """The affine of (column, row, frame) that is right for the first frame and the last, and heights for the others."""
+    indices = np.zeros((frames + 2, 3))
+    indices[:frames, 2] = np.arange(frames)
+    indices[frames:, :2] = np.eye(2)
+    points = geometry.to_patient(indices, size, inter)
+    assert points is not None  # the caller has asked for the affine
+    affine = np.eye(4)
+    affine[:3, 3] = points[0]
+    affine[:3, :2] = (points[frames:] - points[0]).T
+    affine[:3, 2] = (points[frames - 1] - points[0]) / (frames - 1)
+    heights = np.linalg.norm(points[:frames] - points[0], axis=1) / np.linalg.norm(affine[:3, 2])
+    return affine, None if np.allclose(heights, np.arange(frames), atol=1e-3) else heights
