@@ -1,21 +1,21 @@
-"""Frames in between, without a model: where the anatomy moves between neighbouring frames, what it looks like on the way.
+"""Frames in between, without a model: where the anatomy moves between neighbouring frames, what it looks like there.
 
-Two predictions are made for each quarter of the way from a frame to the next, and mixed with weights that the frames
-themselves decide:
+Two predictions are made for each quarter of the way from a frame to the next, and mixed:
 
 - *motion*: a symmetric optical flow (total variation, robust data term: Zach, Pock, Bischof 2007, estimated at the
   middle of the two frames) along which both frames are carried to the time asked for, and blended;
 - *self super-resolution* (after Zhao et al., SMORE, 2021): tissue looks alike along all axes, so a small network that
   learns to fill in left-out rows of the frames also fills in the frames left out of the stack, seen from the side.
 
-The weights are those that predict each frame best from its two neighbours, at twice the distance. Masks are carried
-along the same flow as signed distances, and then corrected by a small network that has learned, on the frames, how the
-contour follows the image.
+Masks are carried along the same flow as signed distances, and then corrected by a small network that has learned, on
+the frames between two others, how contours follow the image.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +35,8 @@ def carry(images: Tensor, shift: Tensor, mode: str = "bicubic") -> Tensor:
     x = torch.arange(width, dtype=shift.dtype, device=shift.device)
     y = torch.arange(height, dtype=shift.dtype, device=shift.device)[:, None]
     where = torch.stack(
-        [(x + shift[:, 0]) * (2 / max(width - 1, 1)) - 1, (y + shift[:, 1]) * (2 / max(height - 1, 1)) - 1], -1
+        [(x + shift[:, 0]) * (2 / max(width - 1, 1)) - 1, (y + shift[:, 1]) * (2 / max(height - 1, 1)) - 1],
+        -1,
     )
     return F.grid_sample(images, where, mode=mode, padding_mode="border", align_corners=True)
 
@@ -120,7 +121,9 @@ def _refine_flow(v: Tensor, images: Tensor, contrast: bool) -> Tensor:
             norm = (px * px + py * py).sum(1, keepdim=True).sqrt().clamp_min(1)
             px, py = px / norm, py / norm
             divergence = F.pad(px[..., :-1], (0, 1)) - F.pad(px[..., :-1], (1, 0))
-            divergence = divergence + F.pad(py[..., :-1, :], (0, 0, 0, 1)) - F.pad(py[..., :-1, :], (0, 0, 1, 0))
+            divergence = (
+                divergence + F.pad(py[..., :-1, :], (0, 0, 0, 1)) - F.pad(py[..., :-1, :], (0, 0, 1, 0))
+            )
             free = v + tau * divergence
             residual = rest + (g * (free - start)).sum(1, keepdim=True)
             if contrast:
@@ -142,30 +145,94 @@ def flow_at(flow: Tensor, alpha: Tensor) -> Tensor:
     return seen
 
 
-def blend_along(before: Tensor, after: Tensor, seen: Tensor, alpha: Tensor) -> Tensor:
+def blend_along(before: Tensor, after: Tensor, seen: Tensor, alpha: Tensor, mode: str = "bicubic") -> Tensor:
     """Both images carried along `seen`, the motion at alpha, and blended, (B, C, H, W). alpha: (B,)."""
     a = alpha.view(-1, 1, 1, 1)
-    return (1 - a) * carry(before, -a * seen) + a * carry(after, (1 - a) * seen)
+    return (1 - a) * carry(before, -a * seen, mode) + a * carry(after, (1 - a) * seen, mode)
+
+
+# ---- small networks --------------------------------------------------------------------------------------------------
+
+BATCH, RATE = 16, 3e-3
+Network = TypeVar("Network", bound=nn.Module)
+
+
+def _trained(
+    make: Callable[[], Network],
+    loss: Callable[[Network, int], Tensor],
+    iterations: int,
+    device: torch.device,
+    generator: torch.Generator,
+) -> Network:
+    """`make`'s network after AdamW on `loss(network, i)`; all that is random comes from `generator`."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+        network = make().to(device)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=iterations)
+        for i in range(iterations):
+            optimizer.zero_grad()
+            loss(network, i).backward()
+            optimizer.step()
+            schedule.step()
+    return network.requires_grad_(False)
+
+
+def _convolutions(inputs: int, width: int, depth: int, last: nn.Conv2d) -> nn.Sequential:
+    """depth - 1 convolutions of 3 x 3, and `last`, which starts as the zero function."""
+    layers: list[nn.Module] = []
+    for channels in [inputs] + [width] * (depth - 2):
+        layers += [nn.Conv2d(channels, width, 3, padding=1, padding_mode="replicate"), nn.LeakyReLU(0.1)]
+    assert last.bias is not None
+    nn.init.zeros_(last.weight)
+    nn.init.zeros_(last.bias)
+    return nn.Sequential(*layers, last)
+
+
+def _flipped(patches: Tensor, generator: torch.Generator) -> Tensor:
+    """(B, H, W, ...) turned over in H and W, or not."""
+    bits = int(torch.randint(4, (1,), generator=generator))
+    return patches.flip([axis for axis in (1, 2) if bits & axis])
 
 
 # ---- self super-resolution -------------------------------------------------------------------------------------------
 
 WIDTH, DEPTH, GAIN = 32, 5, 5.0
-BATCH, COLUMNS, TRAINING, RATE = 16, 32, 800, 3e-3
-ROWS, FEWEST_ROWS = 16, 4
+TRAINING, ROWS, COLUMNS, FEWEST_ROWS = 800, 16, 32, 4
+LEAST_VARIANCE = 1e-4
+SHARE = 0.6
+"""Of self super-resolution in the prediction, against the motion's."""
 WIDEST_GAP = 8
-"""Pixels; where neighbouring frames differ more than rows so far apart, motion has to do it alone."""
+"""Pixels; frames that lie farther apart are filled in by their motion alone."""
 
 
 def matching_gap(frames: Tensor) -> float:
-    """How many pixels apart two rows or columns are that differ as much as two neighbouring frames. (K, C, H, W)."""
-    between = (frames[1:] - frames[:-1]).abs().mean()
-    largest = min(24, *(n - 1 for n in frames.shape[-2:]))
-    within = [
-        ((frames[..., s:, :] - frames[..., :-s, :]).abs().mean() + (frames[..., s:] - frames[..., :-s]).abs().mean()) / 2
-        for s in range(1, largest + 1)
-    ]
-    return float(np.interp(float(between), np.r_[0, torch.stack(within).cpu().numpy()], np.arange(largest + 1)))
+    """How many pixels apart rows and columns lie that predict what is between them as badly as frames (K, C, H, W) do.
+
+    The error of the mean of two neighbours, along the stack and within frames; with two frames alone their difference.
+    """
+    largest = max(1, min(24, (min(frames.shape[-2:]) - 1) // 2))
+    if len(frames) > 2:
+        between = (frames[1:-1] - (frames[:-2] + frames[2:]) / 2).abs().mean()
+        within = [_error_between(frames, s) for s in range(1, largest + 1)]
+    else:
+        between = (frames[1] - frames[0]).abs().mean()
+        within = [
+            (
+                (frames[..., s:, :] - frames[..., :-s, :]).abs().mean()
+                + (frames[..., s:] - frames[..., :-s]).abs().mean()
+            )
+            / 2
+            for s in range(1, largest + 1)
+        ]
+    errors = np.maximum.accumulate(np.r_[0, torch.stack(within).cpu().numpy()])
+    return float(np.interp(float(between), errors, np.arange(largest + 1)))
+
+
+def _error_between(frames: Tensor, s: int) -> Tensor:
+    rows = frames[..., s:-s, :] - (frames[..., : -2 * s, :] + frames[..., 2 * s :, :]) / 2
+    columns = frames[..., s:-s] - (frames[..., : -2 * s] + frames[..., 2 * s :]) / 2
+    return (rows.abs().mean() + columns.abs().mean()) / 2
 
 
 class _RowsBetween(nn.Module):
@@ -173,63 +240,41 @@ class _RowsBetween(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        sizes = [2] + [WIDTH] * (DEPTH - 1)
-        layers: list[nn.Module] = []
-        for a, b in zip(sizes[:-1], sizes[1:], strict=True):
-            layers += [nn.Conv2d(a, b, 3, padding=1, padding_mode="replicate"), nn.LeakyReLU(0.1)]
-        last = nn.Conv2d(WIDTH, STEPS - 1, (2, 3), padding=(0, 1))
-        assert last.bias is not None
-        nn.init.zeros_(last.weight)  # begins as the linear blend
-        nn.init.zeros_(last.bias)
-        self.layers = nn.Sequential(*layers, last)
+        self.layers = _convolutions(1, WIDTH, DEPTH, nn.Conv2d(WIDTH, STEPS - 1, (2, 3), padding=(0, 1)))
 
-    def forward(self, rows: Tensor, gap: float) -> Tensor:
-        gap_plane = torch.full_like(rows, math.log2(gap) / 2)
+    def forward(self, rows: Tensor) -> Tensor:
         steps = torch.arange(1, STEPS, device=rows.device).view(1, -1, 1, 1) / STEPS
         linear = (1 - steps) * rows[:, :, :-1] + steps * rows[:, :, 1:]
-        return linear + self.layers(torch.cat([GAIN * (rows - 0.3), gap_plane], 1)) / GAIN
+        return linear + self.layers(GAIN * (rows - 0.3)) / GAIN
 
 
-def _learn_rows(frames: Tensor, gaps: list[int], generator: torch.Generator) -> _RowsBetween:
-    """Trains on rows and columns of `frames` (N, H, W), left out gap by gap."""
-    device = frames.device
+def _learn_rows(frames: Tensor, gap: int, generator: torch.Generator) -> _RowsBetween | None:
+    """Trains on rows and columns of `frames` (N, H, W), of which every gap-th is seen; None where all is empty."""
     height, width = frames.shape[1:]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
-        network = _RowsBetween().to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=TRAINING)
-    both = [frames, frames.transpose(1, 2).contiguous()]
     side = min(height, width)
-    patches = {}
-    for gap in gaps:
-        count = min(ROWS, (side - 1) // gap + 1)
-        extent, columns = (count - 1) * gap + 1, min(COLUMNS, side)
-        # empty background teaches nothing: only patches that vary
-        corners = []
-        for images in both:
-            x = images[:, None]
-            mean = F.avg_pool2d(x, (extent, columns), 1)
-            corners.append(((F.avg_pool2d(x * x, (extent, columns), 1) - mean**2)[:, 0] > 1e-4).nonzero().cpu())
-        patches[gap] = count, extent, columns, corners, _between_matrix(count, gap).to(frames)
-    for i in range(TRAINING):
-        gap = gaps[1] if len(gaps) > 1 and i % 3 == 2 else gaps[0]
-        _, extent, columns, corners, matrix = patches[gap]
-        turn = i % 2 if len(corners[i % 2]) else 1 - i % 2
-        pick = corners[turn][torch.randint(len(corners[turn]), (BATCH,), generator=generator)]
-        pick = pick.to(device)
-        y = pick[:, 1, None, None] + torch.arange(extent, device=device)[:, None]
-        x = pick[:, 2, None, None] + torch.arange(columns, device=device)
-        patch = both[turn][pick[:, 0, None, None], y, x]  # (B, extent, columns)
-        flips = torch.randint(4, (1,), generator=generator).item()
-        patch = patch.flip([axis for axis, bit in ((1, 1), (2, 2)) if int(flips) & bit])
+    count = min(ROWS, (side - 1) // gap + 1)
+    extent, columns = (count - 1) * gap + 1, min(COLUMNS, side)
+    upright, turned = frames, frames.transpose(1, 2).contiguous()
+    sources = []
+    for images in (upright, turned):
+        mean = F.avg_pool2d(images[:, None], (extent, columns), 1)
+        variance = F.avg_pool2d(images[:, None] ** 2, (extent, columns), 1) - mean**2
+        corners = (variance[:, 0] > LEAST_VARIANCE).nonzero().cpu()  # empty background teaches nothing
+        if not len(corners):
+            return None
+        sources.append((images, corners))
+    matrix = _between_matrix(count, gap).to(frames)
+    down, across = torch.arange(extent, device=frames.device), torch.arange(columns, device=frames.device)
+
+    def loss(network: _RowsBetween, i: int) -> Tensor:
+        images, corners = sources[i % 2]
+        pick = corners[torch.randint(len(corners), (BATCH,), generator=generator)].to(frames.device)
+        k, y, x = pick[:, :, None, None].unbind(1)
+        patch = _flipped(images[k, y + down[:, None], x + across], generator)  # (B, extent, columns)
         truth = torch.einsum("srl,blw->bsrw", matrix, patch)
-        loss = (network(patch[:, None, ::gap], gap) - truth).square().mean()
-        optimizer.zero_grad()
-        (1000 * loss).backward()
-        optimizer.step()
-        schedule.step()
-    return network.requires_grad_(False)
+        return 1000 * (network(patch[:, None, ::gap]) - truth).square().mean()
+
+    return _trained(_RowsBetween, loss, TRAINING, frames.device, generator)
 
 
 def _between_matrix(count: int, gap: int) -> Tensor:
@@ -253,16 +298,16 @@ def _between_matrix(count: int, gap: int) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def _fill_stack(network: _RowsBetween, frames: Tensor, gap: float, chunk: int = 32) -> Tensor:
+def _fill_stack(network: _RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:
     """The stack (K, H, W) seen from its two sides, filled in: (K - 1, STEPS - 1, H, W)."""
     k, height, width = frames.shape
     total = frames.new_zeros(k - 1, STEPS - 1, height, width)
     for first in range(0, height, chunk):  # cuts along x: (rows of the cut: frames, columns: x)
         cuts = frames[:, first : first + chunk].transpose(0, 1)[:, None]
-        total[:, :, first : first + chunk] += network(cuts, gap).permute(2, 1, 0, 3)
+        total[:, :, first : first + chunk] += network(cuts).permute(2, 1, 0, 3)
     for first in range(0, width, chunk):
         cuts = frames[:, :, first : first + chunk].permute(2, 0, 1)[:, None]
-        total[..., first : first + chunk] += network(cuts, gap).permute(2, 1, 3, 0)
+        total[..., first : first + chunk] += network(cuts).permute(2, 1, 3, 0)
     return total / 2
 
 
@@ -275,8 +320,8 @@ FARTHEST = 16.0
 def signed_distances(masks: Tensor, gap: float = 1.0) -> Tensor:
     """Distance in pixels from the contour, which runs half a pixel off the outermost centres; positive inside.
 
-    masks: (K, 1, H, W), inside where >= 0.5. An empty mask takes the nearest other one's contour as lying wholly between
-    the two frames, `gap` pixels apart each: that distance from it, and nothing inside.
+    masks: (K, 1, H, W), inside where >= 0.5. An empty mask takes the nearest other one's contour as lying wholly
+    between the two frames, `gap` pixels apart each: that distance from it, and nothing inside.
     """
     inside = (masks[:, 0] >= 0.5).cpu().numpy()
     far = float(sum(inside.shape[1:]))
@@ -294,3 +339,155 @@ def signed_distances(masks: Tensor, gap: float = 1.0) -> Tensor:
             nearest = filled[np.abs(filled - k).argmin()]
             distances[k] = -np.abs(distances[nearest]) - gap * abs(int(nearest) - k)
     return torch.from_numpy(distances)[:, None].to(masks.device)
+
+
+MASK_WIDTH, MASK_DEPTH, MASK_TRAINING, MASK_PATCH = 16, 4, 400, 32
+
+
+class _Contours(nn.Module):
+    """Corrects signed distances (B, 1, H, W), predicted along the motion and without it, by what the image shows."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        last = nn.Conv2d(MASK_WIDTH, 1, 3, padding=1, padding_mode="replicate")
+        self.layers = _convolutions(2 + channels, MASK_WIDTH, MASK_DEPTH, last)
+
+    def forward(self, moved: Tensor, still: Tensor, images: Tensor) -> Tensor:
+        seen = [moved.clamp(-8, 8) / 4, still.clamp(-8, 8) / 4, 4 * (images - 0.3)]
+        return moved + 4 * self.layers(torch.cat(seen, 1))
+
+
+def _learn_contours(
+    moved: Tensor, still: Tensor, images: Tensor, masks: Tensor, generator: torch.Generator
+) -> _Contours | None:
+    """Trains on the frames between two others, whose masks are known; None where none shows a contour."""
+    height, width = images.shape[-2:]
+    size = min(MASK_PATCH, height, width)
+    near = (moved.abs().minimum(still.abs()) < 2)[:, 0].nonzero().cpu()  # the pixels in question
+    if not len(near):
+        return None
+    everything = torch.cat([moved, still, images, masks], 1).permute(0, 2, 3, 1)
+    limits = torch.tensor([height - size, width - size])
+    window = torch.arange(size, device=images.device)
+
+    def loss(network: _Contours, _: int) -> Tensor:
+        pick = near[torch.randint(len(near), (BATCH,), generator=generator)]
+        pick[:, 1:] = (pick[:, 1:] - size // 2).clamp_min(0).minimum(limits)
+        k, y, x = pick.to(images.device)[:, :, None, None].unbind(1)
+        patch = _flipped(everything[k, y + window[:, None], x + window], generator).permute(0, 3, 1, 2)
+        logits = 4 * network(patch[:, :1], patch[:, 1:2], patch[:, 2:-1])
+        return F.binary_cross_entropy_with_logits(logits, patch[:, -1:])
+
+    return _trained(lambda: _Contours(images.shape[1]), loss, MASK_TRAINING, images.device, generator)
+
+
+# ---- in between ------------------------------------------------------------------------------------------------------
+
+
+class InBetween:
+    """What lies between the frames of a sequence, computed once (seconds on a GPU, about a minute on two cores for 70
+    frames of 200 x 200), then looked up at any time.
+
+    frames: (K, C, H, W) in [0, 1], K >= 2, evenly spaced; on the device where everything is computed and kept.
+    masks: (K, 1, H, W) of the same frames, inside where >= 0.5.
+    gap: how many pixels apart two neighbouring frames are, where that is known; otherwise the frames tell how far apart
+        they look.
+    seed: of the small networks' training.
+
+    flow: (K - 1, 2, H, W), the motion from frame k to k + 1 in pixels (x, y), as seen in the middle of the two.
+    """
+
+    flow: Tensor
+
+    def __init__(
+        self, frames: Tensor, masks: Tensor | None = None, gap: float | None = None, seed: int = 0
+    ) -> None:
+        if frames.ndim != 4 or len(frames) < 2:
+            raise ValueError(f"frames of shape {tuple(frames.shape)}: (K, C, H, W) with K >= 2 is needed")
+        if masks is not None and masks.shape != (len(frames), 1, *frames.shape[2:]):
+            raise ValueError(
+                f"masks of shape {tuple(masks.shape)} do not belong to frames of {tuple(frames.shape)}"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        frames = frames.float()
+        with torch.no_grad():
+            self._build(frames, masks, gap, generator)
+
+    def _build(
+        self, frames: Tensor, masks: Tensor | None, gap: float | None, generator: torch.Generator
+    ) -> None:
+        count = len(frames)
+        self.gap = matching_gap(frames) if gap is None else gap
+        flows = _flows(frames[:-1], frames[1:])
+        self.flow = torch.stack(flows).mean(0)
+        stack = frames.new_zeros((count - 1) * STEPS + 1, *frames.shape[1:])
+        stack[::STEPS] = frames
+        for s in range(1, STEPS):
+            stack[s::STEPS] = _blend_flows(frames[:-1], frames[1:], flows, s / STEPS)
+        pixels = max(2, round(self.gap))
+        if pixels <= WIDEST_GAP and (min(frames.shape[2:]) - 1) // pixels + 1 >= FEWEST_ROWS:
+            planes = frames.transpose(0, 1)  # channel by channel
+            network = _learn_rows(planes.reshape(-1, *frames.shape[2:]), pixels, generator)
+            if network is not None:
+                filled = torch.stack([_fill_stack(network, plane) for plane in planes], 2)
+                for s in range(1, STEPS):
+                    stack[s::STEPS] = torch.lerp(stack[s::STEPS], filled[:, s - 1], SHARE)
+        self._images = stack.clamp_(0, 1).half()
+        self._distances = None if masks is None else self._carry_masks(frames, masks, flows, generator)
+
+    def _carry_masks(
+        self, frames: Tensor, masks: Tensor, flows: list[Tensor], generator: torch.Generator
+    ) -> Tensor:
+        """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W), half precision."""
+        distances = signed_distances(masks, self.gap)
+        network = None
+        if len(frames) > 2:  # learn on each frame that lies between two others
+            before, after = distances[:-2], distances[2:]
+            wide = _flows(frames[:-2], frames[2:])
+            network = _learn_contours(
+                _blend_flows(before, after, wide, 0.5),
+                (before + after) / 2,
+                frames[1:-1],
+                (masks[1:-1] >= 0.5).float(),
+                generator,
+            )
+        levels = distances.new_zeros(len(self._images), 1, *distances.shape[2:])
+        levels[::STEPS] = distances
+        for s in range(1, STEPS):
+            alpha = s / STEPS
+            moved = _blend_flows(distances[:-1], distances[1:], flows, alpha)
+            still = torch.lerp(distances[:-1], distances[1:], alpha)
+            if network is not None:
+                moved = network(moved, still, self._images[s::STEPS].float())
+            levels[s::STEPS] = moved
+        return levels.clamp_(-FARTHEST, FARTHEST).half()
+
+    def images(self, k: Tensor, alpha: Tensor) -> Tensor:
+        """Images at alpha of the way from frame k to k + 1, (B, C, H, W) in [0, 1]; k: (B,) integers in [0, K - 2],
+        alpha: (B,) in [0, 1], both on the frames' device. Never waits for the device; shapes depend on B alone."""
+        return self._look_up(self._images, k, alpha)
+
+    def masks(self, k: Tensor, alpha: Tensor) -> Tensor:
+        """Masks at those times, (B, 1, H, W) in [0, 1], with an edge of one pixel. As `images`."""
+        if self._distances is None:
+            raise ValueError("masks in between: none were given")
+        return (self._look_up(self._distances, k, alpha) + 0.5).clamp(0, 1)
+
+    def _look_up(self, levels: Tensor, k: Tensor, alpha: Tensor) -> Tensor:
+        step = (alpha * STEPS).floor().clamp(0, STEPS - 1)
+        index = k * STEPS + step.long()
+        seen = flow_at(self.flow[k], alpha) / STEPS
+        return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+
+
+def _flows(before: Tensor, after: Tensor, chunk: int = 32) -> list[Tensor]:
+    """Motion by contrast and by brightness: where they are wrong they differ, and blends of both err less."""
+    pairs = torch.stack([before.mean(1, keepdim=True), after.mean(1, keepdim=True)]).split(chunk, 1)
+    return [torch.cat([estimate_flow(a, b, contrast) for a, b in pairs]) for contrast in (True, False)]
+
+
+def _blend_flows(before: Tensor, after: Tensor, flows: list[Tensor], alpha: float) -> Tensor:
+    """Mean over the flows of the two frames blended along it, at one alpha for all."""
+    times = torch.full((len(before),), alpha, device=before.device)
+    blends = [blend_along(before, after, flow_at(flow, times), times, "bilinear") for flow in flows]
+    return torch.stack(blends).mean(0)
