@@ -1,0 +1,143 @@
+#!/usr/bin/env python3
+"""Frames left out, put back without a model: `utils.motion` beside the usual interpolations.
+
+    python benchmarks/interpolators.py CASE [CASE ...] --keep 2 4
+
+CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
+given, the others are compared. PSNR and SSIM of images, Dice of the masks' volume. TV-L1 is scikit-image's optical
+flow: both neighbours warped to the time asked for and blended; it takes minutes, and --no_tvl1 leaves it out.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import describe, table
+from quality import between_contours, image_scores, mask_scores, read, spline
+from skimage.registration import optical_flow_tvl1
+from skimage.transform import warp
+
+from arguments import resolve_device
+from scene.frames import frame_files
+from utils.errors import ArgumentParser, UserError, run
+from utils.motion import InBetween, blend_along, flow_at, signed_distances
+
+
+def tvl1(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
+    """Both neighbours warped along TV-L1 flow and blended, (K, H, W) -> (T, H, W)."""
+    frames = frames.astype(np.float32)
+    row, column = np.meshgrid(*map(np.arange, frames.shape[1:]), indexing="ij")
+    out = []
+    flows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+    for k, t in zip(*neighbours(kept, at), strict=True):
+        if k not in flows:
+            pair = frames[k], frames[k + 1]
+            flows = {k: tuple(optical_flow_tvl1(*p, attachment=10, num_warp=5) for p in (pair, pair[::-1]))}
+        (down, right), (up, left) = flows[k]
+        before = warp(frames[k], np.array([row + t * up, column + t * left]), mode="edge", order=3)
+        after = warp(
+            frames[k + 1], np.array([row + (1 - t) * down, column + (1 - t) * right]), mode="edge", order=3
+        )
+        out.append((1 - t) * before + t * after)
+    return np.stack(out)
+
+
+def neighbours(kept: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The kept frame before each time, and how far on the way to the next."""
+    k = np.clip(np.searchsorted(kept, at, "right") - 1, 0, len(kept) - 2)
+    return k, (at - kept[k]) / (kept[k + 1] - kept[k])
+
+
+def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:
+    """(T, H, W) in [0, 1], a few at a time."""
+    parts = [look_up(a, b) for a, b in zip(k.split(16), alpha.split(16), strict=True)]
+    return torch.cat(parts).mean(1).cpu().numpy().astype(np.float64)
+
+
+def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> list[list[str]]:
+    """Rows of the table: case, keep, what, then scores."""
+    truth = {
+        kind: read(frame_files(case / kind / "original"))
+        for kind in ("img", "seg")
+        if (case / kind / "original").is_dir()
+    }
+    if not truth:
+        raise UserError(f"{case}: neither img/original nor seg/original is there; give the folder of a case")
+    count = len(next(iter(truth.values())))
+    if count <= keep:
+        raise UserError(f"{case}: {count} frames are too few for --keep {keep}; give a smaller one")
+    kept = np.arange(0, count, keep)
+    at = np.setdiff1d(np.arange(kept[-1]), kept)
+    given = {kind: torch.from_numpy(f[kept]).float()[:, None].to(device) for kind, f in truth.items()}
+    start = time.perf_counter()
+    between = InBetween(given.get("img", given.get("seg")), given.get("seg"))
+    index, fraction = neighbours(kept, at)
+    k, alpha = torch.from_numpy(index).to(device), torch.from_numpy(fraction).float().to(device)
+    ours = {"img": looked_up(between.images, k, alpha)}
+    if "seg" in given:
+        ours["seg"] = looked_up(between.masks, k, alpha)
+    seconds = time.perf_counter() - start
+
+    rows = []
+    if "img" in truth:
+        frames = truth["img"]
+        found = {
+            "linear": spline(frames[kept], kept, at, 1),
+            "cubic": spline(frames[kept], kept, at, min(3, len(kept) - 1)),
+        }
+        if with_tvl1:
+            found["TV-L1"] = tvl1(frames[kept], kept, at)
+        found["ours"] = ours["img"]
+        for name, images in found.items():
+            scores = image_scores(images, frames[at])
+            rows.append([case.name, str(keep), name, f"{scores['psnr']:.2f} / {scores['ssim']:.4f}", ""])
+    if "seg" in truth:
+        masks = truth["seg"] >= 0.5
+        distances = signed_distances(given["seg"], between.gap)
+        carried = [
+            blend_along(distances[i], distances[i + 1], flow_at(between.flow[i], a), a, "bilinear")
+            for i, a in zip(k.split(16), alpha.split(16), strict=True)
+        ]
+        found = {
+            "SDF": between_contours(masks[kept], kept, at, (between.gap / keep, 1, 1)),
+            "SDF along our flow": (torch.cat(carried)[:, 0] > 0).cpu().numpy(),
+            "ours": ours["seg"],
+        }
+        for name, predicted in found.items():
+            dice = mask_scores(predicted.astype(np.float64), truth["seg"][at])["dice"]
+            rows.append([case.name, str(keep), name, "", f"{dice:.4f}"])
+    rows[-1][2] += f" ({seconds:.0f} s)"
+    return rows
+
+
+def main() -> None:
+    parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument(
+        "cases", type=Path, nargs="+", metavar="CASE", help="folders with img/original or seg/original"
+    )
+    parser.add_argument(
+        "--keep", type=int, nargs="+", default=[2, 4], metavar="N", help="give every N-th (default: 2 4)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
+    parser.add_argument("--no_tvl1", action="store_true", help="leave out the slow optical flow")
+    given = parser.parse_args()
+    if min(given.keep) < 2:
+        raise UserError(f"--keep {min(given.keep)}: nothing is left out; give 2 or more")
+    device = resolve_device(given.device)
+    rows: list[list[str]] = []
+    for case in given.cases:
+        for keep in given.keep:
+            before = len(rows)
+            rows += score_case(case, keep, device, not given.no_tvl1)
+            for row in rows[before:]:
+                print(*filter(None, row), sep="  ", flush=True)  # a run takes minutes
+    about = describe(device)
+    print(f"{about['machine']}, {about['device']}, torch {about['torch']}, {torch.get_num_threads()} threads")
+    print(table(["case", "keep 1/N", "method", "PSNR / SSIM", "Dice"], rows))
+
+
+if __name__ == "__main__":
+    run(main)

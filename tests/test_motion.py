@@ -1,0 +1,189 @@
+"""Flow between frames, and the images and masks that are put in between."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from utils import motion
+from utils.motion import InBetween, blend_along, estimate_flow, flow_at, matching_gap, signed_distances
+
+HEIGHT, WIDTH = 40, 48
+
+
+def pixels() -> tuple[torch.Tensor, torch.Tensor]:
+    y, x = torch.meshgrid(torch.arange(HEIGHT).float(), torch.arange(WIDTH).float(), indexing="ij")
+    return y, x
+
+
+def scene(dx: float, dy: float) -> torch.Tensor:
+    """Two soft blobs on an uneven ground, moved by (dx, dy) px. (1, 1, H, W)"""
+    y, x = pixels()
+    x, y = x - dx, y - dy
+    image = 0.6 * torch.exp(-((x - 20) ** 2 + (y - 16) ** 2) / 60) + 0.1 * torch.sin(x / 3) * torch.cos(y / 4)
+    return (0.3 + image + 0.3 * torch.exp(-((x - 34) ** 2 + (y - 27) ** 2) / 20))[None, None].clamp(0, 1)
+
+
+def disc(k: float) -> torch.Tensor:
+    """A disc that walks 3 px a frame, as a mask."""
+    y, x = pixels()
+    return (((x - 12 - 3 * k) ** 2 + (y - 20) ** 2) < 64).float()[None, None]
+
+
+def walking(k: float) -> torch.Tensor:
+    """The disc's image: blurred, on an uneven ground that stays. (1, 1, H, W)"""
+    y, x = pixels()
+    ground = 0.2 + 0.05 * torch.sin(x / 5) * torch.cos(y / 6)
+    distance = ((x - 12 - 3 * k) ** 2 + (y - 20) ** 2).sqrt()
+    return (ground + 0.5 * torch.sigmoid(8 - distance))[None, None]
+
+
+@pytest.fixture(scope="module")
+def between() -> InBetween:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(motion, "TRAINING", 40)
+        patch.setattr(motion, "MASK_TRAINING", 40)
+        return InBetween(*stack(range(7)))
+
+
+def stack(times: range) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.cat([walking(k) for k in times]), torch.cat([disc(k) for k in times])
+
+
+@pytest.mark.parametrize("contrast", [True, False])
+def test_flow_finds_a_translation(contrast: bool) -> None:
+    flow = estimate_flow(scene(0, 0), scene(2.4, -1.2), contrast)
+    inner = flow[:, :, 8:-8, 8:-8]
+    # a third of a pixel: the ground's waves are faint, and total variation pulls towards smaller steps
+    assert (inner.median(-1).values.median(-1).values - torch.tensor([[2.4, -1.2]])).abs().max() < 0.34
+
+
+def test_swapping_the_images_turns_the_flow_round() -> None:
+    a, b = scene(0, 0), scene(1.5, 1)
+    torch.testing.assert_close(estimate_flow(a, b), -estimate_flow(b, a), atol=1e-3, rtol=0)
+
+
+def test_flow_of_equal_images_is_zero_and_batches_do_not_mix() -> None:
+    a, b = scene(0, 0), scene(2, 0)
+    both = estimate_flow(torch.cat([a, a]), torch.cat([a, b]))
+    assert both[0].abs().max() < 1e-4
+    torch.testing.assert_close(both[1:], estimate_flow(a, b), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("alpha", [0.25, 0.5, 0.8])
+def test_blend_along_a_known_motion_moves_the_image(alpha: float) -> None:
+    flow = torch.tensor([3.0, -2.0]).view(1, 2, 1, 1).expand(1, 2, HEIGHT, WIDTH)
+    time = torch.tensor([alpha])
+    image = blend_along(scene(0, 0), scene(3, -2), flow_at(flow, time), time)
+    # bicubic interpolation of structures some 3 px wide
+    assert (image - scene(3 * alpha, -2 * alpha))[..., 5:-5, 5:-5].abs().max() < 0.01
+
+
+@pytest.mark.parametrize("alpha", [0.0, 1.0])
+def test_flow_at_follows_what_moves(alpha: float) -> None:
+    """Of a stretch v = 0.1 x, seen in the middle: whoever is at x at alpha moves by 0.1 x / (1 - 0.1 (1/2 - alpha))."""
+    _, x = pixels()
+    flow = torch.stack([0.1 * x, torch.zeros_like(x)])[None]
+    seen = flow_at(flow, torch.tensor([alpha]))[0, 0, :, :40]
+    # two fixed-point steps leave the third power of 0.05
+    torch.testing.assert_close(seen, (0.1 * x / (1 - 0.1 * (0.5 - alpha)))[:, :40], atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("gap", [2, 3])
+def test_matching_gap_of_an_isotropic_volume(gap: int) -> None:
+    noise = torch.randn(1, 1, 60, 48, 48, generator=torch.Generator().manual_seed(0))
+    volume = noise
+    for _ in range(4):  # smooth alike along all axes
+        volume = torch.nn.functional.avg_pool3d(volume, 3, 1, 1)
+    assert (
+        abs(matching_gap(volume[0, 0, 4:-4:gap, None, 4:-4, 4:-4]) - gap) < 0.3
+    )  # statistics of few structures
+
+
+def test_signed_distances() -> None:
+    masks = torch.zeros(3, 1, 6, 8)
+    masks[0, :, :, 4:] = 1
+    masks[1] = 1
+    distances = signed_distances(masks, gap=2)
+    torch.testing.assert_close(distances[0, 0, 2], torch.arange(8) - 3.5)
+    assert (distances[1] > 8).all()
+    assert (distances[2] <= -2).all()  # empty: what frame 1 holds ended before
+    assert (signed_distances(torch.zeros(2, 1, 4, 4)) < -4).all()
+
+
+def test_frames_themselves_come_back(between: InBetween) -> None:
+    frames, masks = stack(range(7))
+    k = torch.arange(6)
+    for alpha in (0.0, 1.0):
+        time, later = torch.full((6,), alpha), k + int(alpha)
+        torch.testing.assert_close(
+            between.images(k, time), frames[later], atol=5e-4, rtol=0
+        )  # half precision
+        torch.testing.assert_close(between.masks(k, time), masks[later], atol=1e-3, rtol=0)
+
+
+def test_in_between_beats_blending(between: InBetween) -> None:
+    k, alpha = torch.tensor([1, 2, 3, 4]), torch.tensor([0.5, 0.25, 0.5, 0.75])
+    frames, masks = stack(range(7))
+    a = alpha.view(-1, 1, 1, 1)
+    truth = torch.cat([walking(float(i + t)) for i, t in zip(k, alpha, strict=True)])
+    blend = (1 - a) * frames[k] + a * frames[k + 1]
+    ours = between.images(k, alpha)
+    assert (ours - truth).square().mean() < 0.25 * (blend - truth).square().mean()  # 6 dB
+
+    inside = torch.cat([disc(float(i + t)) for i, t in zip(k, alpha, strict=True)]) > 0.5
+    distances = signed_distances(masks)
+    still = (1 - a) * distances[k] + a * distances[k + 1] > 0
+    found = between.masks(k, alpha)
+    assert ((found > 0.5) != inside).sum() < 0.5 * (still != inside).sum()
+    assert found.min() == 0 and found.max() == 1
+    assert 0 < ((found > 0) & (found < 1)).float().mean() < 0.1  # an edge, about a pixel wide
+
+
+def test_in_between_is_continuous_in_time(between: InBetween) -> None:
+    alphas = torch.linspace(0, 1, 41)
+    images = between.images(torch.full((41,), 2), alphas)
+    # the disc's edge climbs by 1/8 a pixel and moves 3 px: 1/40 of that a step, and some
+    assert images.diff(dim=0).abs().max() < 3 * 0.125 / 40 * 3
+
+
+def test_batches_are_looked_up_one_by_one(between: InBetween) -> None:
+    k, alpha = torch.tensor([5, 0, 3]), torch.tensor([0.1, 0.6, 0.9])
+    for look_up in (between.images, between.masks):
+        single = torch.cat([look_up(k[i : i + 1], alpha[i : i + 1]) for i in range(3)])
+        torch.testing.assert_close(look_up(k, alpha), single)
+    assert between.flow.shape == (6, 2, HEIGHT, WIDTH)
+
+
+def test_same_seed_same_result_and_nothing_random_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(motion, "TRAINING", 3)
+    monkeypatch.setattr(motion, "MASK_TRAINING", 3)
+    frames, masks = (x[..., :24, :24] for x in stack(range(4)))
+    state = torch.random.get_rng_state()
+    k, alpha = torch.tensor([1]), torch.tensor([0.5])
+    first, second = (InBetween(frames, masks, gap=2) for _ in range(2))
+    assert torch.equal(first.images(k, alpha), second.images(k, alpha))
+    assert torch.equal(first.masks(k, alpha), second.masks(k, alpha))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "frames", [torch.zeros(3, 1, 20, 24), torch.rand(2, 3, 9, 30), torch.rand(2, 1, 3, 3)]
+)
+def test_odd_input(frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Empty frames, two colour frames, tiny ones: images in range, and empty masks stay empty."""
+    monkeypatch.setattr(motion, "TRAINING", 3)
+    between = InBetween(frames, torch.zeros_like(frames[:, :1]))
+    k, alpha = torch.tensor([0]), torch.tensor([0.4])
+    image = between.images(k, alpha)
+    assert image.shape == frames[:1].shape and image.isfinite().all() and 0 <= image.min() <= image.max() <= 1
+    assert not between.masks(k, alpha).any()
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="K >= 2"):
+        InBetween(torch.rand(1, 1, 8, 8))
+    with pytest.raises(ValueError, match="do not belong"):
+        InBetween(torch.rand(3, 1, 8, 8), torch.zeros(3, 1, 8, 9))
+    with pytest.raises(ValueError, match="none were given"):
+        InBetween(torch.zeros(2, 1, 8, 8)).masks(torch.tensor([0]), torch.tensor([0.5]))
