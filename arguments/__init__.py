@@ -201,6 +201,9 @@ class OptimisationOptions:
         2.0, "lower bound of sigma, over the number of training views", source=_RELEASE, low=0
     )
     sigma_high: float = _option(1.0, "upper bound of sigma", source=_RELEASE, above=0)
+    lambda_ibfr_dssim: float = _option(
+        0.0, "img: weight of 1 - SSIM of in-between frames", source=_RELEASE, low=0
+    )
     lambda_ibfr_seg: float = _option(0.0, "seg: weight of IBFR", source=_RELEASE, low=0)
     ibfr_target: str = _option(
         "linear",
@@ -480,7 +483,8 @@ _BEST = {
     "ibfr_from_iter": 1,
     "ibfr_alpha_min": 0.0,
     "ibfr_alpha_max": 1.0,
-    "lambda_ibfr": 2.0,
+    "lambda_ibfr": 5.0,
+    "lambda_ibfr_dssim": 0.6,
     "lambda_ibfr_seg": 2.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {

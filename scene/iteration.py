@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -117,18 +117,29 @@ class Replay:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple, _Recording] = {}
         self.parameters: list[int] = []  # addresses of those that the recordings read
         self.seen: set[tuple] = set()  # kinds that have run: what CUDA loads at first use is there
         self.share = 0.0  # most pairs of a recent iteration, by views and Gaussians
         self.counted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._count = self.counted.numpy()
-        # Keeps the pool alive while no recording uses it.
-        self.anchor = torch.cuda.CUDAGraph()
-        self.anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        self._held = torch.zeros(1, device=training.model.device)
-        self.anchor.capture_end()
+        self._anchor: torch.cuda.CUDAGraph | None = None
+        self._held: Tensor | None = None
+
+    def forget(self) -> None:
+        """Gives the recordings' memory back, before parameters are exchanged: both would not fit side by side."""
+        self.recordings.clear()
+        self._anchor = self._held = None
+        torch.cuda.empty_cache()
+
+    def _pool(self) -> Any:
+        """Where all recordings have their tensors. It lives as long as a graph does that uses it: an empty one."""
+        if self._anchor is None:
+            self._anchor = torch.cuda.CUDAGraph()
+            self._anchor.capture_begin(capture_error_mode="thread_local")
+            self._held = torch.zeros(1, device=self.training.model.device)
+            self._anchor.capture_end()
+        return self._anchor.pool()
 
     def __call__(self, inputs: Inputs, screen_gradients: bool) -> Outcome:
         training = self.training
@@ -175,8 +186,8 @@ class Replay:
         for parameter in parameters:
             parameter.grad = None
         own = replace(inputs, views=inputs.views.clone())
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        pool, graph = self._pool(), torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             outcome = forward_backward(self.training, own, screen_gradients, capacity, self.counted)
         finally:

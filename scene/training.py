@@ -63,6 +63,7 @@ class Training:
     found: bool = False  # whether it goes on from a checkpoint that was not named but found
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     say: Callable[[str], object] = print  # one line to the user
+    _replay: Replay | None = None
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
@@ -202,8 +203,14 @@ class Training:
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
-            return Replay(self)
+            self._replay = Replay(self)
+            return self._replay
         return partial(forward_backward, self)
+
+    def release(self) -> None:
+        """Lets go of recorded iterations; the parameters are about to be exchanged."""
+        if self._replay is not None:
+            self._replay.forget()
 
     @property
     def extent(self) -> float:
