@@ -133,6 +133,13 @@ class DataOptions:
     distance: float = _option(
         1.0, "distance d of the camera from the plane of the frame", source=_RELEASE, above=0, saved=True
     )
+    antialiasing: bool = _option(
+        False,
+        "opacities make up for the 0.3 px^2 that every Gaussian is widened by, so that thin ones do not show too much; "
+        "render.py draws a model as it was trained",
+        source=_KERBL,
+        saved=True,
+    )
     max_pixels: int = _option(
         MAX_PIXELS, "refuse image files of more pixels: a small file can claim any size", low=1, saved=True
     )
@@ -445,7 +452,6 @@ Options = TypeVar("Options", TrainOptions, RenderOptions)
 IGNORED: dict[str, Any] = {
     "depths": "",
     "train_test_exp": False,
-    "antialiasing": False,
     "convert_SHs_python": False,
     "compute_cov3D_python": False,
     "optimizer_type": "default",

@@ -54,6 +54,7 @@ def forward_backward(
         screen_gradients,
         capacity,
         counted,
+        options.antialiasing,
     )
     images = split(renders.images, [len(task) for task in requested])
     shown = [inputs.shown(task, training.background) for task in tasks]

@@ -41,6 +41,7 @@ CHANGES_THE_MODEL = {
     "prune_scale": 0.02, "prune_scale_from_iter": 23, "max_gaussians": 160, "opacity_reset_interval": 9,
     "opacity_reset_value": 0.05, "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
     "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
+    "antialiasing": True,
 }  # fmt: skip
 
 SHOWN_BY = {
@@ -75,6 +76,7 @@ SHOWN_BY = {
         "resolution": "test_arguments.py::test_command_line_wins_over_cfg_args_and_defaults_do_not",
         "white_background": "test_render.py::test_the_command_line_wins_over_the_run_and_the_run_over_defaults",
         "distance": "test_render.py::test_published_checkpoints_take_sizes_from_the_source_frames",
+        "antialiasing": "test_antialiasing.py::test_a_model_is_drawn_as_it_was_trained",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "model_path": "test_render.py::test_frames_and_the_frames_between",
         "iteration": "test_render.py::test_the_newest_checkpoint_unless_told_otherwise",
