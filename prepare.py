@@ -14,7 +14,6 @@ beside OUT first and renamed at the end: OUT is complete or untouched.
 from __future__ import annotations
 
 import argparse
-import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -86,18 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if masks is not None and not masks[list(geometry.slices)].any():
         raise UserError(f"{options.label} has nothing labelled in the frames that --keep_every keeps")
 
-    try:
-        with atomic_folder(out) as folder:
-            _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
-            if masks is not None:
-                _write_frames(folder / "seg", masks, None, geometry, mask=True)
-            geometry.save(folder / FILE_NAME)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left on the disk for {out}, of which nothing was kept: free some, or write elsewhere"
-        ) from error
+    with atomic_folder(out) as folder:
+        _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
+        if masks is not None:
+            _write_frames(folder / "seg", masks, None, geometry, mask=True)
+        geometry.save(folder / FILE_NAME)
 
     say(_summary(geometry))
     if geometry.durations() is not None:

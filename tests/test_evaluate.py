@@ -274,6 +274,19 @@ def test_a_shift_is_measured_and_only_forgiven_when_asked(tmp_path):
     assert "align" in header and "matrix" not in header
 
 
+def test_points_are_drawn_by_their_seed(tmp_path):
+    mesh = _mesh(tmp_path / "a.ply", _ball(), "LPS")
+    larger = in_space(surface(_ball(), 0.5, AFFINE), "LPS").apply_scale(1.1)
+    write_mesh(tmp_path / "b.ply", larger)
+
+    def asd(*extra):
+        return _results(tmp_path, "meshes", mesh, tmp_path / "b.ply", "--samples", 200, *extra)["rows"][0][
+            "asd"
+        ]
+
+    assert asd() == asd("--seed", 0) != asd("--seed", 1) == pytest.approx(asd(), rel=0.2)
+
+
 def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
     label = _volume(tmp_path / "label.nii.gz", _ball())
     mesh = in_space(surface(_ball(), 0.5, AFFINE), "LPS")

@@ -1,5 +1,5 @@
-"""How a script ends: 0 done, 1 partly done or the machine said no, 2 the user's input is wrong, 130 interrupted, 143
-asked to end (SIGTERM)."""
+"""How a script ends: 0 done, 1 partly done or the machine said no, 2 what the user has to mend (wrong input, a full
+disk), 130 interrupted, 143 asked to end (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def run(
             raise
         if error.errno in _DISK_FULL:
             where = f" for {error.filename}" if error.filename else ""
-            status = _fail(f"no space left on the disk{where}: free some, or write elsewhere", 1)
+            status = _fail(f"no space left on the disk{where}: free some, or write elsewhere", 2)
         else:
             where = f": {error.filename}" if error.filename else ""
             status = _fail(f"{os.strerror(error.errno)}{where}", 1)
