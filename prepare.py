@@ -22,9 +22,9 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
-from utils.errors import ArgumentParser, UserError, run
+from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
-from utils.geometry import FILE_NAME, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from utils.geometry import FILE_NAME, HELDOUT, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from utils.images import MAX_PIXELS, limit_pixels, write_image
 from utils.meshes import otsu
 from utils.volumes import READERS, Volume, read_volume
@@ -41,7 +41,7 @@ CT_WINDOWS = {
 MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source knows none
 KINDS = {
     "original": "slices",
-    "heldout": "heldout_slices",
+    HELDOUT: "heldout_slices",
 }  # folders of frames, and the field that lists theirs
 
 
@@ -147,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep_every",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="train on one frame in N; the others are held out",
@@ -165,22 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace frames that prepare.py wrote to OUT earlier"
     )
-    parser.add_argument(
-        "--max_pixels",
-        type=_positive,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="refuse image files of more pixels (default: %(default)s)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    parser.add_shared(MAX_PIXELS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 
 def _margin(text: str) -> float:

@@ -19,6 +19,9 @@ ACTIVE = 1
 ACTIVE_SEGMENTATION = 2
 """Bit of the activity mask: the same, and both scales at time t above 1e-6; the test of segmentation renders."""
 
+MAX_RENDERS = 64
+"""In one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h."""
+
 RASTERIZERS = {"compiled": "diff_gaussian_rasterization", "oracle": "gaussian_renderer.oracle"}
 
 

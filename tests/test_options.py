@@ -128,6 +128,7 @@ SHOWN_BY = {
         "align": "test_evaluate.py::test_a_shift_is_measured_and_only_forgiven_when_asked",
         "csv": "test_evaluate.py::test_many_cases",
         "json": "test_evaluate.py::test_many_cases",
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
     },
 }  # fmt: skip

@@ -449,6 +449,7 @@ def test_largest_keeps_one_body_and_its_cavity(tmp_path):
 
 
 def test_decimate(tmp_path):
+    pytest.importorskip("fast_simplification")
     case = _placed(tmp_path, _round_frames(28, 36, 12.0), (1, 1, 1))
     meshes = []
     for extra in ([], ["--decimate", "0.8"]):

@@ -39,6 +39,25 @@ class ArgumentParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
 
+    def add_shared(self, max_pixels: int) -> None:
+        """The options that programs on images have in common; max_pixels: a default."""
+        self.add_argument(
+            "--max_pixels",
+            type=positive,
+            default=max_pixels,
+            metavar="N",
+            help="refuse image files of more pixels (default: %(default)s)",
+        )
+        self.add_argument("--quiet", action="store_true", help="print errors only")
+        self.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
+
 
 class StopRequest:
     """Within it, SIGTERM and the first Ctrl-C are a request that the body looks for; the second stops it at once.

@@ -59,6 +59,14 @@ def image_files(folder: str | os.PathLike[str], extensions: Iterable[str] = READ
         raise UserError(f"{folder} is not a folder") from None
 
 
+def frame_number(file: Path) -> int:
+    """The last number in a file's name, which says which frame it is. Raises UserError where there is none."""
+    groups = re.findall(r"[0-9]+", file.stem)
+    if not groups:
+        raise UserError(f"{file} has no number in its name: frames are ordered by it, as in 0000.png")
+    return int(groups[-1])
+
+
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """One frame as (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA: uint8, uint16, or float32 as stored.
 
