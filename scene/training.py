@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -28,6 +30,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.geometry import FILE_NAME, Geometry
 from utils.memory import free_memory
+from utils.motion import InBetween
 from utils.spherical_harmonics import to_colour
 
 _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
@@ -65,7 +68,7 @@ class Training:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
         frames, masks, geometry, tests = _read_data(options, device, say)
-        todo = tasks(options, frames, masks)
+        todo = tasks(options, frames, masks, _in_between(options, frames, masks, geometry, say))
         _check_batch(options, todo)
         asked = options
         options, saved = _starting_point(options, device, say)
@@ -330,6 +333,39 @@ def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
         raise UserError(
             f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
         )
+
+
+def _in_between(
+    options: TrainOptions,
+    frames: Frames,
+    masks: Frames | None,
+    geometry: Geometry | None,
+    say: Callable[[str], object],
+) -> InBetween | None:
+    """What in-between frames are expected to show, with --ibfr_target motion; kept in the output folder for a run that
+    goes on."""
+    weights = {"img": (options.lambda_ibfr,), "seg": (options.lambda_ibfr_seg,)}
+    wanted = weights.get(options.pipeline, (options.lambda_ibfr, options.lambda_ibfr_seg))
+    if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
+        return None
+    images = frames(range(len(frames)))
+    truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
+    truth = None if truth is None else truth.mean(1, keepdim=True)
+    gap = None
+    if geometry is not None and geometry.spacing is not None and geometry.evenly_spaced:
+        column, row, frame = geometry.spacing
+        gap = (
+            frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
+        )  # --resolution changes pixels
+    path = Path(options.model_path) / "in_between.pt"
+    kept = InBetween.load(path, images, truth, gap)
+    if kept is not None:
+        return kept
+    start = time.perf_counter()
+    made = InBetween(images, truth, gap, options.seed)
+    made.save(path, images, truth)
+    say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
+    return made
 
 
 def _check_batch(options: TrainOptions, todo: list[Task]) -> None:

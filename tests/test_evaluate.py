@@ -1,6 +1,7 @@
 """evaluate.py as a user runs it: rows per case, mean and deviation, and what it refuses to compare."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -298,6 +299,19 @@ def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
         arguments = ("meshes", tmp_path / "bare.ply", label, "--samples", 500, "--space", space)
         scores[space] = _results(tmp_path, *arguments)["rows"][0]["asd"]
     assert scores["lps"] < 1e-4 and scores["ras"] > 20
+
+
+def test_a_label_of_unevenly_spaced_slices_is_placed_slice_by_slice(tmp_path, monkeypatch):
+    """As a DICOM series may have them: the last two slices lie twice as far apart."""
+    depths = np.array([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 10])
+    label = _volume(tmp_path / "label.nii.gz", np.ones((10, 20, 24)))
+    volume = dataclasses.replace(evaluate.read_volume(label), depths=depths)
+    monkeypatch.setattr(evaluate, "read_volume", lambda path: volume)
+    mesh = surface(np.ones((10, 20, 24), np.float32), 0.5, AFFINE, depths)
+    assert mesh.extents[2] == pytest.approx(2.5 * (0.5 + 10 + 1))  # half a slice beyond either end
+    write_mesh(tmp_path / "mesh.ply", mesh)
+    row = _results(tmp_path, "meshes", tmp_path / "mesh.ply", label, "--samples", 500)["rows"][0]
+    assert row["hd"] < 1e-4
 
 
 def test_voxels_and_millimetres_are_not_compared(tmp_path):

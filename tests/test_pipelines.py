@@ -61,7 +61,7 @@ IMAGE_TERMS = {"l1": 2.0, "ssim": 0.25, "ibfr": 0.5, "sigma": 0.25}
 def test_the_published_weights():
     frames, seg = flat(0), flat(255)
     assert tasks(run_options(), frames) == [Task("img", IMAGE, frames, ACTIVE, 1.0, IMAGE_TERMS)]
-    seg_terms = {"l1": 2.0, "sigma": 0.5}
+    seg_terms = {"l1": 2.0, "ibfr": 0.0, "sigma": 0.5}
     plain = tasks(run_options(pipeline="seg"), frames)
     assert plain == [Task("seg", IMAGE, frames, ACTIVE_SEGMENTATION, 1.0, seg_terms)]
     joint = run_options(pipeline="joint", seg_source_path="masks", lambda_img=0.5, lambda_seg=3.0)
@@ -74,10 +74,17 @@ def test_the_published_weights():
 
 
 def test_each_weight_is_an_option():
-    names = ("lambda_l1", "lambda_dssim", "lambda_ibfr", "lambda_sigma", "lambda_l1_seg", "lambda_sigma_seg")
-    weights = dict(zip(names, map(float, range(3, 9)), strict=True))
+    names = (
+        "lambda_l1", "lambda_dssim", "lambda_ibfr", "lambda_sigma", "lambda_l1_seg", "lambda_ibfr_seg",
+        "lambda_sigma_seg",
+    )  # fmt: skip
+    weights = dict(zip(names, map(float, range(3, 10)), strict=True))
     image, seg = tasks(run_options(pipeline="joint", seg_source_path="masks", **weights), flat(0), flat(0))
-    assert image.terms == {"l1": 3, "ssim": 4, "ibfr": 5, "sigma": 6} and seg.terms == {"l1": 7, "sigma": 8}
+    assert image.terms == {"l1": 3, "ssim": 4, "ibfr": 5, "sigma": 6} and seg.terms == {
+        "l1": 7,
+        "ibfr": 8,
+        "sigma": 9,
+    }
     assert tasks(run_options(pipeline="seg", **weights), flat(0))[0].terms == seg.terms
 
 

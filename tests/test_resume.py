@@ -83,7 +83,7 @@ def loud(root, out, *more):
 
 PIPELINES = {
     "img": (),
-    "img, colours with directions, learned times": ("--sh_degree", 1, "--sh_degree_interval", 4, "--use_dff"),
+    "img, colours with directions, learned times": ("--sh_degree", 3, "--sh_degree_interval", 6, "--use_dff"),
     "seg": ("--pipeline", "seg"),
     "joint": ("--pipeline", "joint"),
 }

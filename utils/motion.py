@@ -13,8 +13,11 @@ the frames between two others, how contours follow the image.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils import interpolation
+from utils.files import atomic_write
 
 STEPS = 4
 """Levels a gap is divided in: predictions are made at 1/4, 1/2 and 3/4."""
@@ -448,6 +452,35 @@ class InBetween:
             levels[s::STEPS] = moved
         return levels.clamp_(-FARTHEST, FARTHEST).half()
 
+    def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
+        """Keeps what was computed of ``frames`` and ``masks``, for `load`."""
+        contents = {
+            "key": _digest(frames, masks),
+            "gap": self.gap,
+            "flow": self.flow.cpu(),
+            "images": self._images.cpu(),
+            "distances": None if self._distances is None else self._distances.cpu(),
+        }
+        with atomic_write(path, sync=False) as temporary:
+            torch.save(contents, temporary)
+
+    @classmethod
+    def load(
+        cls, path: Path, frames: Tensor, masks: Tensor | None = None, gap: float | None = None
+    ) -> InBetween | None:
+        """What `save` kept of the same frames, masks and gap; None where there is no such thing."""
+        try:
+            contents = torch.load(path, map_location=frames.device, weights_only=True)
+            same = contents["key"] == _digest(frames, masks) and gap in (None, contents["gap"])
+            kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
+        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
+            return None  # absent or torn: it can be computed again
+        if not same:
+            return None
+        made = cls.__new__(cls)
+        made.gap, made.flow, made._images, made._distances = kept
+        return made
+
     def images(self, k: Tensor, alpha: Tensor) -> Tensor:
         """Images at alpha of the way from frame k to k + 1, (B, C, H, W) in [0, 1]; k: (B,) integers in [0, K - 2],
         alpha: (B,) in [0, 1], both on the frames' device. Never waits for the device; shapes depend on B alone."""
@@ -464,6 +497,15 @@ class InBetween:
         index = k * STEPS + step.long()
         seen = flow_at(self.flow[k], alpha) / STEPS
         return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+
+
+def _digest(frames: Tensor, masks: Tensor | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for values in (frames, masks):
+        if values is not None:
+            digest.update(str(tuple(values.shape)).encode())
+            digest.update(values.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _flows(before: Tensor, after: Tensor, chunk: int = 32) -> list[Tensor]:
