@@ -18,6 +18,7 @@ import evaluate
 import prepare
 import slices_to_ply
 from arguments import OptimisationOptions, render_parser, train_parser
+from utils import motion
 
 TESTS = Path(__file__).resolve().parent
 
@@ -34,7 +35,7 @@ BASE = {
 CHANGES_THE_MODEL = {
     "lambda_img": 0.5, "lambda_seg": 2.0, "lambda_l1": 1.0, "lambda_dssim": 0.5, "lambda_ibfr": 0.1,
     "lambda_sigma": 1.0, "lambda_l1_seg": 1.0, "lambda_sigma_seg": 1.0, "sigma_until_iter": 5, "sigma_low_views": 4.0,
-    "sigma_high": 0.5,
+    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "ibfr_target": "motion",
     "ibfr_from_iter": 20, "ibfr_alpha_min": 0.5, "ibfr_alpha_max": 0.5, "batch_size": 2, "random_background": True,
     "extent_per_distance": 2.0, "position_lr_init": 1e-3, "position_lr_final": 1e-4, "position_lr_max_steps": 10,
     "feature_lr": 1e-2, "feature_rest_divisor": 5.0, "opacity_lr": 1e-2, "scaling_lr": 1e-2, "rotation_lr": 1e-2,
@@ -49,6 +50,7 @@ CHANGES_THE_MODEL = {
 SHOWN_BY = {
     "train.py": {
         "seg_head_lr": "test_options.py::test_the_rate_of_the_head_alone",
+        "preset": "test_arguments.py::test_a_preset_gives_defaults_alone",
         "source_path": "test_train.py::test_a_missing_folder_as_a_script",
         "images": "test_train.py::test_resolution_and_images",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
@@ -223,7 +225,9 @@ def test_the_same_options_give_the_same_model(runs, base):
 
 
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
-def test_an_option_changes_the_model(runs, base, name):
+def test_an_option_changes_the_model(runs, base, name, monkeypatch):
+    monkeypatch.setattr(motion, "TRAINING", 10)  # of its networks, which need not be good here
+    monkeypatch.setattr(motion, "MASK_TRAINING", 10)
     changes = {name: CHANGES_THE_MODEL[name]}
     assert BASE.get(name) != changes[name]
     assert differ(base, runs(**changes)), name
