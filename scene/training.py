@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
-from gaussian_renderer import rasterizer
+from gaussian_renderer import MAX_RENDERS, rasterizer
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
 from scene.density_control import DensityControl
@@ -33,7 +33,6 @@ from utils.memory import free_memory
 from utils.motion import InBetween
 from utils.spherical_harmonics import to_colour
 
-_MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
 _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
 
 # Of a run's options, those that say nothing of what it computes.
@@ -381,10 +380,10 @@ def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
     """Can the rasteriser draw an iteration's images at once?"""
     real = min(options.batch_size, len(todo[0].frames))
     renders = sum(2 * real - 1 if task.terms.get("ibfr") else real for task in todo)
-    if renders > _MAX_RENDERS and options.rasterizer == "compiled":
+    if renders > MAX_RENDERS and options.rasterizer == "compiled":
         raise UserError(
             f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
-            f"included: {_MAX_RENDERS} is the most; give a smaller one"
+            f"included: {MAX_RENDERS} is the most; give a smaller one"
         )
 
 

@@ -275,6 +275,19 @@ def test_a_shift_is_measured_and_only_forgiven_when_asked(tmp_path):
     assert "align" in header and "matrix" not in header
 
 
+def test_points_are_drawn_by_their_seed(tmp_path):
+    mesh = _mesh(tmp_path / "a.ply", _ball(), "LPS")
+    larger = in_space(surface(_ball(), 0.5, AFFINE), "LPS").apply_scale(1.1)
+    write_mesh(tmp_path / "b.ply", larger)
+
+    def asd(*extra):
+        return _results(tmp_path, "meshes", mesh, tmp_path / "b.ply", "--samples", 200, *extra)["rows"][0][
+            "asd"
+        ]
+
+    assert asd() == asd("--seed", 0) != asd("--seed", 1) == pytest.approx(asd(), rel=0.2)
+
+
 def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
     label = _volume(tmp_path / "label.nii.gz", _ball())
     mesh = in_space(surface(_ball(), 0.5, AFFINE), "LPS")
@@ -394,12 +407,12 @@ def test_refusals(tmp_path):
         (["masks", frames, small], "24 x 8"),
         (["frames", frames, tmp_path / "short"], "has no frame 4"),
         (["frames", tmp_path / "unnumbered", frames], "no number in its name"),
-        (["frames", frames, frames, "--keep_every", "0"], "--keep_every 0"),
+        (["frames", frames, frames, "--keep_every", "0"], "--keep_every: 0 is not a positive"),
         (["frames", frames, frames, "--held_out"], "no frame that was held out"),
         (["frames", frames, label], "no images"),
         (["masks", small, label], "slice 0 of 24 x 8 pixels, is not of"),
         (["meshes", frames, mesh], "no meshes to score"),
-        (["meshes", mesh, mesh, "--samples", "0"], "--samples 0"),
+        (["meshes", mesh, mesh, "--samples", "0"], "--samples: 0 is not a positive"),
         (["meshes", mesh, _volume(tmp_path / "empty.nii.gz", _ball() * 0)], "is empty"),
         (["meshes", mesh, label, "--label_value", "9"], r"it holds 0, 1"),
         (["meshes", tmp_path / "twice", tmp_path / "twice"], "both named x"),

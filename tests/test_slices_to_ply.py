@@ -476,6 +476,7 @@ def test_largest_drops_what_smoothing_took_off(tmp_path):
 
 
 def test_decimate(tmp_path):
+    pytest.importorskip("fast_simplification")
     case = _placed(tmp_path, _round_frames(28, 36, 12.0), (1, 1, 1))
     meshes = []
     for extra in ([], ["--decimate", "0.8"]):

@@ -23,9 +23,9 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
 
+from utils import interpolation
 from utils.files import atomic_write
 
 STEPS = 4
@@ -323,27 +323,9 @@ FARTHEST = 16.0
 
 
 def signed_distances(masks: Tensor, gap: float = 1.0) -> Tensor:
-    """Distance in pixels from the contour, which runs half a pixel off the outermost centres; positive inside.
-
-    masks: (K, 1, H, W), inside where >= 0.5. An empty mask takes the nearest other one's contour as lying wholly
-    between the two frames, `gap` pixels apart each: that distance from it, and nothing inside.
-    """
+    """`utils.interpolation.signed_distances` in pixels, of masks (K, 1, H, W), inside where >= 0.5."""
     inside = (masks[:, 0] >= 0.5).cpu().numpy()
-    far = float(sum(inside.shape[1:]))
-    distances = np.full(inside.shape, -far, dtype=np.float32)
-    for k, mask in enumerate(inside):
-        if mask.all():
-            distances[k] = far
-        elif mask.any():
-            distances[k] = np.where(
-                mask, distance_transform_edt(mask) - 0.5, 0.5 - distance_transform_edt(~mask)
-            )
-    filled = inside.any((1, 2)).nonzero()[0]
-    for k in range(len(inside)) if len(filled) else ():
-        if not inside[k].any():
-            nearest = filled[np.abs(filled - k).argmin()]
-            distances[k] = -np.abs(distances[nearest]) - gap * abs(int(nearest) - k)
-    return torch.from_numpy(distances)[:, None].to(masks.device)
+    return torch.from_numpy(interpolation.signed_distances(inside, gap=gap))[:, None].to(masks.device)
 
 
 MASK_WIDTH, MASK_DEPTH, MASK_TRAINING, MASK_PATCH = 16, 4, 400, 32
