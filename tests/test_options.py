@@ -35,7 +35,7 @@ BASE = {
 CHANGES_THE_MODEL = {
     "lambda_img": 0.5, "lambda_seg": 2.0, "lambda_l1": 1.0, "lambda_dssim": 0.5, "lambda_ibfr": 0.1,
     "lambda_sigma": 1.0, "lambda_l1_seg": 1.0, "lambda_sigma_seg": 1.0, "sigma_until_iter": 5, "sigma_low_views": 4.0,
-    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "ibfr_target": "motion",
+    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "lambda_ibfr_dssim": 0.5, "ibfr_target": "motion",
     "ibfr_from_iter": 20, "ibfr_alpha_min": 0.5, "ibfr_alpha_max": 0.5, "batch_size": 2, "random_background": True,
     "extent_per_distance": 2.0, "position_lr_init": 1e-3, "position_lr_final": 1e-4, "position_lr_max_steps": 10,
     "feature_lr": 1e-2, "feature_rest_divisor": 5.0, "opacity_lr": 1e-2, "scaling_lr": 1e-2, "rotation_lr": 1e-2,

@@ -20,7 +20,7 @@ from sequences import (
     write,
 )
 
-from arguments import OptimisationOptions, TrainOptions, train_options
+from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
@@ -609,15 +609,3 @@ def test_what_is_expected_is_kept_for_a_run_that_goes_on(data, tmp_path, monkeyp
     train_at(root, tmp_path / "whole", *options, "--iterations", 6)
     a, b = (checkpoint(tmp_path / name, 6).params for name in ("out", "whole"))
     assert all(torch.equal(a[name], b[name]) for name in a)
-
-
-def test_presets_give_way_to_what_is_given():
-    def options(*words):
-        return train_options(["-s", "x", "-m", "y", *words])
-
-    assert options() == options("--preset", "published")
-    best = options("--preset", "best")
-    assert best.ibfr_target == "motion" and best.ibfr_from_iter == 1 and best.iterations == 30_000
-    fast = options("--preset", "fast", "--lambda_ibfr", "3")
-    assert fast.lambda_ibfr == 3 and fast.iterations <= best.iterations // 10
-    assert fast.densify_until_iter < fast.iterations and fast.lambda_ibfr_seg == best.lambda_ibfr_seg
