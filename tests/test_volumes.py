@@ -607,5 +607,5 @@ def test_every_mistake_is_one_line_and_writes_nothing(tmp_path, capfd):
 def test_a_missing_library_is_asked_for_by_name(tmp_path, monkeypatch, module, name):
     write_enhanced(tmp_path / name, VALUES, _affine(), [0, 1], [1.0, 1.0])
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"{name}.* needs {module.replace('_', '-')}: pip3 install "):
+    with pytest.raises(UserError, match=f"{name}.* needs {module.replace('_', '-')}: pip install "):
         read_volume(tmp_path / name)

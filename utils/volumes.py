@@ -632,7 +632,7 @@ def _optional(module: str, package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{purpose} needs {package}: pip3 install {package}") from error
+        raise UserError(f"{purpose} needs {package}: pip install {package}") from error
 
 
 def _reason(error: Exception) -> str:
