@@ -485,6 +485,7 @@ _SHORT_IGNORED = {"depths": "d"}
 
 
 _BEST = {
+    "poly_degree": 2,
     "ibfr_target": "motion",
     "ibfr_from_iter": 1,
     "ibfr_alpha_min": 0.0,
