@@ -48,8 +48,9 @@ PUBLISHED_FLAGS = {
         "iterations test_iterations save_iterations checkpoint_iterations save_xyz random_background poly_degree "
         "batch_size num_pts sh_degree camera distance white_background resolution images data_device eval quiet "
         "debug antialiasing debug_from detect_anomaly use_dff gs_type position_lr_init position_lr_final "
-        "position_lr_max_steps feature_lr opacity_lr scaling_lr rotation_lr percent_dense densification_interval opacity_reset_interval "
-        "densify_from_iter densify_until_iter densify_grad_threshold lambda_dssim"
+        "position_lr_max_steps feature_lr opacity_lr scaling_lr rotation_lr percent_dense "
+        "densification_interval opacity_reset_interval densify_from_iter densify_until_iter densify_grad_threshold "
+        "lambda_dssim"
     ),
     render_parser: (
         "model_path iteration interp pipeline chunks extension poly_degree quiet generate_points_path mask_path modify "
