@@ -14,7 +14,6 @@ import argparse
 import csv
 import io
 import json
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -26,10 +25,10 @@ import numpy as np
 import torch
 from trimesh import Trimesh
 
-from utils.errors import ArgumentParser, UserError, run
+from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
-from utils.geometry import Cut, Geometry
-from utils.images import READABLE, image_files, read_image, to_unit
+from utils.geometry import HELDOUT, Cut, Geometry
+from utils.images import MAX_PIXELS, READABLE, frame_number, image_files, limit_pixels, read_image, to_unit
 from utils.meshes import FORMATS, in_space, read_mesh, surface
 from utils.metrics import Scores
 from utils.stacks import INNER, case_geometry, read_stack, sub_frames
@@ -56,6 +55,7 @@ class Pair:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
+    limit_pixels(options.max_pixels)
     score, settings = _scorer(options)
     rows, failed = [], {}
     for pair in _pairs(options.what, Path(options.prediction), Path(options.reference)):
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         if what != "meshes":
             kind.add_argument(
                 "--keep_every",
-                type=int,
+                type=positive,
                 metavar="N",
                 help="renders k_i are of a model of every N-th frame (default: what frames.json says, else all)",
             )
@@ -121,7 +121,11 @@ def _parser() -> argparse.ArgumentParser:
             )
         if what == "meshes":
             kind.add_argument(
-                "--samples", type=int, default=SAMPLES, help=f"points a surface (default: {SAMPLES})"
+                "--samples",
+                type=positive,
+                default=SAMPLES,
+                metavar="N",
+                help="points a surface (default: %(default)s)",
             )
             kind.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
             kind.add_argument(
@@ -137,8 +141,7 @@ def _parser() -> argparse.ArgumentParser:
             )
         kind.add_argument("--csv", help="write the table there")
         kind.add_argument("--json", help="write table and settings there")
-        kind.add_argument("--quiet", action="store_true", help="print errors only")
-        kind.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+        kind.add_shared(MAX_PIXELS)
     return parser
 
 
@@ -148,8 +151,6 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
         if path is not None and Path(path).is_dir():
             raise UserError(f"{path} is a folder: name a file for the scores")
     if options.what == "meshes":
-        if options.samples < 1:
-            raise UserError(f"--samples {options.samples} is not a positive number")
         settings = {
             "points": f"{options.samples} drawn by area on each surface, seed {options.seed}; exact distances",
             "alignment": "icp: the prediction was turned and shifted, not scaled"
@@ -158,8 +159,6 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
             "scores": "chamfer = sum, asd = mean of the two directed mean distances; hd95 = the larger percentile",
         }
         return lambda predicted, reference: _score_meshes(predicted, reference, options), settings
-    if options.keep_every is not None and options.keep_every < 1:
-        raise UserError(f"--keep_every {options.keep_every} is not a positive number")
     if options.what == "masks":
         settings = {
             "threshold": f"{THRESHOLD} of full scale",
@@ -264,7 +263,7 @@ def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int
     those left out too; without it, frame k is slice k times --keep_every.
     """
     paths = image_files(renders)
-    named = sub_frames(paths) or {(_number(path), 0): path for path in paths}
+    named = sub_frames(paths) or {(frame_number(path), 0): path for path in paths}
     inter = max(sub_frame for _, sub_frame in named) + 1
     geometry = case_geometry(renders if renders.name in INNER else renders.parent)
     if geometry is not None and options.keep_every is None:
@@ -290,13 +289,6 @@ def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int
     return matched
 
 
-def _number(path: Path) -> int:
-    numbers = re.findall(r"\d+", path.stem)
-    if not numbers:
-        raise UserError(f"{path} has no number in its name, so nobody knows which frame it is")
-    return int(numbers[-1])
-
-
 def _frame_pairs(
     what: str, predicted: Path, reference: Path, options: argparse.Namespace
 ) -> list[tuple[Path, Path]]:
@@ -304,12 +296,12 @@ def _frame_pairs(
     renders, inputs = _frames_folder(what, predicted), _input_folder(what, reference)
     if renders is None or inputs is None:
         raise UserError(f"{predicted if renders is None else reference} has no images")
-    frames = {_number(path): path for path in image_files(inputs)}
+    frames = {frame_number(path): path for path in image_files(inputs)}
     geometry = case_geometry(inputs)
     if geometry is not None and inputs.name == "original":  # numbered by frame; those left out by slice
         frames = {geometry.slices[k]: path for k, path in frames.items() if k < len(geometry.slices)}
-        left_out = inputs.with_name("heldout")
-        frames |= {_number(path): path for path in image_files(left_out)} if left_out.is_dir() else {}
+        left_out = inputs.with_name(HELDOUT)
+        frames |= {frame_number(path): path for path in image_files(left_out)} if left_out.is_dir() else {}
     matched = _matches(renders, options)
     missing = [slice_ for _, slice_ in matched if slice_ not in frames]
     if missing:

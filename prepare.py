@@ -14,7 +14,6 @@ beside OUT first and renamed at the end: OUT is complete or untouched.
 from __future__ import annotations
 
 import argparse
-import errno
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -23,9 +22,9 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
-from utils.errors import ArgumentParser, UserError, run
+from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
-from utils.geometry import FILE_NAME, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from utils.geometry import FILE_NAME, HELDOUT, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from utils.images import MAX_PIXELS, limit_pixels, write_image
 from utils.meshes import otsu
 from utils.volumes import READERS, Volume, read_volume
@@ -42,7 +41,7 @@ CT_WINDOWS = {
 MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source knows none
 KINDS = {
     "original": "slices",
-    "heldout": "heldout_slices",
+    HELDOUT: "heldout_slices",
 }  # folders of frames, and the field that lists theirs
 
 
@@ -86,18 +85,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if masks is not None and not masks[list(geometry.slices)].any():
         raise UserError(f"{options.label} has nothing labelled in the frames that --keep_every keeps")
 
-    try:
-        with atomic_folder(out) as folder:
-            _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
-            if masks is not None:
-                _write_frames(folder / "seg", masks, None, geometry, mask=True)
-            geometry.save(folder / FILE_NAME)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"no space left on the disk for {out}, of which nothing was kept: free some, or write elsewhere"
-        ) from error
+    with atomic_folder(out) as folder:
+        _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
+        if masks is not None:
+            _write_frames(folder / "seg", masks, None, geometry, mask=True)
+        geometry.save(folder / FILE_NAME)
 
     say(_summary(geometry))
     if geometry.durations() is not None:
@@ -155,7 +147,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--keep_every",
-        type=_positive,
+        type=positive,
         default=1,
         metavar="N",
         help="train on one frame in N; the others are held out",
@@ -173,22 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--force", action="store_true", help="replace frames that prepare.py wrote to OUT earlier"
     )
-    parser.add_argument(
-        "--max_pixels",
-        type=_positive,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="refuse image files of more pixels (default: %(default)s)",
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    parser.add_shared(MAX_PIXELS)
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
-    return int(text)
 
 
 def _margin(text: str) -> float:

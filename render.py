@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from arguments import RenderOptions, render_options, resolve_device
-from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, editing, render
+from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, find, load_checkpoint
 from scene.frames import Frames
@@ -38,7 +38,6 @@ from utils.video import Shot, video_format, write_video
 # Gaussian, and the lists of the tiles, a few entries each; and the image, as floats, levels and bytes.
 MEMORY = 2**30  # bytes
 BYTES_PER_GAUSSIAN, BYTES_PER_VALUE = 100, 16
-MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
 WRITERS = min(32, os.cpu_count() or 1)  # threads that encode images while the next are rendered
 
 Say = Callable[[str], object]

@@ -28,7 +28,8 @@ from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
 from trimesh import Trimesh
 
-from utils.errors import ArgumentParser, UserError, run
+from utils.errors import ArgumentParser, UserError, positive, run
+from utils.geometry import HELDOUT
 from utils.images import MAX_PIXELS, limit_pixels
 from utils.meshes import (
     FORMATS,
@@ -55,7 +56,7 @@ from utils.stacks import (
 
 NOT_CASES = (
     "mirror",
-    "heldout",
+    HELDOUT,
 )  # beside original/: flipped copies of training, frames that prepare.py left out
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
@@ -117,7 +118,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--inter",
-        type=int,
+        type=positive,
+        metavar="N",
         help=f"sub-frames per frame (default: what the file names say, else {PUBLISHED_INTER})",
     )
     parser.add_argument(
@@ -152,17 +154,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--preview", action="store_true", help="also a picture <case>.png: three views, axes in mm"
     )
-    parser.add_argument("--jobs", type=int, help="cases at once, each a process (default: one a processor)")
-    parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
     parser.add_argument(
-        "--max_pixels",
-        type=int,
-        default=MAX_PIXELS,
-        metavar="N",
-        help="refuse image files of more pixels (default: %(default)s)",
+        "--jobs", type=positive, metavar="N", help="cases at once, each a process (default: one a processor)"
     )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
+    parser.add_shared(MAX_PIXELS)
     return parser
 
 
@@ -172,10 +168,6 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError(f"{options.output} is a file: give -o a folder")
     if options.nifti is not None and not Path(options.nifti).is_dir():
         raise UserError(f"{options.nifti} is not a folder: -n takes the folder of <case>.nii.gz")
-    if options.inter is not None and options.inter < 1:
-        raise UserError(f"--inter {options.inter} is not a positive number")
-    if options.jobs is not None and options.jobs < 1:
-        raise UserError(f"--jobs {options.jobs} is not a positive number")
     if not 0 <= options.thresh < 255:
         raise UserError(f"--thresh {options.thresh:g} is not an intensity from 0 to 255")
     if options.labels is not None and options.thresh:

@@ -207,6 +207,17 @@ class OptimisationOptions:
         2.0, "lower bound of sigma, over the number of training views", source=_RELEASE, low=0
     )
     sigma_high: float = _option(1.0, "upper bound of sigma", source=_RELEASE, above=0)
+    lambda_ibfr_dssim: float = _option(
+        0.0, "img: weight of 1 - SSIM of in-between frames", source=_RELEASE, low=0
+    )
+    lambda_ibfr_seg: float = _option(0.0, "seg: weight of IBFR", source=_RELEASE, low=0)
+    ibfr_target: str = _option(
+        "linear",
+        "what IBFR expects between two frames: their linear blend, or what their motion and the look of the "
+        "anatomy from the side tell (utils/motion.py)",
+        choices=("linear", "motion"),
+        source=_PAPER,
+    )
     ibfr_from_iter: int = _option(10_000, "IBFR while iteration >= this", source=_PAPER, low=0)
     ibfr_alpha_min: float = _option(
         0.2, "IBFR: least position between two frames", source=_PAPER, low=0, high=1
@@ -293,6 +304,12 @@ class OptimisationOptions:
 class RunOptions:
     """the run"""
 
+    preset: str = _option(
+        "published",
+        "defaults of the other options: those of the paper; those for the best frames in between (best); or those "
+        "of best in a tenth of the iterations (fast)",
+        choices=("published", "best", "fast"),
+    )
     model_path: str = _option("", "output folder (default: a fresh one under ./output/)", short="m")
     pipeline: str = _option("img", "which losses apply", choices=("img", "seg", "joint"))
     seg_source_path: str | None = _option(
@@ -466,6 +483,30 @@ _IGNORED_BY_RENDER = (
 _SHORT_IGNORED = {"depths": "d"}
 
 
+_BEST = {
+    "ibfr_target": "motion",
+    "ibfr_from_iter": 1,
+    "ibfr_alpha_min": 0.0,
+    "ibfr_alpha_max": 1.0,
+    "lambda_ibfr": 5.0,
+    "lambda_ibfr_dssim": 0.6,
+    "lambda_ibfr_seg": 2.0,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "published": {},
+    "best": _BEST,
+    "fast": _BEST
+    | {
+        "iterations": 3000,
+        "position_lr_max_steps": 3000,
+        "densify_until_iter": 2000,
+        "sigma_until_iter": 2000,
+        "opacity_reset_interval": 100_000,
+    },
+}
+"""Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md)."""
+
+
 # ---- command line -> options -------------------------------------------------------------------------------
 
 
@@ -485,7 +526,8 @@ def render_parser() -> argparse.ArgumentParser:
 
 def train_options(arguments: Sequence[str] | None = None) -> TrainOptions:
     """The options of train.py from the command line (`sys.argv` if None), checked. Raises `UserError`."""
-    options = merge(TrainOptions, _parse(train_parser(), arguments))
+    given = _parse(train_parser(), arguments)
+    options = merge(TrainOptions, given, preset=PRESETS[given.get("preset", "published")])
     return options if options.model_path else replace(options, model_path=f"output/{uuid.uuid4().hex[:10]}")
 
 
@@ -505,14 +547,15 @@ def merge(
     given: Mapping[str, Any],
     saved: Mapping[str, Any] | None = None,
     saved_in: str = "cfg_args",
+    preset: Mapping[str, Any] | None = None,
 ) -> Options:
-    """Options of `kind`: what the command line gave, else what was saved with the run, else the default.
+    """Options of `kind`: what the command line gave, else what was saved with the run, else the preset's default.
 
     given: name -> value, as explicitly given (`vars` of a parser's namespace).
     saved: name -> value, as read from the file `saved_in`; only what describes the data is taken from it.
     """
     options = {option.name: option for option in _options(kind)}
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(preset or {})
     for name, value in (saved or {}).items():
         if name in options and options[name].metadata["saved"] and value is not None:
             values[name] = _check(options[name], value, f"{saved_in}: {name}")

@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import describe, table
-from quality import between_contours, image_scores, mask_scores, read, spline
+from quality import read, scores_of
 from skimage.registration import optical_flow_tvl1
 from skimage.transform import warp
 
 from arguments import resolve_device
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
+from utils.interpolation import interpolate, interpolate_masks
 from utils.motion import InBetween, blend_along, flow_at, signed_distances
 
 
@@ -84,15 +85,12 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
     rows = []
     if "img" in truth:
         frames = truth["img"]
-        found = {
-            "linear": spline(frames[kept], kept, at, 1),
-            "cubic": spline(frames[kept], kept, at, min(3, len(kept) - 1)),
-        }
+        found = {name: interpolate(frames[kept], kept, at, name) for name in ("linear", "cubic")}
         if with_tvl1:
             found["TV-L1"] = tvl1(frames[kept], kept, at)
         found["ours"] = ours["img"]
         for name, images in found.items():
-            scores = image_scores(images, frames[at])
+            scores = scores_of("img", images, frames[at])
             rows.append([case.name, str(keep), name, f"{scores['psnr']:.2f} / {scores['ssim']:.4f}", ""])
     if "seg" in truth:
         masks = truth["seg"] >= 0.5
@@ -102,12 +100,12 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
             for i, a in zip(k.split(16), alpha.split(16), strict=True)
         ]
         found = {
-            "SDF": between_contours(masks[kept], kept, at, (between.gap / keep, 1, 1)),
+            "SDF": interpolate_masks(masks[kept], kept * between.gap / keep, at * between.gap / keep),
             "SDF along our flow": (torch.cat(carried)[:, 0] > 0).cpu().numpy(),
             "ours": ours["seg"],
         }
         for name, predicted in found.items():
-            dice = mask_scores(predicted.astype(np.float64), truth["seg"][at])["dice"]
+            dice = scores_of("seg", predicted, truth["seg"][at])["dice"]
             rows.append([case.name, str(keep), name, "", f"{dice:.4f}"])
     rows[-1][2] += f" ({seconds:.0f} s)"
     return rows

@@ -20,82 +20,39 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from common import ROOT, describe, shown_score, table
-from scipy.interpolate import make_interp_spline
-from scipy.ndimage import distance_transform_edt
-from skimage.metrics import structural_similarity
 
 from arguments import resolve_device
 from scene.checkpoint import load_checkpoint, newest
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
 from utils.images import read_image, to_grey
+from utils.interpolation import interpolate, interpolate_masks
+from utils.metrics import Scores
 
 KINDS = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}  # of frames, that a pipeline trains on
 RENDERS = {"img": "render_img", "seg": "render_mask"}  # folders that render.py writes
-SEG_THRESHOLD = 0.5
-
-Scores = dict[str, float]
-
-
-# ---- the usual interpolations ----------------------------------------------------------------------------------------
-
-
-def spline(frames: np.ndarray, kept: np.ndarray, at: np.ndarray, degree: int) -> np.ndarray:
-    """Each pixel interpolated along the sequence: linear for degree 1, a cubic spline for 3. (K, H, W) -> (T, H, W)."""
-    return make_interp_spline(kept, frames, k=degree, axis=0)(at)
-
-
-def between_contours(
-    masks: np.ndarray, kept: np.ndarray, at: np.ndarray, spacing: Sequence[float]
-) -> np.ndarray:
-    """Masks (K, H, W) interpolated through their signed distances, the usual way to fill in contours -> bool (T, H, W).
-
-    spacing: from a frame, a row and a column to the next. An empty mask takes the nearest other one's contour as lying
-    wholly between the two frames: that distance from it, and nothing inside.
-    """
-    distances = np.array([signed_distance(mask, spacing[1:]) for mask in masks])
-    filled = masks.any((1, 2)).nonzero()[0]
-    for k in range(len(masks)) if len(filled) else ():
-        if not masks[k].any():
-            nearest = filled[np.abs(filled - k).argmin()]
-            gap = abs(kept[nearest] - kept[k]) * spacing[0]
-            distances[k] = -np.abs(distances[nearest]) - gap
-    return spline(distances, kept, at, 1) > 0
-
-
-def signed_distance(mask: np.ndarray, spacing: Sequence[float]) -> np.ndarray:
-    """Distance from the contour, which runs half a pixel off the outermost centres; positive inside."""
-    if mask.all() or not mask.any():  # no contour: farther than any pixel
-        return np.full(mask.shape, np.dot(mask.shape, spacing) * (1 if mask.all() else -1))
-    inside, outside = distance_transform_edt(mask, spacing), distance_transform_edt(~mask, spacing)
-    half = min(spacing) / 2
-    return np.where(mask, inside - half, half - outside)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def image_scores(images: np.ndarray, truth: np.ndarray) -> Scores:
-    """Means over the frames, (T, H, W) in [0, 1], rounded to 8 bits as files are: PSNR in dB, SSIM (window of 7 px)."""
-    images = np.rint(255 * images.clip(0, 1)) / 255
-    mse = ((images - truth) ** 2).mean((1, 2)).clip(1e-10)
-    ssim = [structural_similarity(a, b, data_range=1.0) for a, b in zip(images, truth, strict=True)]
-    return {"psnr": float((-10 * np.log10(mse)).mean()), "ssim": float(np.mean(ssim))}
-
-
-def mask_scores(images: np.ndarray, truth: np.ndarray) -> Scores:
-    """Dice of the whole volume at a threshold, 1 where both are empty; and PSNR in dB, a mean over the frames."""
-    predicted, true = images >= SEG_THRESHOLD, truth >= SEG_THRESHOLD
-    total = predicted.sum() + true.sum()
-    mse = ((images.clip(0, 1) - truth) ** 2).mean((1, 2)).clip(1e-10)
-    dice = 2 * (predicted & true).sum() / total if total else 1.0
-    return {"dice": float(dice), "psnr": float((-10 * np.log10(mse)).mean())}
+def scores_of(kind: str, images: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+    """Of (T, H, W) in [0, 1] each: PSNR and SSIM of images, rounded to 8 bits as files are; Dice and PSNR of masks."""
+    images = images.astype(np.float64).clip(0, 1)
+    images = np.rint(255 * images) / 255 if kind == "img" else images
+    found = Scores.of(*(torch.from_numpy(frames)[:, None] for frames in (images, truth)))
+    return (
+        {"psnr": found.mean_psnr, "ssim": found.mean_ssim}
+        if kind == "img"
+        else {"dice": found.dice, "psnr": found.mean_psnr}
+    )
 
 
 def score(
     kind: str, truth: np.ndarray, renders: np.ndarray, keep: int, spacing: Sequence[float]
-) -> dict[str, dict[str, Scores]]:
+) -> dict[str, dict[str, dict[str, float]]]:
     """Scores of each method on the "training" and the "held_out" frames.
 
     truth: (F, H, W), all frames in [0, 1]. renders: (F', H, W), frames 0 to F' - 1 as the model shows them: up to the
@@ -103,18 +60,16 @@ def score(
     """
     kept = np.arange(0, len(truth), keep)
     held_out = np.setdiff1d(np.arange(kept[-1]), kept)
-    scores = image_scores if kind == "img" else mask_scores
-    out = {"training": {"model": scores(renders[kept], truth[kept])}}
+    out = {"training": {"model": scores_of(kind, renders[kept], truth[kept])}}
     if len(held_out):
-        rows = {
-            "linear": spline(truth[kept], kept, held_out, 1),
-            "cubic": spline(truth[kept], kept, held_out, min(3, len(kept) - 1)),
-        }
+        rows = {name: interpolate(truth[kept], kept, held_out, name) for name in ("linear", "cubic")}
         if kind == "seg":
-            masks = truth[kept] >= SEG_THRESHOLD
-            rows["SDF"] = between_contours(masks, kept, held_out, spacing).astype(np.float64)
+            between = interpolate_masks(
+                truth[kept] >= 0.5, kept * spacing[0], held_out * spacing[0], tuple(spacing[1:])
+            )
+            rows["SDF"] = between
         rows["model"] = renders[held_out]
-        out["held_out"] = {name: scores(images, truth[held_out]) for name, images in rows.items()}
+        out["held_out"] = {name: scores_of(kind, images, truth[held_out]) for name, images in rows.items()}
     return out
 
 

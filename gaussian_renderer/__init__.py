@@ -23,6 +23,8 @@ ACTIVE_SEGMENTATION = 2
 """Bit of the activity mask: the same, and both scales at time t above 1e-6; the test of segmentation renders."""
 
 MIN_COMPENSATION = 2.5e-5  # floor under the ratio in `compensations`; kMinCompensation in the operators
+MAX_RENDERS = 64
+"""In one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h."""
 
 RASTERIZERS = {"compiled": "diff_gaussian_rasterization", "oracle": "gaussian_renderer.oracle"}
 

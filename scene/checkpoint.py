@@ -497,6 +497,9 @@ class _Reader:
     def _extras(self, checkpoint: Checkpoint, extras: dict[Any, Any]) -> dict[str, Any]:
         """Those that are known, each of its kind: files of later versions may have more."""
         known = {key: self.value(extras, key, kind) for key, kind in _EXTRAS.items() if key in extras}
+        for key, others in {"width": ("height", "distance", "bits"), "random": ("background",)}.items():
+            for other in others if key in known else ():
+                self.value(known, other, _EXTRAS[other])
         if min(known.get("width", 1), known.get("height", 1), known.get("bits", 1)) < 1:
             raise self.fault("width, height or bits", "is not positive")
         if len(known.get("numbers", "")) not in (0, checkpoint.num_frames):

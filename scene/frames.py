@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from utils.errors import UserError
 from utils.files import atomic_folder
-from utils.images import READABLE, WRITABLE, image_files, read_image, to_unit, write_image
+from utils.images import READABLE, WRITABLE, frame_number, image_files, read_image, to_unit, write_image
 
 WIDEST = 1600  # pixels; resolution -1 scales wider frames down to this
 DIVISORS = (1, 2, 4, 8)  # values of `resolution` that divide; others are a width in pixels
@@ -66,7 +65,7 @@ class Frames:
         """
         files = frame_files(folder)
         if consecutive:
-            _report_gaps([_number(file) for file in files], say)
+            _report_gaps([frame_number(file) for file in files], say)
         planes: list[np.ndarray] = []
         alphas: list[np.ndarray | None] = []
         for file in files:
@@ -91,7 +90,7 @@ class Frames:
         levels = torch.from_numpy(_stack(planes, alphas)).to(data_device)
         has_alpha = any(alpha is not None for alpha in alphas)
         return cls(
-            levels, [file.name for file in files], [_number(file) for file in files], has_alpha, device
+            levels, [file.name for file in files], [frame_number(file) for file in files], has_alpha, device
         )
 
     def __len__(self) -> int:
@@ -171,7 +170,7 @@ def frame_files(folder: str | os.PathLike[str]) -> list[Path]:
         )
     by_number: dict[int, Path] = {}
     for file in files:
-        other = by_number.setdefault(_number(file), file)
+        other = by_number.setdefault(frame_number(file), file)
         if other is not file:
             raise UserError(f"{other} and {file.name} have the same number: remove or rename one of them")
     return [by_number[number] for number in sorted(by_number)]
@@ -195,13 +194,6 @@ def write_mirror(
                 write_image(temporary / name, to_unit(array[:, ::-1]), 8 if array.dtype == np.uint8 else 16)
     except OSError as error:
         say(f"{mirror} cannot be written ({error.strerror}): going on, as only other programs need it")
-
-
-def _number(file: Path) -> int:
-    groups = re.findall(r"[0-9]+", file.stem)
-    if not groups:
-        raise UserError(f"{file} has no number in its name: frames are ordered by it, as in 0000.png")
-    return int(groups[-1])
 
 
 def _report_gaps(numbers: list[int], say: Callable[[str], object]) -> None:

@@ -12,12 +12,8 @@ from torch import Tensor
 from arguments import TrainOptions
 from scene.frames import Frames
 from utils.errors import UserError
-from utils.geometry import Geometry
+from utils.geometry import HELDOUT, Geometry
 from utils.interpolation import interpolate, interpolate_masks
-
-FOLDER = (
-    "heldout"  # beside original/: frames named by their slice, which prepare.py --keep_every leaves there
-)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +77,7 @@ def hold_out(
     tests = [_read_test(Path(root), kept, geometry, read, say) for root, kept in sequences]
     if any(tests):
         if options.eval:
-            say(f"--eval: {FOLDER}/ is evaluated, and no frame of the others is held out")
+            say(f"--eval: {HELDOUT}/ is evaluated, and no frame of the others is held out")
         return frames, geometry, tests
     if not options.eval:
         return frames, geometry, tests
@@ -117,7 +113,7 @@ def _read_test(
     say: Callable[[str], object],
 ) -> HeldOut | None:
     """The frames of ``root/heldout``, whose numbers are slices that the geometry says were left out."""
-    folder = root / FOLDER
+    folder = root / HELDOUT
     if not folder.is_dir():
         return None
     if geometry is None:

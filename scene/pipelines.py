@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, rasterizer
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION
 from utils import losses
+from utils.motion import InBetween
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Task:
 
     name: "img" or "seg", in logs, plots and file names. head: whose opacity and colour are trained on them.
     test: bit of the activity mask. weight: of its loss in the total. terms: weight of each term, 0 leaves it out.
+    between: what to expect at alpha (B,) of the way from frame k (B,) to the next, as (B, C, H, W); None for the two
+        frames blended linearly.
     """
 
     name: str
@@ -30,6 +33,7 @@ class Task:
     test: int
     weight: float
     terms: Mapping[str, float]
+    between: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def render(self, view: int) -> Render:
         return Render(view, self.head, self.test)
@@ -40,36 +44,48 @@ class Task:
         """Frames ``indices`` (B, C, H, W) with the channels of ``background`` (C,): grey ones suit a colour model."""
         return self.frames(indices, mirrored, background).expand(-1, len(background), -1, -1)
 
-    def blends(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
-        """What ``positions`` (B,) between frames should show (IBFR): the frames around each blended linearly,
-        (1 - alpha) I_k + alpha I_{k+1} at k + alpha, as (B, C, H, W)."""
+    def expected(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
+        """What ``positions`` (B,) between frames should show (IBFR), (B, C, H, W): as published, the frames around each
+        blended linearly, (1 - alpha) I_k + alpha I_{k+1} at k + alpha."""
         before = positions.long()
-        alphas = (positions - before).float().view(-1, 1, 1, 1)
-        first, second = (self.targets(k, background, mirrored) for k in (before, before + 1))
-        return torch.lerp(first, second, alphas)
+        alphas = (positions - before).float()
+        if self.between is None:
+            first, second = (self.targets(k, background, mirrored) for k in (before, before + 1))
+            return torch.lerp(first, second, alphas.view(-1, 1, 1, 1))
+        images = self.between(before, alphas)
+        return torch.where(mirrored, images.flip(-1), images).expand(-1, len(background), -1, -1)
 
 
-def tasks(options: TrainOptions, frames: Frames, masks: Frames | None = None) -> list[Task]:
-    """The tasks of ``options.pipeline``. ``frames`` are the masks themselves in plain segmentation training."""
+def tasks(
+    options: TrainOptions, frames: Frames, masks: Frames | None = None, between: InBetween | None = None
+) -> list[Task]:
+    """The tasks of ``options.pipeline``. ``frames`` are the masks themselves in plain segmentation training.
+    ``between``: what in-between frames are expected to show, where that is not the linear blend."""
+    images_between, masks_between = (between.images, between.masks) if between else (None, None)
     image_terms = {
         "l1": options.lambda_l1,
         "ssim": options.lambda_dssim,
         "ibfr": options.lambda_ibfr,
+        "ibfr_ssim": options.lambda_ibfr_dssim,
         "sigma": options.lambda_sigma,
     }
-    mask_terms = {"l1": options.lambda_l1_seg, "sigma": options.lambda_sigma_seg}
+    mask_terms = {
+        "l1": options.lambda_l1_seg,
+        "ibfr": options.lambda_ibfr_seg,
+        "sigma": options.lambda_sigma_seg,
+    }
     if options.pipeline == "img":
-        return [Task("img", IMAGE, frames, ACTIVE, 1.0, image_terms)]
+        return [Task("img", IMAGE, frames, ACTIVE, 1.0, image_terms, images_between)]
     if options.pipeline == "seg":
         if options.seg_head_only:  # the geometry is frozen, sigma with it
             return [
                 Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, {"l1": options.lambda_l1_seg})
             ]
-        return [Task("seg", IMAGE, frames, ACTIVE_SEGMENTATION, 1.0, mask_terms)]
+        return [Task("seg", IMAGE, frames, ACTIVE_SEGMENTATION, 1.0, mask_terms, masks_between)]
     assert masks is not None
     return [
-        Task("img", IMAGE, frames, ACTIVE, options.lambda_img, image_terms),
-        Task("seg", SEGMENTATION, masks, ACTIVE_SEGMENTATION, options.lambda_seg, mask_terms),
+        Task("img", IMAGE, frames, ACTIVE, options.lambda_img, image_terms, images_between),
+        Task("seg", SEGMENTATION, masks, ACTIVE_SEGMENTATION, options.lambda_seg, mask_terms, masks_between),
     ]
 
 
@@ -141,7 +157,7 @@ class Inputs:
         targets = task.targets(self.views[0, : self.real].long(), background, self.mirrored)
         if not task.terms.get("ibfr") or self.views.shape[1] == self.real:
             return targets, targets[:0]
-        return targets, task.blends(self.views[0, self.real :], background, self.mirrored)
+        return targets, task.expected(self.views[0, self.real :], background, self.mirrored)
 
 
 def requested_renders(tasks: Sequence[Task], inputs: Inputs) -> list[list[Render]]:
@@ -172,7 +188,10 @@ def loss_terms(
         terms = {"l1": l1, "ssim": 1 - ssim}
     else:
         terms = {"l1": losses.l1(at_frames, targets)}
-    if len(blends):
+    if len(blends) and task.terms.get("ibfr_ssim"):
+        terms["ibfr"], ssim = ops.similarity(between, blends)
+        terms["ibfr_ssim"] = 1 - ssim
+    elif len(blends):
         terms["ibfr"] = losses.l1(between, blends)
     if task.terms.get("sigma") and iteration < options.sigma_until_iter:
         low = options.sigma_low_views / num_views
@@ -193,7 +212,7 @@ def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> 
         task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values
     )
     values = torch.stack([value for named in terms for value in named.values()])
-    return values @ _on_device(weights, values.device)
+    return (values * _on_device(weights, values.device)).sum()
 
 
 def named_losses(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

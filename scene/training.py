@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
-from gaussian_renderer import rasterizer
+from gaussian_renderer import MAX_RENDERS, rasterizer
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
 from scene.density_control import DensityControl
@@ -28,9 +30,9 @@ from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.geometry import FILE_NAME, Geometry
 from utils.memory import free_memory
+from utils.motion import InBetween
 from utils.spherical_harmonics import to_colour
 
-_MAX_RENDERS = 64  # in one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h
 _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
 
 # Of a run's options, those that say nothing of what it computes.
@@ -60,13 +62,14 @@ class Training:
     found: bool = False  # whether it goes on from a checkpoint that was not named but found
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     say: Callable[[str], object] = print  # one line to the user
+    _replay: Replay | None = None
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
         frames, masks, geometry, tests = _read_data(options, device, say)
-        todo = tasks(options, frames, masks)
+        todo = tasks(options, frames, masks, _in_between(options, frames, masks, geometry, say))
         _check_batch(options, todo)
         asked = options
         options, saved = _starting_point(options, device, say)
@@ -200,8 +203,14 @@ class Training:
         plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
-            return Replay(self)
+            self._replay = Replay(self)
+            return self._replay
         return partial(forward_backward, self)
+
+    def release(self) -> None:
+        """Lets go of recorded iterations; the parameters are about to be exchanged."""
+        if self._replay is not None:
+            self._replay.forget()
 
     @property
     def extent(self) -> float:
@@ -334,14 +343,47 @@ def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
         )
 
 
+def _in_between(
+    options: TrainOptions,
+    frames: Frames,
+    masks: Frames | None,
+    geometry: Geometry | None,
+    say: Callable[[str], object],
+) -> InBetween | None:
+    """What in-between frames are expected to show, with --ibfr_target motion; kept in the output folder for a run that
+    goes on."""
+    weights = {"img": (options.lambda_ibfr,), "seg": (options.lambda_ibfr_seg,)}
+    wanted = weights.get(options.pipeline, (options.lambda_ibfr, options.lambda_ibfr_seg))
+    if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
+        return None
+    images = frames(range(len(frames)))
+    truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
+    truth = None if truth is None else truth.mean(1, keepdim=True)
+    gap = None
+    if geometry is not None and geometry.spacing is not None and geometry.evenly_spaced:
+        column, row, frame = geometry.spacing
+        gap = (
+            frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
+        )  # --resolution changes pixels
+    path = Path(options.model_path) / "in_between.pt"
+    kept = InBetween.load(path, images, truth, gap)
+    if kept is not None:
+        return kept
+    start = time.perf_counter()
+    made = InBetween(images, truth, gap, options.seed)
+    made.save(path, images, truth)
+    say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
+    return made
+
+
 def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
     """Can the rasteriser draw an iteration's images at once?"""
     real = min(options.batch_size, len(todo[0].frames))
     renders = sum(2 * real - 1 if task.terms.get("ibfr") else real for task in todo)
-    if renders > _MAX_RENDERS and options.rasterizer == "compiled":
+    if renders > MAX_RENDERS and options.rasterizer == "compiled":
         raise UserError(
             f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
-            f"included: {_MAX_RENDERS} is the most; give a smaller one"
+            f"included: {MAX_RENDERS} is the most; give a smaller one"
         )
 
 

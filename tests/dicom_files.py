@@ -5,14 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pydicom
-from pydicom.uid import (
-    CTImageStorage,
-    EnhancedCTImageStorage,
-    ExplicitVRLittleEndian,
-    UltrasoundMultiFrameImageStorage,
-    generate_uid,
-)
+import pytest
+
+pydicom = pytest.importorskip("pydicom")  # where it is missing, the tests that import this file are skipped
 
 
 def write_series(
@@ -34,9 +29,9 @@ def write_series(
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :2], axis=0)
-    series = generate_uid()
+    series = pydicom.uid.generate_uid()
     for k in range(values.shape[2]):
-        header = _header(CTImageStorage, series)
+        header = _header(pydicom.uid.CTImageStorage, series)
         header.Modality, header.SeriesDescription = "CT", "test"
         header.ImageOrientationPatient = [*map(_ds, [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])])]
         header.PixelSpacing = [_ds(spacing[1]), _ds(spacing[0])]  # between rows, between columns
@@ -62,7 +57,7 @@ def write_enhanced(
     """One enhanced CT file of slices values[:, :, k] for k in `order`, whose places only its sequences tell."""
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :2], axis=0)
-    header = _header(EnhancedCTImageStorage, generate_uid())
+    header = _header(pydicom.uid.EnhancedCTImageStorage, pydicom.uid.generate_uid())
     header.Modality, header.NumberOfFrames = "CT", len(order)
     shared, frames = pydicom.Dataset(), []
     orientation = [*map(_ds, [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])])]
@@ -95,7 +90,7 @@ def _dataset(**tags: object) -> pydicom.Dataset:
 
 def write_cine(path: Path, frames: np.ndarray) -> None:
     """One ultrasound file of frames (frame, row, column[, 3]) uint8."""
-    header = _header(UltrasoundMultiFrameImageStorage, generate_uid())
+    header = _header(pydicom.uid.UltrasoundMultiFrameImageStorage, pydicom.uid.generate_uid())
     header.Modality, header.NumberOfFrames = "US", len(frames)
     _pixels(header, frames)
     header.save_as(path, enforce_file_format=True)
@@ -104,10 +99,10 @@ def write_cine(path: Path, frames: np.ndarray) -> None:
 def _header(kind: str, series: str) -> pydicom.Dataset:
     header = pydicom.Dataset()
     header.file_meta = pydicom.dataset.FileMetaDataset()
-    header.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    header.file_meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
     header.file_meta.MediaStorageSOPClassUID = header.SOPClassUID = kind
-    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = generate_uid()
-    header.SeriesInstanceUID, header.StudyInstanceUID = series, generate_uid()
+    header.file_meta.MediaStorageSOPInstanceUID = header.SOPInstanceUID = pydicom.uid.generate_uid()
+    header.SeriesInstanceUID, header.StudyInstanceUID = series, pydicom.uid.generate_uid()
     header.PatientName, header.PatientID = "Nobody", "0"
     return header
 

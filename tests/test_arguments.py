@@ -120,6 +120,18 @@ def test_lists_of_iterations():
     assert options.save_iterations == (-1,)  # how old scripts say: nowhere
 
 
+def test_a_preset_gives_defaults_alone():
+    """What the command line gives stands, also where it is the published value, and whatever the order."""
+    plain, fast = train_options(["-s", "data"]), train_options(["-s", "data", "--preset", "fast"])
+    assert (plain.iterations, plain.ibfr_target) == (30_000, "linear")
+    assert (fast.iterations, fast.ibfr_target) == (3000, "motion")
+    assert fast.given == plain.given | {"preset"}
+    mixed = train_options(
+        ["--iterations", "30000", "-s", "data", "--preset", "fast", "--ibfr_target", "linear"]
+    )
+    assert (mixed.iterations, mixed.ibfr_target, mixed.lambda_ibfr) == (30_000, "linear", fast.lambda_ibfr)
+
+
 def test_no_model_path_gives_a_fresh_folder_under_output():
     first, second = train_options(["-s", "data"]), train_options(["-s", "data"])
     assert first.model_path.startswith("output/")

@@ -433,6 +433,15 @@ def test_the_extra_at_fault_is_named(path, key, value):
     assert "\n" not in str(error.value) and str(path) in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["height", "distance", "bits", "background"])
+def test_an_extra_that_belongs_to_others_is_missed(path, key):
+    checkpoint = make_checkpoint()
+    del checkpoint.extras[key]
+    save_checkpoint(path, checkpoint)
+    with pytest.raises(UserError, match=f"{key} is missing"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("moment", "value"),
     [

@@ -68,3 +68,13 @@ def test_shade_fills_the_outline_and_hides_what_is_behind():
     assert abs((np.ptp(rows) + 1) / scale - 8) < 0.2 and abs((np.ptp(columns) + 1) / scale - 8) < 0.2
     face = picture[30:70, 30:70, :3]
     assert face.std(axis=(0, 1)).max() < 0.05 and face.mean() > 0.3
+
+
+def test_shade_lights_the_inside_of_an_open_mesh():
+    """A bowl, seen from outside and into it: neither is left in the ambient light alone (0.16 of the skin's colour)."""
+    _, y, x = np.mgrid[:8, :16, :16]
+    tube = surface((np.hypot(y - 7.5, x - 7.5) < 6).astype(np.float32), 0.5, closed=False)
+    tube.update_faces(tube.triangles_center[:, 1] > 7.5)  # half of it: hollow towards -y
+    for side in (-1.0, 1.0):
+        picture, _ = shade(tube, np.array([0.0, side, 0.0]), side=60)
+        assert picture[picture[:, :, 3] > 0.5][:, 0].mean() > 0.3

@@ -1,6 +1,7 @@
 """evaluate.py as a user runs it: rows per case, mean and deviation, and what it refuses to compare."""
 
 import csv
+import dataclasses
 import json
 import subprocess
 import sys
@@ -274,6 +275,19 @@ def test_a_shift_is_measured_and_only_forgiven_when_asked(tmp_path):
     assert "align" in header and "matrix" not in header
 
 
+def test_points_are_drawn_by_their_seed(tmp_path):
+    mesh = _mesh(tmp_path / "a.ply", _ball(), "LPS")
+    larger = in_space(surface(_ball(), 0.5, AFFINE), "LPS").apply_scale(1.1)
+    write_mesh(tmp_path / "b.ply", larger)
+
+    def asd(*extra):
+        return _results(tmp_path, "meshes", mesh, tmp_path / "b.ply", "--samples", 200, *extra)["rows"][0][
+            "asd"
+        ]
+
+    assert asd() == asd("--seed", 0) != asd("--seed", 1) == pytest.approx(asd(), rel=0.2)
+
+
 def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
     label = _volume(tmp_path / "label.nii.gz", _ball())
     mesh = in_space(surface(_ball(), 0.5, AFFINE), "LPS")
@@ -285,6 +299,19 @@ def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
         arguments = ("meshes", tmp_path / "bare.ply", label, "--samples", 500, "--space", space)
         scores[space] = _results(tmp_path, *arguments)["rows"][0]["asd"]
     assert scores["lps"] < 1e-4 and scores["ras"] > 20
+
+
+def test_a_label_of_unevenly_spaced_slices_is_placed_slice_by_slice(tmp_path, monkeypatch):
+    """As a DICOM series may have them: the last two slices lie twice as far apart."""
+    depths = np.array([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 10])
+    label = _volume(tmp_path / "label.nii.gz", np.ones((10, 20, 24)))
+    volume = dataclasses.replace(evaluate.read_volume(label), depths=depths)
+    monkeypatch.setattr(evaluate, "read_volume", lambda path: volume)
+    mesh = surface(np.ones((10, 20, 24), np.float32), 0.5, AFFINE, depths)
+    assert mesh.extents[2] == pytest.approx(2.5 * (0.5 + 10 + 1))  # half a slice beyond either end
+    write_mesh(tmp_path / "mesh.ply", mesh)
+    row = _results(tmp_path, "meshes", tmp_path / "mesh.ply", label, "--samples", 500)["rows"][0]
+    assert row["hd"] < 1e-4
 
 
 def test_voxels_and_millimetres_are_not_compared(tmp_path):
@@ -380,12 +407,12 @@ def test_refusals(tmp_path):
         (["masks", frames, small], "24 x 8"),
         (["frames", frames, tmp_path / "short"], "has no frame 4"),
         (["frames", tmp_path / "unnumbered", frames], "no number in its name"),
-        (["frames", frames, frames, "--keep_every", "0"], "--keep_every 0"),
+        (["frames", frames, frames, "--keep_every", "0"], "--keep_every: 0 is not a positive"),
         (["frames", frames, frames, "--held_out"], "no frame that was held out"),
         (["frames", frames, label], "no images"),
         (["masks", small, label], "slice 0 of 24 x 8 pixels, is not of"),
         (["meshes", frames, mesh], "no meshes to score"),
-        (["meshes", mesh, mesh, "--samples", "0"], "--samples 0"),
+        (["meshes", mesh, mesh, "--samples", "0"], "--samples: 0 is not a positive"),
         (["meshes", mesh, _volume(tmp_path / "empty.nii.gz", _ball() * 0)], "is empty"),
         (["meshes", mesh, label, "--label_value", "9"], r"it holds 0, 1"),
         (["meshes", tmp_path / "twice", tmp_path / "twice"], "both named x"),

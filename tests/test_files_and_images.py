@@ -290,7 +290,7 @@ def test_image_files(tmp_path):
         ("ArgumentParser().parse_args(['--nope'])", 2, "script.py: error: unrecognized arguments: --nope"),
         (
             f"raise OSError({errno.ENOSPC}, 'x', '/a/b')",
-            1,
+            2,
             "script.py: error: no space left on the disk for /a/b",
         ),
         (f"raise OSError({errno.EACCES}, 'x', '/a/b')", 1, "script.py: error: Permission denied: /a/b"),

@@ -21,6 +21,7 @@ from sequences import blobs, write
 from test_checkpoint import make_checkpoint
 from test_point_cloud import make_params
 
+import evaluate
 import prepare
 import render
 import slices_to_ply
@@ -275,7 +276,13 @@ class Harm:
         return os.mkdir, (self.marker,)
 
 
-PROGRAMS = {"train.py": train, "render.py": render, "prepare.py": prepare, "slices_to_ply.py": slices_to_ply}
+PROGRAMS = {
+    "train.py": train,
+    "render.py": render,
+    "prepare.py": prepare,
+    "slices_to_ply.py": slices_to_ply,
+    "evaluate.py": evaluate,
+}
 
 
 @pytest.fixture
@@ -322,6 +329,7 @@ def test_a_mistake_has_a_traceback_with_debug_alone(tmp_path, call, program):
         "render.py": ["-m", none],
         "prepare.py": ["-i", tmp_path / "none.nii", "-o", tmp_path / "out"],
         "slices_to_ply.py": ["-i", none, "-o", tmp_path / "out"],
+        "evaluate.py": ["masks", none, none],
     }[program]
     (status, plain), (again, debug) = call(program, *arguments), call(program, *arguments, "--debug")
     assert status == again == 2
@@ -358,6 +366,7 @@ def test_the_limit_of_pixels_is_stated_and_can_be_raised(tmp_path, call, program
         "train.py": ["-s", data, "--iterations", 1, "--num_pts", 20, "-m", out, "--device", "cpu"],
         "prepare.py": ["-i", folder, "-o", out],
         "slices_to_ply.py": ["-i", folder, "-o", out, "--thresh", 100],
+        "evaluate.py": ["frames", folder, folder],
         "render.py": ["-m", out, "-s", data, "--device", "cpu"],
     }[program]
     if program == "render.py":  # which looks at the frames of published checkpoints alone

@@ -150,6 +150,7 @@ def test_largest():
 
 
 def test_decimation_that_would_open_a_mesh_is_refused(monkeypatch):
+    pytest.importorskip("fast_simplification")
     ball = surface(_ball(), 0.5)
     with pytest.raises(ValueError, match="not closed"):
         decimate(ball, 0.9995)  # nothing is left

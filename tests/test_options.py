@@ -3,8 +3,10 @@
 An option that is new, and is in neither table, fails; so does a test that is named and does not exist.
 """
 
+import argparse
 import ast
 import re
+from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,9 +14,11 @@ import pytest
 import torch
 from sequences import checkpoint, colours, masks, threads, train_at, write
 
+import evaluate
 import prepare
 import slices_to_ply
 from arguments import OptimisationOptions, render_parser, train_parser
+from utils import motion
 
 TESTS = Path(__file__).resolve().parent
 
@@ -31,7 +35,7 @@ BASE = {
 CHANGES_THE_MODEL = {
     "lambda_img": 0.5, "lambda_seg": 2.0, "lambda_l1": 1.0, "lambda_dssim": 0.5, "lambda_ibfr": 0.1,
     "lambda_sigma": 1.0, "lambda_l1_seg": 1.0, "lambda_sigma_seg": 1.0, "sigma_until_iter": 5, "sigma_low_views": 4.0,
-    "sigma_high": 0.5,
+    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "lambda_ibfr_dssim": 0.5, "ibfr_target": "motion",
     "ibfr_from_iter": 20, "ibfr_alpha_min": 0.5, "ibfr_alpha_max": 0.5, "batch_size": 2, "random_background": True,
     "extent_per_distance": 2.0, "position_lr_init": 1e-3, "position_lr_final": 1e-4, "position_lr_max_steps": 10,
     "feature_lr": 1e-2, "feature_rest_divisor": 5.0, "opacity_lr": 1e-2, "scaling_lr": 1e-2, "rotation_lr": 1e-2,
@@ -47,6 +51,7 @@ CHANGES_THE_MODEL = {
 SHOWN_BY = {
     "train.py": {
         "seg_head_lr": "test_options.py::test_the_rate_of_the_head_alone",
+        "preset": "test_arguments.py::test_a_preset_gives_defaults_alone",
         "source_path": "test_train.py::test_a_missing_folder_as_a_script",
         "images": "test_train.py::test_resolution_and_images",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
@@ -61,6 +66,8 @@ SHOWN_BY = {
         "checkpoint_interval": "test_resume.py::test_keep_checkpoints_bounds_their_number",
         "keep_checkpoints": "test_resume.py::test_keep_checkpoints_bounds_their_number",
         "save_xyz": "test_train.py::test_centres",
+        "eval": "test_heldout.py::test_eval_holds_out_every_eighth",
+        "eval_every": "test_heldout.py::test_held_out_frames_are_not_trained_on",
         "data_device": "test_frames.py",
         "deterministic": "test_options.py::test_deterministic_and_anomaly_detection_are_turned_on",
         "detect_anomaly": "test_options.py::test_deterministic_and_anomaly_detection_are_turned_on",
@@ -84,6 +91,9 @@ SHOWN_BY = {
         "pipeline": "test_render.py::test_both_is_what_img_and_seg_are",
         "chunks": "test_render.py::test_chunks_change_no_bit",
         "extension": "test_render.py::test_files_keep_the_depth_of_the_frames",
+        "nifti": "test_render.py::test_the_volume_lies_on_its_source",
+        "video": "test_render.py::test_a_video_shows_the_sequence_and_marks_the_input",
+        "video_format": "test_render.py::test_without_ffmpeg_there_is_a_gif",
         "poly_degree": "test_render.py::test_mistakes_end_in_one_line_before_anything_is_rendered",
         "modify": "test_render.py::test_the_function_gets_all_gaussians_at_the_time",
         "generate_points_path": "test_render.py::test_points_are_the_active_centres_of_every_frame",
@@ -96,12 +106,32 @@ SHOWN_BY = {
     "prepare.py": {
         **dict.fromkeys(("input", "label", "label_value", "output", "axis", "window"), "test_prepare.py"),
         **dict.fromkeys(("percentiles", "bits", "keep_every", "frame", "force", "quiet"), "test_prepare.py"),
+        "series": "test_volumes.py::test_series_are_chosen_by_uid",
+        "ct_window": "test_volumes.py::test_ct_windows",
+        "crop": "test_volumes.py::test_crop_to_the_label_and_its_margin",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
     },
     "slices_to_ply.py": {
         **dict.fromkeys(("input", "output", "nifti", "thresh", "inter"), "test_slices_to_ply.py"),
         **dict.fromkeys(("smoothing", "space", "extension", "quiet"), "test_slices_to_ply.py"),
+        "labels": "test_slices_to_ply.py::test_label_maps",
+        "largest": "test_slices_to_ply.py::test_largest_keeps_one_body_and_its_cavity",
+        "open": "test_slices_to_ply.py::test_open_leaves_the_caps_out_and_the_rest_as_it_is",
+        "decimate": "test_slices_to_ply.py::test_decimate",
+        "format": "test_slices_to_ply.py::test_formats",
+        "preview": "test_slices_to_ply.py::test_a_preview_of_each_mesh",
+        "jobs": "test_slices_to_ply.py::test_cases_side_by_side_give_the_same_files",
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+    },
+    "evaluate.py": {
+        **dict.fromkeys(("keep_every", "held_out", "label_value", "samples", "quiet"), "test_evaluate.py"),
+        "seed": "test_evaluate.py::test_points_are_drawn_by_their_seed",
+        "space": "test_evaluate.py::test_a_space_that_nobody_tells_is_asked_for",
+        "align": "test_evaluate.py::test_a_shift_is_measured_and_only_forgiven_when_asked",
+        "csv": "test_evaluate.py::test_many_cases",
+        "json": "test_evaluate.py::test_many_cases",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
     },
@@ -111,16 +141,22 @@ PARSERS = {
     "render.py": render_parser,
     "prepare.py": prepare._parser,
     "slices_to_ply.py": slices_to_ply._parser,
+    "evaluate.py": evaluate._parser,
 }
 
 
 def shown(program: str) -> dict[str, list[str]]:
-    """The options that --help shows, with their flags."""
-    return {
-        action.dest: action.option_strings
-        for action in PARSERS[program]()._actions
-        if action.help != "==SUPPRESS==" and action.dest != "help"
-    }
+    """The options that --help shows, with their flags; of a program with subcommands, those of all of them."""
+
+    def actions(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for choice in action.choices.values():
+                    yield from actions(choice)
+            elif action.option_strings and action.help != argparse.SUPPRESS and action.dest != "help":
+                yield action
+
+    return {action.dest: action.option_strings for action in actions(PARSERS[program]())}
 
 
 @pytest.mark.parametrize("program", PARSERS)
@@ -191,7 +227,9 @@ def test_the_same_options_give_the_same_model(runs, base):
 
 
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
-def test_an_option_changes_the_model(runs, base, name):
+def test_an_option_changes_the_model(runs, base, name, monkeypatch):
+    monkeypatch.setattr(motion, "TRAINING", 10)  # of its networks, which need not be good here
+    monkeypatch.setattr(motion, "MASK_TRAINING", 10)
     changes = {name: CHANGES_THE_MODEL[name]}
     assert BASE.get(name) != changes[name]
     assert differ(base, runs(**changes)), name

@@ -371,6 +371,21 @@ def test_the_default_smoothing_takes_steps_away(tmp_path):
     assert rough[False] < 0.6 * rough[True]
 
 
+@pytest.mark.parametrize(
+    ("spacing", "inter", "sigma"),
+    [
+        ((1, 1, 1), 1, "0.7, 0.7, 0.7"),
+        ((1, 1, 5), 1, "0.7, 0.7, 1.25"),
+        ((1, 1, 5), 4, "0.7, 0.7, 1.25"),
+        ((2, 4, 1), 1, "0.7, 1, 0.7"),
+    ],
+)
+def test_the_default_smoothing_by_axis(tmp_path, capsys, spacing, inter, sigma):
+    case = _placed(tmp_path, _round_frames(), spacing, inter)
+    assert main(["-i", str(case), "-o", str(tmp_path)]) == 0
+    assert f"smoothed by {sigma} mm (column, row, slice)" in capsys.readouterr().out
+
+
 def test_millimetres_mean_millimetres_on_every_axis(tmp_path, capsys):
     """One block on three grids, smoothed by 2 mm, gives one surface: to a tenth of a millimetre on average.
 
@@ -448,7 +463,20 @@ def test_largest_keeps_one_body_and_its_cavity(tmp_path):
         assert mesh.volume == pytest.approx(shell.sum(), rel=0.01 if not smoothing else 0.03)
 
 
+def test_largest_drops_what_smoothing_took_off(tmp_path):
+    """Two balls on a thread: one body of voxels, but two once the thread is smoothed away."""
+    z, y, x = np.mgrid[:20, :20, :44]
+    balls = [np.linalg.norm((z - 10, y - 10, x - at), axis=0) < radius for at, radius in ((11, 7), (34, 5))]
+    case = _placed(tmp_path, balls[0] | balls[1] | ((z == 10) & (y == 10) & (x > 11) & (x < 34)), (1, 1, 1))
+    bodies = []
+    for extra in ([], ["--largest"]):
+        assert main(["-i", str(case), "-o", str(tmp_path), "--smoothing", "1", "--quiet", *extra]) == 0
+        bodies.append(read_mesh(tmp_path / "case.ply").body_count)
+    assert bodies == [2, 1]
+
+
 def test_decimate(tmp_path):
+    pytest.importorskip("fast_simplification")
     case = _placed(tmp_path, _round_frames(28, 36, 12.0), (1, 1, 1))
     meshes = []
     for extra in ([], ["--decimate", "0.8"]):

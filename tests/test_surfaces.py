@@ -42,6 +42,13 @@ def test_a_shift_is_not_forgiven():
     assert surface_scores(grown, box, samples=2000).asd > 4
 
 
+def test_the_farthest_point_may_be_a_corner_that_no_sample_hits():
+    base = trimesh.creation.box(extents=(20, 20, 2))
+    needle = trimesh.creation.cone(radius=0.1, height=30.0)  # from z = 0 to its tip
+    both = trimesh.util.concatenate([base, needle])
+    assert surface_scores(both, base, samples=300).hd == pytest.approx(29)
+
+
 def test_scores_repeat_and_depend_on_the_seed():
     one = trimesh.creation.icosphere(subdivisions=2, radius=10.0)
     other = one.copy().apply_translation((1, 2, 0.5))

@@ -1,5 +1,5 @@
-"""How a script ends: 0 done, 1 partly done or the machine said no, 2 the user's input is wrong, 130 interrupted, 143
-asked to end (SIGTERM)."""
+"""How a script ends: 0 done, 1 partly done or the machine said no, 2 what the user has to mend (wrong input, a full
+disk), 130 interrupted, 143 asked to end (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -38,6 +38,25 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")
+
+    def add_shared(self, max_pixels: int) -> None:
+        """The options that programs on images have in common; max_pixels: a default."""
+        self.add_argument(
+            "--max_pixels",
+            type=positive,
+            default=max_pixels,
+            metavar="N",
+            help="refuse image files of more pixels (default: %(default)s)",
+        )
+        self.add_argument("--quiet", action="store_true", help="print errors only")
+        self.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+
+
+def positive(text: str) -> int:
+    """The type of an option that counts something."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    return int(text)
 
 
 class StopRequest:
@@ -102,7 +121,7 @@ def run(
             raise
         if error.errno in _DISK_FULL:
             where = f" for {error.filename}" if error.filename else ""
-            status = _fail(f"no space left on the disk{where}: free some, or write elsewhere", 1)
+            status = _fail(f"no space left on the disk{where}: free some, or write elsewhere", 2)
         else:
             where = f": {error.filename}" if error.filename else ""
             status = _fail(f"{os.strerror(error.errno)}{where}", 1)

@@ -20,6 +20,8 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 FILE_NAME = "frames.json"
+HELDOUT = "heldout"
+"""Folder beside original/: frames that prepare.py --keep_every left out, named by their slice."""
 _VERSION = 1
 _EVEN = 0.01  # of a gap: how far a frame may lie from where even spacing puts it, because headers round
 

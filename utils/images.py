@@ -59,6 +59,14 @@ def image_files(folder: str | os.PathLike[str], extensions: Iterable[str] = READ
         raise UserError(f"{folder} is not a folder") from None
 
 
+def frame_number(file: Path) -> int:
+    """The last number in a file's name, which says which frame it is. Raises UserError where there is none."""
+    groups = re.findall(r"[0-9]+", file.stem)
+    if not groups:
+        raise UserError(f"{file} has no number in its name: frames are ordered by it, as in 0000.png")
+    return int(groups[-1])
+
+
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     """One frame as (H, W) grey, (H, W, 3) RGB or (H, W, 4) RGBA: uint8, uint16, or float32 as stored.
 
@@ -165,7 +173,8 @@ def _without_axis(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _check_pixels(path: Path, width: int, height: int) -> None:
+def check_pixels(path: Path, width: int, height: int) -> None:
+    """Raise UserError where an image of that size is over the limit of `limit_pixels`; to be asked before decoding."""
     if width * height > _limit:
         raise UserError(
             f"{path} is {width} x {height} pixels, over the limit of {_limit:,}: make it smaller, or raise the limit "
@@ -178,7 +187,7 @@ def _read_npy(path: Path) -> np.ndarray:
         path, mmap_mode="r", allow_pickle=False
     )  # a header only: sizes are checked before any reading
     if array.ndim >= 2:
-        _check_pixels(path, array.shape[1], array.shape[0])
+        check_pixels(path, array.shape[1], array.shape[0])
     return _frame_type(path, np.array(array))
 
 
@@ -187,7 +196,7 @@ def _read_tiff(path: Path) -> np.ndarray:
         if len(file.pages) != 1:
             raise UserError(f"{path} holds {len(file.pages)} pages: write each frame into a file of its own")
         page = file.pages.first
-        _check_pixels(path, page.imagewidth, page.imagelength)
+        check_pixels(path, page.imagewidth, page.imagelength)
         photometric, planar = page.photometric, page.planarconfig
         try:
             array = page.asarray()
@@ -222,7 +231,7 @@ def _frame_type(path: Path, array: np.ndarray) -> np.ndarray:
 
 def _read_pillow(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        _check_pixels(path, *image.size)
+        check_pixels(path, *image.size)
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} holds {image.n_frames} images: write each frame into a file of its own")
         raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else ""

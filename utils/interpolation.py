@@ -7,7 +7,9 @@ from scipy.interpolate import CubicSpline
 from scipy.ndimage import distance_transform_edt
 
 _VALUES_AT_ONCE = 2_000_000  # a spline's coefficients take five times the memory of its values, in float64
-_FULL_DISTANCE = 1e3  # of every pixel of a mask that fills its frame: there is no outside to measure to
+_FULL_DISTANCE = (
+    1e3  # of every pixel where there is no outline: the mask fills its frame, or all masks are empty
+)
 
 
 def interpolate(
@@ -64,7 +66,7 @@ def signed_distances(
             out[k] = np.where(mask, inside - half, half - outside)
     for k in sorted(set(range(len(masks))) - set(filled)):
         nearest = min(filled, key=lambda other: abs(other - k), default=None)
-        out[k] = -gap if nearest is None else -np.abs(out[nearest]) - gap
+        out[k] = -_FULL_DISTANCE if nearest is None else -np.abs(out[nearest]) - gap
     return out
 
 

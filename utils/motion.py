@@ -13,15 +13,20 @@ the frames between two others, how contours follow the image.
 
 from __future__ import annotations
 
+import hashlib
 import math
+import pickle
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import distance_transform_edt
 from torch import Tensor, nn
+
+from utils import interpolation
+from utils.files import atomic_write
 
 STEPS = 4
 """Levels a gap is divided in: predictions are made at 1/4, 1/2 and 3/4."""
@@ -318,27 +323,9 @@ FARTHEST = 16.0
 
 
 def signed_distances(masks: Tensor, gap: float = 1.0) -> Tensor:
-    """Distance in pixels from the contour, which runs half a pixel off the outermost centres; positive inside.
-
-    masks: (K, 1, H, W), inside where >= 0.5. An empty mask takes the nearest other one's contour as lying wholly
-    between the two frames, `gap` pixels apart each: that distance from it, and nothing inside.
-    """
+    """`utils.interpolation.signed_distances` in pixels, of masks (K, 1, H, W), inside where >= 0.5."""
     inside = (masks[:, 0] >= 0.5).cpu().numpy()
-    far = float(sum(inside.shape[1:]))
-    distances = np.full(inside.shape, -far, dtype=np.float32)
-    for k, mask in enumerate(inside):
-        if mask.all():
-            distances[k] = far
-        elif mask.any():
-            distances[k] = np.where(
-                mask, distance_transform_edt(mask) - 0.5, 0.5 - distance_transform_edt(~mask)
-            )
-    filled = inside.any((1, 2)).nonzero()[0]
-    for k in range(len(inside)) if len(filled) else ():
-        if not inside[k].any():
-            nearest = filled[np.abs(filled - k).argmin()]
-            distances[k] = -np.abs(distances[nearest]) - gap * abs(int(nearest) - k)
-    return torch.from_numpy(distances)[:, None].to(masks.device)
+    return torch.from_numpy(interpolation.signed_distances(inside, gap=gap))[:, None].to(masks.device)
 
 
 MASK_WIDTH, MASK_DEPTH, MASK_TRAINING, MASK_PATCH = 16, 4, 400, 32
@@ -465,6 +452,35 @@ class InBetween:
             levels[s::STEPS] = moved
         return levels.clamp_(-FARTHEST, FARTHEST).half()
 
+    def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
+        """Keeps what was computed of ``frames`` and ``masks``, for `load`."""
+        contents = {
+            "key": _digest(frames, masks),
+            "gap": self.gap,
+            "flow": self.flow.cpu(),
+            "images": self._images.cpu(),
+            "distances": None if self._distances is None else self._distances.cpu(),
+        }
+        with atomic_write(path, sync=False) as temporary:
+            torch.save(contents, temporary)
+
+    @classmethod
+    def load(
+        cls, path: Path, frames: Tensor, masks: Tensor | None = None, gap: float | None = None
+    ) -> InBetween | None:
+        """What `save` kept of the same frames, masks and gap; None where there is no such thing."""
+        try:
+            contents = torch.load(path, map_location=frames.device, weights_only=True)
+            same = contents["key"] == _digest(frames, masks) and gap in (None, contents["gap"])
+            kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
+        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
+            return None  # absent or torn: it can be computed again
+        if not same:
+            return None
+        made = cls.__new__(cls)
+        made.gap, made.flow, made._images, made._distances = kept
+        return made
+
     def images(self, k: Tensor, alpha: Tensor) -> Tensor:
         """Images at alpha of the way from frame k to k + 1, (B, C, H, W) in [0, 1]; k: (B,) integers in [0, K - 2],
         alpha: (B,) in [0, 1], both on the frames' device. Never waits for the device; shapes depend on B alone."""
@@ -481,6 +497,15 @@ class InBetween:
         index = k * STEPS + step.long()
         seen = flow_at(self.flow[k], alpha) / STEPS
         return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+
+
+def _digest(frames: Tensor, masks: Tensor | None) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for values in (frames, masks):
+        if values is not None:
+            digest.update(str(tuple(values.shape)).encode())
+            digest.update(values.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _flows(before: Tensor, after: Tensor, chunk: int = 32) -> list[Tensor]:

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.geometry import Cut, Geometry, cut_geometry, voxel_sizes
+from utils.geometry import HELDOUT, Cut, Geometry, cut_geometry, voxel_sizes
 from utils.images import image_files, read_image, to_grey
 from utils.volumes import nifti_grid
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
-INNER = ("original", "heldout")  # folders of a data root
+INNER = ("original", HELDOUT)  # folders of a data root
 NIFTI = (".nii.gz", ".nii")
 PUBLISHED_INTER = 8
 

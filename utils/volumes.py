@@ -21,7 +21,7 @@ from PIL import Image, ImageSequence
 
 from utils.errors import UserError
 from utils.geometry import check_affine, is_even, swap_ras_lps
-from utils.images import _check_pixels, image_files, read_image
+from utils.images import check_pixels, image_files, read_image
 
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}  # NIfTI's units of length
 _MAX_VIDEO = (
@@ -223,7 +223,7 @@ def _read_tiff(path: Path, index: int | None) -> Volume:
                     f"{path} holds pages of several kinds ({sizes}): frames have one size and one kind"
                 )
             pages, page = file.series[0], file.pages.first
-            _check_pixels(path, page.imagewidth, page.imagelength)
+            check_pixels(path, page.imagewidth, page.imagelength)
             array, axes = pages.asarray(), pages.axes
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE:
                 array = _grey(np.moveaxis((page.colormap[:, array] // 257).astype(np.uint8), 0, -1))
@@ -258,7 +258,7 @@ def _read_pictures(path: Path, index: int | None) -> Volume:
     frames = []
     try:
         with Image.open(path) as image:
-            _check_pixels(path, *image.size)
+            check_pixels(path, *image.size)
             for frame in ImageSequence.Iterator(image):
                 known = frame.mode in ("L", "F", "I;16", "RGB") and path.suffix.lower() != ".gif"
                 frames.append(np.array(frame if known else frame.convert("RGB")))
@@ -279,7 +279,7 @@ def _read_video(path: Path, index: int | None) -> Volume:
     try:
         decoder = ffmpeg.read_frames(path)
         width, height = next(decoder)["size"]
-        _check_pixels(path, width, height)
+        check_pixels(path, width, height)
         for data in decoder:
             frames.append(np.frombuffer(data, np.uint8).reshape(height, width, 3))
             if len(frames) * len(data) > _MAX_VIDEO:
@@ -632,7 +632,7 @@ def _optional(module: str, package: str, purpose: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(f"{purpose} needs {package}: pip3 install {package}") from error
+        raise UserError(f"{purpose} needs {package}: pip install {package}") from error
 
 
 def _reason(error: Exception) -> str:
