@@ -137,7 +137,6 @@ class DataOptions:
         False,
         "opacities make up for the 0.3 px^2 that every Gaussian is widened by, so that thin ones do not show too much; "
         "render.py draws a model as it was trained",
-        source=_KERBL,
         saved=True,
     )
     max_pixels: int = _option(

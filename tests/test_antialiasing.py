@@ -2,7 +2,7 @@
 
 import math
 import sys
-from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -350,7 +350,7 @@ def test_what_starts_from_a_model_goes_on_as_the_model_was_trained(trained, tmp_
     )
     assert head.iteration == 0 and head.options.antialiasing
     flags = ("--pipeline", "joint", "--seg_source_path", seg, "--start_checkpoint", more["start_checkpoint"])
-    assert refused(images, tmp_path / "out", *flags, "--antialiasing", "False") == 2
+    assert refused(images, tmp_path / "out", *flags, "--antialiasing", "False", "--iterations", 13) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "--antialiasing False" in line and "has True; leave it out" in line
     assert not (tmp_path / "out").exists()
@@ -369,13 +369,17 @@ def test_a_resumed_run_is_the_run(trained, tmp_path):
     assert all(torch.equal(whole[name], second[name]) for name in whole)
 
 
-def test_recordings_count_the_pairs_of_one_blend(trained, tmp_path):
+def test_recordings_count_the_pairs_of_one_blend(trained, tmp_path, monkeypatch):
+    """So iterations are not recorded, on a GPU either."""
     images, _, _ = trained
-    training = begin(images, tmp_path, antialiasing=True)
-    assert isinstance(training.stepper(), partial)  # not a replay, on a GPU too
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    monkeypatch.setattr("scene.training.Replay", lambda _: "recorded")
+    for antialiasing in (False, True):
+        training = begin(images, tmp_path, antialiasing=antialiasing)
+        model, training.model = training.model, on_gpu
+        training.tasks = [SimpleNamespace(frames=SimpleNamespace(levels=on_gpu))]
+        assert (training.stepper() == "recorded") == (not antialiasing)
     counted = torch.zeros(1, dtype=torch.int32)
+    views = [0.0], [False], [Render(0)], training.background
     with pytest.raises(ValueError, match="counted"):
-        render(
-            training.model, training.camera, [0.0], [False], [Render(0)], training.background,
-            counted=counted, antialiasing=True,
-        )  # fmt: skip
+        render(model, training.camera, *views, counted=counted, antialiasing=True)

@@ -1,6 +1,7 @@
 """Command lines: published flags and defaults, True and False, ranges, and cfg_args that is never executed."""
 
 import ast
+from argparse import SUPPRESS
 from dataclasses import fields
 
 import pytest
@@ -38,6 +39,52 @@ def test_defaults_are_the_published_ones():
     options = train_options(["-s", "data"])
     for name, value in PUBLISHED_DEFAULTS.items():
         assert getattr(options, name) == value, name
+
+
+# What users of the published programs know (interface of the project). Hidden ones cannot mean anything here.
+PUBLISHED_FLAGS = {
+    train_parser: (
+        "source_path model_path pipeline seg_source_path lambda_img lambda_seg seg_head_only start_checkpoint "
+        "iterations test_iterations save_iterations checkpoint_iterations save_xyz random_background poly_degree "
+        "batch_size num_pts sh_degree camera distance white_background resolution images data_device eval quiet "
+        "debug antialiasing debug_from detect_anomaly use_dff gs_type position_lr_init position_lr_final "
+        "position_lr_max_steps feature_lr opacity_lr scaling_lr rotation_lr percent_dense "
+        "densification_interval opacity_reset_interval densify_from_iter densify_until_iter densify_grad_threshold "
+        "lambda_dssim"
+    ),
+    render_parser: (
+        "model_path iteration interp pipeline chunks extension poly_degree quiet generate_points_path mask_path modify "
+        "source_path images resolution white_background distance antialiasing"
+    ),
+}
+PUBLISHED_SHORT = {
+    "s": "source_path",
+    "m": "model_path",
+    "i": "images",
+    "r": "resolution",
+    "w": "white_background",
+}
+HIDDEN = {
+    train_parser: (
+        "depths train_test_exp exposure_lr_init exposure_lr_final exposure_lr_delay_steps exposure_lr_delay_mult "
+        "depth_l1_weight_init depth_l1_weight_final convert_SHs_python compute_cov3D_python "
+        "prune_non_used_gaussians_interval position_lr_delay_mult optimizer_type"
+    ),
+    render_parser: "skip_train skip_test eval sh_degree num_pts camera use_dff gs_type data_device depths",
+}
+
+
+@pytest.mark.parametrize("parser", PUBLISHED_FLAGS)
+def test_published_flags_are_shown_or_accepted_and_hidden(parser):
+    actions = {action.dest: action for action in parser()._actions}
+    flags = {flag: action.dest for action in parser()._actions for flag in action.option_strings}
+    for name in PUBLISHED_FLAGS[parser].split():
+        assert flags[f"--{name}"] == name and actions[name].help != SUPPRESS, name
+    for name in HIDDEN[parser].split():
+        assert actions[name].help == SUPPRESS, name
+    for short, name in PUBLISHED_SHORT.items():
+        assert flags[f"-{short}"] == name
+    assert flags["-d"] == "depths"
 
 
 def test_short_forms():

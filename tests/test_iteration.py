@@ -40,7 +40,14 @@ def assert_same(first, second):
 
 
 @pytest.mark.parametrize(
-    "options", [(), ("--use_dff",), ("--batch_size", 1), ("--sh_degree", 1, "--sh_degree_interval", 15)]
+    "options",
+    [
+        (),
+        ("--use_dff",),
+        ("--batch_size", 1),
+        ("--sh_degree", 1, "--sh_degree_interval", 15),
+        ("--antialiasing",),  # which is not recorded
+    ],
 )
 def test_images_train_alike(data, tmp_path, options):
     eager = trained(data[0], tmp_path / "eager", *options, "--debug")

@@ -8,7 +8,9 @@ import torch
 import torch.nn.functional as F
 from skimage.metrics import structural_similarity
 
+from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
+from scene.pipelines import loss_terms, tasks, total_loss
 from utils.losses import l1, sigma_outside, ssim, ssim_map
 
 C1, C2 = 0.0001, 0.0009
@@ -129,3 +131,68 @@ def test_sigma_pays_below_and_above_its_bounds_and_nothing_between():
 )
 def test_sigma_sides_without_gaussians_add_nothing(spreads, expected):
     assert sigma_outside(torch.tensor(spreads), 0.3, 1.0).item() == pytest.approx(expected, abs=1e-7)
+
+
+# ---- the terms of each pipeline ------------------------------------------------------------------------------------
+
+VIEWS = 10
+
+
+def plain_terms(images, targets, blends, raw_sigma):
+    """Every term of the method, unweighted: the real views come first, then those in between."""
+    real, between = images[: len(targets)], images[len(targets) :]
+    sigma, low = raw_sigma.exp(), 2 / VIEWS
+    below, above = sigma[sigma < low], sigma[sigma > 1]
+    return {
+        "l1": (real - targets).abs().mean(),
+        "ssim": 1 - plain_ssim(real, targets).mean(),
+        "ibfr": (between - blends).abs().mean(),
+        "sigma": (low - below).mean() + (above - 1).mean(),
+    }
+
+
+# The published weights of each loss (spec of the method, section 7); joint weighs the two.
+WEIGHTS = {"img": {"l1": 2, "ssim": 0.25, "ibfr": 0.5, "sigma": 0.25}, "seg": {"l1": 2, "sigma": 0.5}}
+PIPELINES = {
+    "img": [("img", 1.0)],
+    "seg": [("seg", 1.0)],
+    "joint": [("img", 0.5), ("seg", 3.0)],
+}
+
+
+@pytest.mark.parametrize("backend", RASTERIZERS)
+@pytest.mark.parametrize("pipeline", PIPELINES)
+def test_each_term_its_gradient_and_the_whole_in_plain_pytorch(pipeline, backend):
+    raw_sigma = torch.linspace(-4, 2, 30, dtype=torch.float64, requires_grad=True)
+    options = TrainOptions(
+        source_path="x", pipeline=pipeline, seg_source_path="y", lambda_img=0.5, lambda_seg=3.0
+    )
+    todo = tasks(options, (), ())
+    assert [task.name for task in todo] == [name for name, _ in PIPELINES[pipeline]]
+    plain_total, leaves, ours = 0.0, [raw_sigma], []
+    for seed, (task, (name, weight)) in enumerate(zip(todo, PIPELINES[pipeline], strict=True)):
+        images, goals = (x.requires_grad_(i == 0) for i, x in enumerate(pair(5, 1, 20, 24, seed=seed)))
+        between = 2 if name == "img" else 0  # masks have no in-betweens
+        given = images[: 3 + between], goals[:3], goals[3 : 3 + between]
+        terms = loss_terms(task, *given, raw_sigma, VIEWS, 15_000, OptimisationOptions(), backend)
+        plain = plain_terms(*given, raw_sigma)
+        assert set(terms) == set(WEIGHTS[name])
+        for key, value in terms.items():
+            torch.testing.assert_close(value, plain[key], rtol=1e-9, atol=1e-12, msg=key)
+            wanted, got = (
+                torch.autograd.grad(v, (images, raw_sigma), retain_graph=True, materialize_grads=True)
+                for v in (plain[key], value)
+            )
+            for a, b in zip(got, wanted, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-12, msg=f"gradient of {key}")
+            assert any(g.any() for g in wanted)
+        plain_total = plain_total + weight * sum(w * plain[key] for key, w in WEIGHTS[name].items())
+        leaves.append(images)
+        ours.append(terms)
+    total = total_loss(todo, [{key: value.float() for key, value in terms.items()} for terms in ours])
+    # The weighted sum is taken in float32.
+    torch.testing.assert_close(total.double(), plain_total, rtol=1e-6, atol=1e-7)
+    for a, b in zip(
+        torch.autograd.grad(total, leaves), torch.autograd.grad(plain_total, leaves), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-9)

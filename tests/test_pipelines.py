@@ -321,9 +321,10 @@ def joint(seg):
 
 @pytest.mark.parametrize("side", ["img", "seg"])
 def test_joint_with_one_weight_zero_is_that_pipeline(data, tmp_path, side):
-    # Without in-betweens: joint draws their alphas, seg does not.
     images, seg = data
     alone = ("--pipeline", side, *NO_CONTROL, "--iterations", 6, "--checkpoint_iterations", *range(1, 6))
+    if side == "img":  # joint draws alphas of in-betweens, seg does not: then other views follow
+        alone += ("--ibfr_from_iter", 3)
     train_at(images if side == "img" else seg, tmp_path / "alone", *alone)
     off = "--lambda_seg" if side == "img" else "--lambda_img"
     train_at(images, tmp_path / "joint", *alone, *joint(seg), off, 0)
@@ -361,6 +362,60 @@ def test_the_head_alone_leaves_the_rest_bit_for_bit(data, tmp_path):
     assert all((value == 0).all() for value in after.statistics.values())
     # 20 steps of Adam at 2.5e-3 move no further than about that; no reset or density step struck at 5, 10, 20.
     assert (after.params["opacity_seg"] - before.params["opacity"]).abs().max() < 21 * 2.5e-3 * 1.5
+
+
+def test_the_head_of_a_joint_model_is_kept_and_of_an_image_model_copied(data, tmp_path):
+    """Either way with a fresh optimizer, from iteration 0; and from its own checkpoint where that stopped."""
+    images, seg = data
+    train_at(images, tmp_path / "joint", *joint(seg), *CONTROL, "--iterations", 9)
+    train_at(images, tmp_path / "img", *CONTROL, "--iterations", 9)
+
+    def head_alone(file):
+        options = run_options(pipeline="seg", seg_head_only=True, start_checkpoint=str(file), device="cpu")
+        said = []
+        return Training.start(TrainOptions(**{**vars(options), "source_path": str(seg)}), said.append), said
+
+    for name, source in (("joint", "_seg"), ("img", "")):
+        before = checkpoint(tmp_path / name, 9).params
+        training, said = head_alone(tmp_path / name / "chkpnt9.pth")
+        assert training.iteration == 0 and training.optimizer.state_dict()["state"] == {}
+        for parameter in head_parameters(IMAGE):
+            assert torch.equal(training.model.params[f"{parameter}_seg"], before[f"{parameter}{source}"])
+        (line,) = [line for line in said if "chkpnt9.pth" in line]
+        assert ("a new segmentation head" in line) == (name == "img")
+    different = checkpoint(tmp_path / "joint", 9).params
+    assert not torch.equal(different["f_dc_seg"], different["f_dc"])
+
+    flags = ("--pipeline", "seg", "--seg_head_only", "--iterations", 4)
+    train_at(seg, tmp_path / "head", *flags, "--start_checkpoint", tmp_path / "joint" / "chkpnt9.pth")
+    own, _ = head_alone(tmp_path / "head" / "chkpnt4.pth")
+    assert own.iteration == 4 and own.optimizer.state_dict()["state"]
+
+
+@pytest.mark.parametrize("colour", [False, True])
+def test_published_checkpoints_are_gone_on_with(data, tmp_path, colour):
+    """Its weights, its moments and steps, its iteration; numpy's numbers where that program has them."""
+    images, seg = data
+    root = write(tmp_path / "colours", colours()) if colour else images
+    train_at(root, tmp_path, *joint(seg), *CONTROL, "--iterations", 12, "--checkpoint_iterations", 7)
+    ours = checkpoint(tmp_path, 7)
+    state, number = torch.load(tmp_path / "chkpnt7.pth", weights_only=True)
+    del state["medgs"]
+    state["spatial_lr_scale"] = np.float32(state["spatial_lr_scale"])
+    for group in state["optimizer_state"]["param_groups"]:
+        group["lr"] = np.float64(group["lr"])
+    file = tmp_path / "published.pth"
+    torch.save((state, number), file)
+    options = {"pipeline": "joint", "seg_source_path": str(seg), "iterations": 9}
+    training = start(root, tmp_path / "out", **options, start_checkpoint=str(file))
+    assert training.iteration == 7
+    for name, value in ours.params.items():
+        assert torch.equal(training.model.params[name], value), name
+    # Grey moments are a third, or a ninth, of theirs in each channel: three roundings.
+    moments = training.optimizer.state_dict()["state"], ours.optimizer["state"]
+    torch.testing.assert_close(*moments, rtol=1e-6, atol=0)
+    train(training)
+    assert training.iteration == 9
 
 
 RESUMED = {
