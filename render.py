@@ -61,6 +61,7 @@ class Renderer:
     background: Tensor  # (C,)
     outputs: Sequence[Output]
     rasterizer: str
+    antialiasing: bool
     mask: editing.PointMask | None
     modify: editing.Modification | None
 
@@ -75,10 +76,17 @@ class Renderer:
         """All outputs from one fold and one blend."""
         views = len(positions)
         renders = [Render(view, out.head, out.test) for out in self.outputs for view in range(views)]
-        images = render(
-            model, self.camera, positions, [False] * views, renders, self.background, self.rasterizer
-        ).images
-        return images.unflatten(0, (-1, views))
+        drawn = render(
+            model,
+            self.camera,
+            positions,
+            [False] * views,
+            renders,
+            self.background,
+            self.rasterizer,
+            antialiasing=self.antialiasing,
+        )
+        return drawn.images.unflatten(0, (-1, views))
 
     def _edited(self, position: float) -> Tensor:
         """One view, (outputs, 1, C, H, W), of the Gaussians that the mask leaves, as the user's function has them."""
@@ -96,7 +104,7 @@ class Renderer:
         opacities = self.model.opacities(heads)
         colours = to_colour(self.model.raw_colours(heads, self.camera))
         images = [
-            editing.draw(cut, *gaussians, self.camera, self.background)
+            editing.draw(cut, *gaussians, self.camera, self.background, self.antialiasing)
             for gaussians in zip(drawn, opacities, colours, strict=True)
         ]
         return torch.stack(images)[:, None]
@@ -128,7 +136,8 @@ def main() -> None:
     keep_geometry(options, saved.num_frames, say)
 
     background = background_of(saved, options).to(model.device)
-    renderer = Renderer(model, camera, background, outputs, options.rasterizer, mask, modify)
+    antialiasing = antialiasing_of(saved, options)
+    renderer = Renderer(model, camera, background, outputs, options.rasterizer, antialiasing, mask, modify)
     volumes = volumes_of(renderer, options)
     names = write_images(renderer, bits, volumes, options, say)
     write_volumes(renderer, volumes, say)
@@ -177,6 +186,14 @@ def background_of(saved: Checkpoint, options: RenderOptions) -> Tensor:
     if "background" in saved.extras and "white_background" not in options.given:
         return saved.extras["background"]
     return torch.full((saved.channels,), 1.0 if options.white_background else 0.0)
+
+
+def antialiasing_of(saved: Checkpoint, options: RenderOptions) -> bool:
+    """As in training, which published checkpoints do not tell and ``cfg_args`` may, unless the command line says
+    otherwise."""
+    if saved.antialiasing is None or "antialiasing" in options.given:
+        return options.antialiasing
+    return saved.antialiasing
 
 
 def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:

@@ -91,6 +91,7 @@ def control_density(training: Training, renders: Renders, real: int) -> None:
             options.rasterizer,
         )
     if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
+        training.release()
         held_back = training.control.step(
             model, training.optimizer, iteration, options, training.extent, training.generator
         )

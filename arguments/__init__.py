@@ -133,6 +133,13 @@ class DataOptions:
     distance: float = _option(
         1.0, "distance d of the camera from the plane of the frame", source=_RELEASE, above=0, saved=True
     )
+    antialiasing: bool = _option(
+        False,
+        "opacities make up for the 0.3 px^2 that every Gaussian is widened by, so that thin ones do not show too much; "
+        "render.py draws a model as it was trained",
+        source=_KERBL,
+        saved=True,
+    )
     max_pixels: int = _option(
         MAX_PIXELS, "refuse image files of more pixels: a small file can claim any size", low=1, saved=True
     )
@@ -201,6 +208,9 @@ class OptimisationOptions:
         2.0, "lower bound of sigma, over the number of training views", source=_RELEASE, low=0
     )
     sigma_high: float = _option(1.0, "upper bound of sigma", source=_RELEASE, above=0)
+    lambda_ibfr_dssim: float = _option(
+        0.0, "img: weight of 1 - SSIM of in-between frames", source=_RELEASE, low=0
+    )
     lambda_ibfr_seg: float = _option(0.0, "seg: weight of IBFR", source=_RELEASE, low=0)
     ibfr_target: str = _option(
         "linear",
@@ -442,7 +452,6 @@ Options = TypeVar("Options", TrainOptions, RenderOptions)
 IGNORED: dict[str, Any] = {
     "depths": "",
     "train_test_exp": False,
-    "antialiasing": False,
     "convert_SHs_python": False,
     "compute_cov3D_python": False,
     "optimizer_type": "default",
@@ -480,7 +489,8 @@ _BEST = {
     "ibfr_from_iter": 1,
     "ibfr_alpha_min": 0.0,
     "ibfr_alpha_max": 1.0,
-    "lambda_ibfr": 2.0,
+    "lambda_ibfr": 5.0,
+    "lambda_ibfr_dssim": 0.6,
     "lambda_ibfr_seg": 2.0,
 }
 PRESETS: dict[str, dict[str, Any]] = {

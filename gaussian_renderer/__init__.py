@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from gaussian_renderer.oracle import LOW_PASS
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, GaussianModel
 from utils.errors import UserError
+from utils.spherical_harmonics import to_colour
 
 ACTIVE = 1
 """Bit of the activity mask: delta(t) > 0.1, and visible."""
 ACTIVE_SEGMENTATION = 2
 """Bit of the activity mask: the same, and both scales at time t above 1e-6; the test of segmentation renders."""
 
+MIN_COMPENSATION = 2.5e-5  # floor under the ratio in `compensations`; kMinCompensation in the operators
 MAX_RENDERS = 64
 """In one call of the compiled rasteriser: kMaxRenders in csrc/common/arguments.h."""
 
@@ -63,12 +67,18 @@ def render(
     screen_gradients: bool = False,
     capacity: int = 0,
     counted: Tensor | None = None,
+    antialiasing: bool = False,
 ) -> Renders:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
     background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
     of ``screen`` are in the order of their first render. ``capacity`` and ``counted``: see ``blend``.
+
+    antialiasing: opacities are multiplied by `compensations`. They are others in every view then, so each view has a
+    blend of its own; ``capacity`` and ``counted`` are of one blend, and cannot be given.
     """
+    if antialiasing and counted is not None:
+        raise ValueError("counted is of one blend, and antialiasing needs one for each view")
     ops = rasterizer(backend)
     heads = tuple(dict.fromkeys(r.head for r in renders))
     p = model.params
@@ -90,23 +100,60 @@ def render(
     screen = None
     if screen_gradients:
         screen = means2d.new_zeros(()).expand(len(heads), *means2d.shape).requires_grad_()  # never read
-    images, _ = ops.blend(
-        means2d,
-        conics,
-        active,
-        model.raw_opacities(heads),
-        model.raw_colours(heads, camera),
-        background.expand(len(renders), -1),
-        [r.view for r in renders],
-        [heads.index(r.head) for r in renders],
-        [r.test for r in renders],
-        camera.width,
-        camera.height,
-        screen,
-        raw=True,
-        **({"capacity": capacity, "counted": counted} if counted is not None else {}),
-    )
-    return Renders(images, screen, radii, active)
+
+    def blend(
+        cut: Sequence[Tensor],
+        opacities: Tensor,
+        colours: Tensor,
+        shown: Sequence[Render],
+        screen: Tensor | None,
+        **more: Any,
+    ) -> Tensor:
+        images, _ = ops.blend(
+            *cut,
+            opacities,
+            colours,
+            background.expand(len(shown), -1),
+            [r.view for r in shown],
+            [heads.index(r.head) for r in shown],
+            [r.test for r in shown],
+            camera.width,
+            camera.height,
+            screen,
+            **more,
+        )
+        return images
+
+    cuts = means2d, conics, active
+    raw_opacities, raw_colours = model.raw_opacities(heads), model.raw_colours(heads, camera)
+    if not antialiasing:
+        room = {"capacity": capacity, "counted": counted} if counted is not None else {}
+        images = blend(cuts, raw_opacities, raw_colours, renders, screen, raw=True, **room)
+        return Renders(images, screen, radii, active)
+
+    opacities, colours = torch.sigmoid(raw_opacities), to_colour(raw_colours)
+    screens = [None] * len(means2d) if screen is None else screen.split(1, dim=1)
+    views = zip(*(tensor.split(1) for tensor in cuts), strict=True)
+    drawn: dict[int, Tensor] = {}  # place in ``renders`` -> (C, H, W)
+    for view, (cut, weights, own) in enumerate(zip(views, compensations(conics), screens, strict=True)):
+        shown = {place: replace(r, view=0) for place, r in enumerate(renders) if r.view == view}
+        if shown:
+            own_images = blend(cut, opacities * weights, colours, list(shown.values()), own)
+            drawn.update(zip(shown, own_images, strict=True))
+    return Renders(torch.stack([drawn[place] for place in range(len(renders))]), screen, radii, active)
+
+
+def compensations(conics: Tensor) -> Tensor:
+    """What opacities are multiplied by to make up for the low-pass filter, which widens a footprint and so makes small
+    Gaussians cover more than they should: sqrt(max(2.5e-5, det(Cov) / det(Cov + 0.3 I))). (..., 3) -> (...) in (0, 1].
+
+    conics: entries a, b, c of (Cov + 0.3 I)^-1, as ``fold`` gives them. The ratio is det(I - 0.3 (Cov + 0.3 I)^-1): no
+    covariance to invert, and an error of a few roundings of 1, where the least ratio is 2.5e-5.
+    """
+    a, b, c = (LOW_PASS * conics).unbind(-1)
+    # What is no number is not drawn; its gradient would be none either.
+    ratio = ((1 - a) * (1 - c) - b * b).nan_to_num(0)
+    return ratio.clamp_min(MIN_COMPENSATION).sqrt()
 
 
 @torch.no_grad()
@@ -118,8 +165,12 @@ def render_frames(
     head: str = IMAGE,
     test: int = ACTIVE,
     backend: str = "compiled",
+    antialiasing: bool = False,
 ) -> Tensor:
     """Images (V, C, H, W) in [0, 1] at ``positions``, original side, without gradients."""
     renders = [Render(v, head, test) for v in range(len(positions))]
-    images = render(model, camera, positions, [False] * len(positions), renders, background, backend).images
-    return images.clamp(0, 1)
+    originals = [False] * len(positions)
+    drawn = render(
+        model, camera, positions, originals, renders, background, backend, antialiasing=antialiasing
+    )
+    return drawn.images.clamp(0, 1)

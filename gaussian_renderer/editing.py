@@ -83,6 +83,7 @@ def draw(
     colours: Tensor,  # (N, C)
     camera: Camera,
     background: Tensor,  # (C,)
+    antialiasing: bool = False,
 ) -> Tensor:
     """The image (C, H, W) of the Gaussians ``drawn``, by the general rasteriser: nearest first, then by index."""
     from diff_gaussian_rasterization import GaussianRasterizationSettings, GaussianRasterizer
@@ -108,6 +109,7 @@ def draw(
             campos=camera.position(device=device),
             prefiltered=False,
             debug=False,
+            antialiasing=antialiasing,
         )
     )
     means = cut.means[drawn]

@@ -118,6 +118,12 @@ class Checkpoint:
         return self.params["f_dc"].shape[2]
 
     @property
+    def antialiasing(self) -> bool | None:
+        """Whether it was trained so; None where the file does not say."""
+        known: bool | None = self.extras.get("options", {}).get("antialiasing")
+        return known
+
+    @property
     def has_seg_head(self) -> bool:
         return "opacity_seg" in self.params
 
@@ -498,6 +504,8 @@ class _Reader:
             raise self.fault("width, height or bits", "is not positive")
         if len(known.get("numbers", "")) not in (0, checkpoint.num_frames):
             raise self.fault("numbers", f"are not those of {checkpoint.num_frames} frames")
+        if not isinstance(known.get("options", {}).get("antialiasing", False), bool):
+            raise self.fault("option 'antialiasing'", "is neither True nor False")
         for name, value in known.get("options", {}).items():
             for part in value if isinstance(value, list) else [value]:
                 if part is not None and not isinstance(part, (bool, int, float, str)):

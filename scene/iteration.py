@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from scene.training import Training
 
 _SPARE = 1.3  # room for pairs of Gaussian and tile over those seen last; with too little, the recording is made again
+_MOST_PAIRS = 2**31 - 1  # the largest capacity ``blend`` looks at; it says what to do where that is too much
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ def forward_backward(
         screen_gradients,
         capacity,
         counted,
+        options.antialiasing,
     )
     images = split(renders.images, [len(task) for task in requested])
     shown = [inputs.shown(task, training.background) for task in tasks]
@@ -100,9 +103,11 @@ def on_side_stream(function: Callable[..., None]) -> Callable[..., None]:
             return function(training, *more)
         default, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
         side.wait_stream(default)
-        with torch.cuda.stream(side):
-            function(training, *more)
-        default.wait_stream(side)
+        try:
+            with torch.cuda.stream(side):
+                function(training, *more)
+        finally:  # whatever comes next, on the default stream, meets finished parameters
+            default.wait_stream(side)
 
     return wrapped
 
@@ -117,18 +122,29 @@ class Replay:
 
     def __init__(self, training: Training) -> None:
         self.training = training
-        self.pool = torch.cuda.graph_pool_handle()
         self.recordings: dict[tuple, _Recording] = {}
         self.parameters: list[int] = []  # addresses of those that the recordings read
         self.seen: set[tuple] = set()  # kinds that have run: what CUDA loads at first use is there
         self.share = 0.0  # most pairs of a recent iteration, by views and Gaussians
         self.counted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._count = self.counted.numpy()
-        # Keeps the pool alive while no recording uses it.
-        self.anchor = torch.cuda.CUDAGraph()
-        self.anchor.capture_begin(pool=self.pool, capture_error_mode="thread_local")
-        self._held = torch.zeros(1, device=training.model.device)
-        self.anchor.capture_end()
+        self._anchor: torch.cuda.CUDAGraph | None = None
+        self._held: Tensor | None = None
+
+    def forget(self) -> None:
+        """Gives the recordings' memory back, before parameters are exchanged: both would not fit side by side."""
+        self.recordings.clear()
+        self._anchor = self._held = None
+        torch.cuda.empty_cache()
+
+    def _pool(self) -> Any:
+        """Where all recordings have their tensors. It lives as long as a graph does that uses it: an empty one."""
+        if self._anchor is None:
+            self._anchor = torch.cuda.CUDAGraph()
+            self._anchor.capture_begin(capture_error_mode="thread_local")
+            self._held = torch.zeros(1, device=self.training.model.device)
+            self._anchor.capture_end()
+        return self._anchor.pool()
 
     def __call__(self, inputs: Inputs, screen_gradients: bool) -> Outcome:
         training = self.training
@@ -152,15 +168,15 @@ class Replay:
             return outcome
         recording = self.recordings.get(kind)
         if recording is None:
-            capacity = int(_SPARE * self.share * inputs.views.shape[1] * len(model)) + 1024
-            recording = self.recordings[kind] = self._record(inputs, screen_gradients, capacity)
+            expected = self.share * inputs.views.shape[1] * len(model)
+            recording = self.recordings[kind] = self._record(inputs, screen_gradients, expected)
         while True:
             pairs = self._replay(recording, inputs)
             self._note(pairs, inputs)
             if pairs <= recording.capacity:
                 break
             del self.recordings[kind], recording
-            recording = self.recordings[kind] = self._record(inputs, screen_gradients, int(_SPARE * pairs))
+            recording = self.recordings[kind] = self._record(inputs, screen_gradients, pairs)
         for parameter, gradient in recording.gradients:
             parameter.grad = gradient
         return recording.outcome
@@ -170,17 +186,31 @@ class Replay:
         now = pairs / (inputs.views.shape[1] * max(len(self.training.model), 1))
         self.share = max(now, 0.99 * self.share)
 
-    def _record(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
+    def _record(self, inputs: Inputs, screen_gradients: bool, expected: float) -> _Recording:
+        """A recording with room for the ``expected`` pairs and some more."""
+        capacity = min(int(_SPARE * expected) + 1024, _MOST_PAIRS)
+        try:
+            return self._capture(inputs, screen_gradients, capacity)
+        except torch.cuda.OutOfMemoryError:
+            self.recordings.clear()
+        # Torch cannot free what it keeps for reuse while it records.
+        torch.cuda.empty_cache()
+        return self._capture(inputs, screen_gradients, capacity)
+
+    def _capture(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
         parameters = [*self.training.model.params.values(), self.training.model.time_func]
         for parameter in parameters:
             parameter.grad = None
         own = replace(inputs, views=inputs.views.clone())
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+        pool, graph = self._pool(), torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
         try:
             outcome = forward_backward(self.training, own, screen_gradients, capacity, self.counted)
-        finally:
-            graph.capture_end()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # that it broke the recording is not what is to be told
+                graph.capture_end()
+            raise
+        graph.capture_end()
         gradients = [(parameter, parameter.grad) for parameter in parameters]
         return _Recording(graph, own, outcome, gradients, capacity)
 

@@ -66,6 +66,7 @@ def tasks(
         "l1": options.lambda_l1,
         "ssim": options.lambda_dssim,
         "ibfr": options.lambda_ibfr,
+        "ibfr_ssim": options.lambda_ibfr_dssim,
         "sigma": options.lambda_sigma,
     }
     mask_terms = {
@@ -187,7 +188,10 @@ def loss_terms(
         terms = {"l1": l1, "ssim": 1 - ssim}
     else:
         terms = {"l1": losses.l1(at_frames, targets)}
-    if len(blends):
+    if len(blends) and task.terms.get("ibfr_ssim"):
+        terms["ibfr"], ssim = ops.similarity(between, blends)
+        terms["ibfr_ssim"] = 1 - ssim
+    elif len(blends):
         terms["ibfr"] = losses.l1(between, blends)
     if task.terms.get("sigma") and iteration < options.sigma_until_iter:
         low = options.sigma_low_views / num_views
@@ -208,7 +212,7 @@ def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> 
         task.weight * task.terms[name] for task, values in zip(tasks, terms, strict=True) for name in values
     )
     values = torch.stack([value for named in terms for value in named.values()])
-    return values @ _on_device(weights, values.device)
+    return (values * _on_device(weights, values.device)).sum()
 
 
 def named_losses(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

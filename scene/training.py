@@ -62,6 +62,7 @@ class Training:
     found: bool = False  # whether it goes on from a checkpoint that was not named but found
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     say: Callable[[str], object] = print  # one line to the user
+    _replay: Replay | None = None
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
@@ -86,7 +87,7 @@ class Training:
         else:
             _check_fits(options, saved, frames)
             model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
-            options = _with_model_of(options, model)
+            options = _with_model_of(options, saved)
         needs_head = options.pipeline == "joint" or options.seg_head_only
         if needs_head and SEGMENTATION not in model.heads:
             model.add_segmentation_head()
@@ -199,10 +200,17 @@ class Training:
         """What does an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
         options = self.options
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
+        plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
-            return Replay(self)
+            self._replay = Replay(self)
+            return self._replay
         return partial(forward_backward, self)
+
+    def release(self) -> None:
+        """Lets go of recorded iterations; the parameters are about to be exchanged."""
+        if self._replay is not None:
+            self._replay.forget()
 
     @property
     def extent(self) -> float:
@@ -488,19 +496,20 @@ def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> Non
         raise UserError(f"{path} is a grey model, and the frames of {options.source_path} are coloured")
 
 
-def _with_model_of(options: TrainOptions, model: GaussianModel) -> TrainOptions:
+def _with_model_of(options: TrainOptions, saved: Checkpoint) -> TrainOptions:
     """``options`` whose model is the one of the checkpoint, so that what is saved of the run is true.
 
     Raises `UserError` where the command line asks for another.
     """
     actual = replace(
         options,
-        poly_degree=model.poly_degree,
-        sh_degree=model.sh_degree,
-        use_dff=model.uses_dff,
-        num_pts=len(model),
+        poly_degree=saved.poly_degree,
+        sh_degree=saved.sh_degree,
+        use_dff=saved.uses_dff,
+        num_pts=len(saved.params["xyz"]),
+        antialiasing=options.antialiasing if saved.antialiasing is None else saved.antialiasing,
     )
-    for name in options.given & {"poly_degree", "sh_degree", "use_dff"}:
+    for name in options.given & {"poly_degree", "sh_degree", "use_dff", "antialiasing"}:
         wanted, there = getattr(options, name), getattr(actual, name)
         if wanted != there:
             raise UserError(

@@ -411,6 +411,7 @@ def test_moments_of_another_shape_are_named(path):
         ("pixels", b"a0"),
         ("options", {"lambda_l1": torch.zeros(2)}),
         ("options", {"test_iterations": [[1]]}),
+        ("options", {"antialiasing": "False"}),
         ("background", torch.zeros(4)),
         ("background", torch.full((1,), torch.nan)),
         ("random", torch.zeros(16, dtype=torch.uint8)),

@@ -970,7 +970,11 @@ def test_no_render_no_view_and_no_head_give_empty_results(device):
     no_view = {name: tensor.to(device) for name, tensor in no_view.items()}
     assert blend(**blend_arguments(device, **none, **no_view))[0].shape == (0, 3, 6, 8)
     no_head = {"opacities": zeros(0, 5).to(device), "colours": zeros(0, 5, 3).to(device)}
-    assert blend(**blend_arguments(device, **none, **no_head))[0].shape == (0, 3, 6, 8)
+    headless = blend_arguments(device, **none, **no_head)
+    conics = headless["conics"].requires_grad_()
+    images, _ = blend(**headless)
+    assert images.shape == (0, 3, 6, 8)
+    assert not torch.autograd.grad(images.sum(), conics)[0].any(), "written even so"
     means2d, _, radii, _ = fold(
         **fold_arguments(device, times=zeros(0).to(device), signs=zeros(0).to(device))
     )

@@ -65,8 +65,8 @@ def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
         recorded.append(capacity)
         return original(self, inputs, screen_gradients, min(capacity, 40) if len(recorded) % 2 else capacity)
 
-    original = iteration.Replay._record
+    original = iteration.Replay._capture
     eager = trained(data[0], tmp_path / "eager", "--debug")
-    monkeypatch.setattr(iteration.Replay, "_record", record)
+    monkeypatch.setattr(iteration.Replay, "_capture", record)
     assert_same(trained(data[0], tmp_path / "replayed"), eager)
     assert len(recorded) > 10 and max(recorded) > 40

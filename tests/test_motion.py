@@ -187,3 +187,24 @@ def test_refusals() -> None:
         InBetween(torch.rand(3, 1, 8, 8), torch.zeros(3, 1, 8, 9))
     with pytest.raises(ValueError, match="none were given"):
         InBetween(torch.zeros(2, 1, 8, 8)).masks(torch.tensor([0]), torch.tensor([0.5]))
+
+
+def test_kept_and_taken_up_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(motion, "TRAINING", 2)
+    monkeypatch.setattr(motion, "MASK_TRAINING", 2)
+    frames = torch.rand(3, 1, 20, 24, generator=torch.Generator().manual_seed(0))
+    masks = (frames > 0.6).float()
+    made, path = InBetween(frames, masks), tmp_path / "kept.pt"
+    assert InBetween.load(path, frames, masks) is None
+    made.save(path, frames, masks)
+    kept = InBetween.load(path, frames, masks)
+    k, alpha = torch.tensor([0, 1]), torch.tensor([0.3, 0.75])
+    assert kept.images(k, alpha).equal(made.images(k, alpha)) and kept.masks(k, alpha).equal(
+        made.masks(k, alpha)
+    )
+    assert kept.flow.equal(made.flow) and kept.gap == made.gap
+    assert InBetween.load(path, frames.flip(0), masks) is None, "of other frames"
+    assert InBetween.load(path, frames) is None, "of masks too"
+    assert InBetween.load(path, frames, masks, gap=made.gap + 1) is None, "of another gap"
+    path.write_bytes(path.read_bytes()[:100])
+    assert InBetween.load(path, frames, masks) is None, "torn"

@@ -35,7 +35,7 @@ BASE = {
 CHANGES_THE_MODEL = {
     "lambda_img": 0.5, "lambda_seg": 2.0, "lambda_l1": 1.0, "lambda_dssim": 0.5, "lambda_ibfr": 0.1,
     "lambda_sigma": 1.0, "lambda_l1_seg": 1.0, "lambda_sigma_seg": 1.0, "sigma_until_iter": 5, "sigma_low_views": 4.0,
-    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "ibfr_target": "motion",
+    "sigma_high": 0.5, "lambda_ibfr_seg": 1.0, "lambda_ibfr_dssim": 0.5, "ibfr_target": "motion",
     "ibfr_from_iter": 20, "ibfr_alpha_min": 0.5, "ibfr_alpha_max": 0.5, "batch_size": 2, "random_background": True,
     "extent_per_distance": 2.0, "position_lr_init": 1e-3, "position_lr_final": 1e-4, "position_lr_max_steps": 10,
     "feature_lr": 1e-2, "feature_rest_divisor": 5.0, "opacity_lr": 1e-2, "scaling_lr": 1e-2, "rotation_lr": 1e-2,
@@ -45,6 +45,7 @@ CHANGES_THE_MODEL = {
     "prune_scale": 0.02, "prune_scale_from_iter": 23, "max_gaussians": 160, "opacity_reset_interval": 9,
     "opacity_reset_value": 0.05, "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
     "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
+    "antialiasing": True,
 }  # fmt: skip
 
 SHOWN_BY = {
@@ -82,6 +83,7 @@ SHOWN_BY = {
         "resolution": "test_arguments.py::test_command_line_wins_over_cfg_args_and_defaults_do_not",
         "white_background": "test_render.py::test_the_command_line_wins_over_the_run_and_the_run_over_defaults",
         "distance": "test_render.py::test_published_checkpoints_take_sizes_from_the_source_frames",
+        "antialiasing": "test_antialiasing.py::test_a_model_is_drawn_as_it_was_trained",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "model_path": "test_render.py::test_frames_and_the_frames_between",
         "iteration": "test_render.py::test_the_newest_checkpoint_unless_told_otherwise",

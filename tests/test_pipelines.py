@@ -27,7 +27,9 @@ from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
 from scene.pipelines import Batch, Inputs, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
 from scene.training import Training
 from train import train
+from utils import motion
 from utils.losses import ssim
+from utils.motion import InBetween
 from utils.reports import evaluate
 
 OPTIONS = OptimisationOptions()
@@ -55,7 +57,7 @@ def _one_thread():
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------
 
-IMAGE_TERMS = {"l1": 2.0, "ssim": 0.25, "ibfr": 0.5, "sigma": 0.25}
+IMAGE_TERMS = {"l1": 2.0, "ssim": 0.25, "ibfr": 0.5, "ibfr_ssim": 0.0, "sigma": 0.25}
 
 
 def test_the_published_weights():
@@ -75,16 +77,13 @@ def test_the_published_weights():
 
 def test_each_weight_is_an_option():
     names = (
-        "lambda_l1", "lambda_dssim", "lambda_ibfr", "lambda_sigma", "lambda_l1_seg", "lambda_ibfr_seg",
-        "lambda_sigma_seg",
+        "lambda_l1", "lambda_dssim", "lambda_ibfr", "lambda_ibfr_dssim", "lambda_sigma", "lambda_l1_seg",
+        "lambda_ibfr_seg", "lambda_sigma_seg",
     )  # fmt: skip
-    weights = dict(zip(names, map(float, range(3, 10)), strict=True))
+    weights = dict(zip(names, map(float, range(3, 11)), strict=True))
     image, seg = tasks(run_options(pipeline="joint", seg_source_path="masks", **weights), flat(0), flat(0))
-    assert image.terms == {"l1": 3, "ssim": 4, "ibfr": 5, "sigma": 6} and seg.terms == {
-        "l1": 7,
-        "ibfr": 8,
-        "sigma": 9,
-    }
+    assert image.terms == {"l1": 3, "ssim": 4, "ibfr": 5, "ibfr_ssim": 6, "sigma": 7}
+    assert seg.terms == {"l1": 8, "ibfr": 9, "sigma": 10}
     assert tasks(run_options(pipeline="seg", **weights), flat(0))[0].terms == seg.terms
 
 
@@ -561,3 +560,52 @@ def test_a_checkpoint_must_belong_to_the_frames(data, tmp_path, capsys):
     assert_refused(
         capsys, out, ["chkpnt9.pth", "does not exist"], images, "--start_checkpoint", tmp_path / "chkpnt9.pth"
     )
+
+
+# ---- motion between frames -------------------------------------------------------------------------------------------
+
+
+def test_in_betweens_expect_what_moves_where_it_would_be():
+    """A blob of 10 px that drifts by 1.5 px a frame: half-way it lies half-way, which a linear blend only smears."""
+    frames = torch.stack([torch.from_numpy(frame) for frame in blobs(5)])[:, None] / 255
+    between = InBetween(frames[::2])  # 3 px a gap
+    plain, moving = (
+        Task(
+            "img",
+            IMAGE,
+            frames_of(*(f.numpy() for f in (frames[::2, 0] * 255).byte())),
+            ACTIVE,
+            1.0,
+            {},
+            images,
+        )
+        for images in (None, between.images)
+    )
+    where, background = torch.tensor([0.5, 1.5], dtype=torch.float64), torch.zeros(1)
+    truth = frames[1::2]
+    errors = [
+        (task.expected(where, background, torch.tensor(False)) - truth).abs().mean()
+        for task in (plain, moving)
+    ]
+    assert errors[1] < 0.6 * errors[0]
+    flipped = moving.expected(where, background, torch.tensor(True))
+    assert flipped.flip(-1).equal(moving.expected(where, background, torch.tensor(False)))
+
+
+@pytest.mark.parametrize("pipeline", ["img", "seg", "joint"])
+def test_what_is_expected_is_kept_for_a_run_that_goes_on(data, tmp_path, monkeypatch, pipeline):
+    monkeypatch.setattr(
+        motion, "TRAINING", 2
+    )  # steps of the small networks: what they learn is no matter here
+    monkeypatch.setattr(motion, "MASK_TRAINING", 2)
+    images, seg = data
+    root = seg if pipeline == "seg" else images
+    options = ["--ibfr_target", "motion", "--ibfr_from_iter", 1, "--lambda_ibfr_seg", 1]
+    options += joint(seg) if pipeline == "joint" else ["--pipeline", pipeline]
+    train_at(root, tmp_path / "out", *options, "--iterations", 3)
+    made = (tmp_path / "out" / "in_between.pt").stat().st_mtime_ns
+    train_at(root, tmp_path / "out", *options, "--iterations", 6, "--start_checkpoint", "auto")
+    assert (tmp_path / "out" / "in_between.pt").stat().st_mtime_ns == made
+    train_at(root, tmp_path / "whole", *options, "--iterations", 6)
+    a, b = (checkpoint(tmp_path / name, 6).params for name in ("out", "whole"))
+    assert all(torch.equal(a[name], b[name]) for name in a)

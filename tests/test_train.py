@@ -579,14 +579,14 @@ def test_options_without_meaning_are_accepted_and_said(tmp_path, capsys):
     train_at(
         write(tmp_path / "data", blobs()),
         tmp_path / "out",
-        "--antialiasing",
+        "--train_test_exp",
         "-d",
         "depths",
         "--iterations",
         1,
     )
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("ignored: ") and "--antialiasing" in line
+    assert line.startswith("ignored: ") and "--train_test_exp" in line
 
 
 # ---- it learns -----------------------------------------------------------------------------------------------------

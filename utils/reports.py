@@ -96,6 +96,7 @@ def _render(training: Training, task: Task, positions: list[float]) -> Tensor:
         task.head,
         task.test,
         training.options.rasterizer,
+        training.options.antialiasing,
     )
 
 

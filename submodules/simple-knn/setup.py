@@ -37,8 +37,8 @@ def compiled_part(target: str) -> dict:
         def get_ext_filename(self, ext_name: str) -> str:
             return os.path.join(*ext_name.split(".")[:-1], _library.installed_library(target).name)
 
-    cuda = [] if target == "cpu" else _library.CUDA_DEFINES
-    flags = {"cxx": [*_library.CXX_FLAGS, *cuda], "nvcc": [*_library.NVCC_FLAGS, *cuda]}
+    cuda = target != "cpu"
+    flags = {"cxx": [*_library.CXX_FLAGS], "nvcc": [*_library.NVCC_FLAGS]}
     extension = (CUDAExtension if cuda else CppExtension)(
         f"{NAME}._ops",
         [os.path.relpath(path) for path in _library.sources(target)],

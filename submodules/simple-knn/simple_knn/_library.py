@@ -33,7 +33,6 @@ CXX_FLAGS = ["-O3", "-fno-math-errno"] + ([] if sys.platform == "darwin" else ["
 CXX_FLAGS += os.environ.get("MEDGS_CXX_FLAGS", "").split()
 LINK_FLAGS = [flag for flag in CXX_FLAGS if flag.startswith(("-fopenmp", "-fsanitize"))]
 NVCC_FLAGS = ["-O3"]
-CUDA_DEFINES = ["-DWITH_CUDA"]
 
 
 @functools.cache
@@ -185,8 +184,8 @@ def _compile(target: str, name: str, library: Path) -> None:
             cpp_extension.load(
                 name=name,
                 sources=[str(path) for path in files],
-                extra_cflags=CXX_FLAGS + ([] if target == "cpu" else CUDA_DEFINES),
-                extra_cuda_cflags=NVCC_FLAGS + CUDA_DEFINES,
+                extra_cflags=[*CXX_FLAGS],
+                extra_cuda_cflags=[*NVCC_FLAGS],
                 extra_ldflags=LINK_FLAGS,
                 extra_include_paths=[str(CSRC)],
                 build_directory=str(build),

@@ -34,8 +34,7 @@ struct FoldArguments {
   const int32_t* forward_radii;                              // (V,N)
   const S *v_means2d, *v_conics;                             // (V,N,2) (V,N,3)
   S *v_xyz, *v_w1, *v_m, *v_sigma, *v_scaling, *v_rotation;  // as the parameters
-  S* v_times;                                                // (chunks, V): partial sums, one row a chunk
-  int64_t chunk;                                             // Gaussians in a chunk
+  S* v_times;  // (chunks, V): partial sums over kFoldChunk Gaussians each, of which each device has its own
 };
 
 /// What decides which tiles the Gaussians of one view reach.

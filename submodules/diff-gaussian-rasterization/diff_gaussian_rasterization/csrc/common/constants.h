@@ -36,6 +36,12 @@ constexpr int kMaxDegree = 32;                  // largest polynomial degree P t
 constexpr unsigned char kActive = 1;              // delta(t) > 0.1 and visible
 constexpr unsigned char kActiveSegmentation = 2;  // the same, and both scales above kMinSegmentationScale
 
+/// A radius that can become an int32, whatever it was.
+template <class S>
+MEDGS_INLINE S bounded_radius(S radius) {
+  return radius < S(kMaxRadius) ? radius : S(kMaxRadius);
+}
+
 /// The largest q at which alpha = opacity exp(-q / 2) reaches 1/255; negative where it never does (or is not a number).
 template <class S>
 MEDGS_INLINE S visible_limit(S opacity) {

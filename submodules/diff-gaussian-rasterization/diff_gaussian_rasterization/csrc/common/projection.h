@@ -352,8 +352,7 @@ MEDGS_INLINE T radius_of(T xx, T xy, T yy) {
   const T half_gap = T(0.5) * (xx - yy);
   const T gap = half_gap * half_gap + xy * xy;  // mid^2 - det, without its cancellation
   const T larger = T(0.5) * (xx + yy) + std::sqrt(gap > T(kMinEigenvalueGap) ? gap : T(kMinEigenvalueGap));
-  const T radius = std::ceil(T(kRadiusSigmas) * std::sqrt(larger));
-  return radius < T(kMaxRadius) ? radius : T(kMaxRadius);
+  return bounded_radius(std::ceil(T(kRadiusSigmas) * std::sqrt(larger)));
 }
 
 /// Does [centre - radius, centre + radius] touch the tiles that cover 0 .. size along one axis?

@@ -172,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
   std::vector<int64_t> render_slots(r);
   for (int64_t i = 0; i < r; ++i) render_slots[i] = std::count(views.begin(), views.begin() + i, views[i]) * pairs;
   auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options());
-  auto v_conics = at::empty_like(p[1]);
+  auto v_conics = opacities.size(0) > 0 ? at::empty_like(p[1]) : at::zeros_like(p[1]);
   auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,

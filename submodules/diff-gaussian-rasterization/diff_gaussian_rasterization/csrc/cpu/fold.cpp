@@ -7,8 +7,6 @@
 namespace medgs {
 namespace {
 
-constexpr int64_t kChunk = 1024;  // Gaussians behind one partial sum of dL/dt: fixed, so that its rounding is too
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(const Tensor& xyz, const Tensor& w1, const Tensor& m,
                                                     const Tensor& sigma, const Tensor& scaling, const Tensor& rotation,
                                                     const Tensor& times, const Tensor& signs, double pixels_per_unit,
@@ -46,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward
   const auto means_gradient = v_means2d.contiguous(), conics_gradient = v_conics.contiguous(), r = radii.contiguous();
   Tensor out[6];
   for (int i = 0; i < 6; ++i) out[i] = at::empty_like(p[i]);
-  const int64_t chunks = (n + kChunk - 1) / kChunk;
+  const int64_t chunks = (n + kFoldChunk - 1) / kFoldChunk;
   auto v_times = at::empty({chunks, v}, xyz.options());
   AT_DISPATCH_FLOATING_TYPES(xyz.scalar_type(), "fold_backward", [&] {
     auto in = fold_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], pixels_per_unit, width, height);
@@ -60,7 +58,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward
     in.v_scaling = out[4].mutable_data_ptr<scalar_t>();
     in.v_rotation = out[5].mutable_data_ptr<scalar_t>();
     in.v_times = v_times.mutable_data_ptr<scalar_t>();
-    in.chunk = kChunk;
     kernels<scalar_t>().fold_backward(in, at::get_num_threads());
   });
   return {out[0], out[1], out[2], out[3], out[4], out[5], v_times.sum(0)};

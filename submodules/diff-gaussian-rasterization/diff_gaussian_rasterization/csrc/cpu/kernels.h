@@ -11,7 +11,8 @@ constexpr int kTile = 4;
 /// Threads for a loop over that many cheap items: waking others costs more than a few thousand of them.
 inline int threads_for(int64_t items, int threads) { return items < 8192 ? 1 : threads; }
 
-constexpr int kBand = 32;  // rows of a plane that one thread compares at once
+constexpr int64_t kFoldChunk = 1024;  // Gaussians behind one partial sum of dL/dt: fixed, so that its rounding is too
+constexpr int kBand = 32;             // rows of a plane that one thread compares at once
 
 template <class S>
 struct Kernels {

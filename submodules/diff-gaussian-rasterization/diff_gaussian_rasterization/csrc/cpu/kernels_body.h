@@ -66,7 +66,7 @@ void fold(const FoldArguments<S>& in, int threads) {
         conic[0] = c.a[l];
         conic[1] = c.b[l];
         conic[2] = c.c[l];
-        in.radii[row + l] = active[l] ? int32_t(c.radius[l] < S(kMaxRadius) ? c.radius[l] : S(kMaxRadius)) : 0;
+        in.radii[row + l] = active[l] ? int32_t(bounded_radius(S(c.radius[l]))) : 0;
         in.active[row + l] = (active[l] ? kActive : 0) | (segmented[l] ? kActiveSegmentation : 0);
       }
     }
@@ -76,13 +76,13 @@ void fold(const FoldArguments<S>& in, int threads) {
 template <class S>
 void fold_backward(const FoldArguments<S>& in, int threads) {
   constexpr int W = kLanes<S>;
-  const int64_t chunks = (in.gaussians + in.chunk - 1) / in.chunk;
+  const int64_t chunks = (in.gaussians + kFoldChunk - 1) / kFoldChunk;
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.views, threads))
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     S* v_times = in.v_times + chunk * in.views;
     for (int64_t view = 0; view < in.views; ++view) v_times[view] = 0;
-    const int64_t end = (chunk + 1) * in.chunk < in.gaussians ? (chunk + 1) * in.chunk : in.gaussians;
-    for (int64_t first = chunk * in.chunk; first < end; first += W) {
+    const int64_t end = (chunk + 1) * kFoldChunk < in.gaussians ? (chunk + 1) * kFoldChunk : in.gaussians;
+    for (int64_t first = chunk * kFoldChunk; first < end; first += W) {
       const int lanes = int(end - first < W ? end - first : W);
       Vec<S> w[2 * kMaxDegree], v_w[2 * kMaxDegree];
       const auto g = load_gaussians(in, first, end - 1, w);

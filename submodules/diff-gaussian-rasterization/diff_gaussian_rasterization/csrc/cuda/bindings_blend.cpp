@@ -1,6 +1,4 @@
 // `blend` for CUDA tensors: checks, bins, allocates, launches.
-#include <limits>
-
 #include "bindings.h"
 
 namespace medgs {
@@ -38,10 +36,10 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
     C10_CUDA_CHECK(
         cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
     C10_CUDA_CHECK(cudaStreamSynchronize(stream));
-    TORCH_CHECK(
-        pairs < std::numeric_limits<int32_t>::max(),
-        "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
   }
+  TORCH_CHECK(
+      pairs <= cuda::kMostPairs,
+      "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
 
   auto keys = at::empty({2, pairs}, ints), slots = at::empty({pairs}, ints), owners = at::empty({pairs}, ints);
   Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({pairs}, ints), at::empty({pairs}, ints), offsets};
@@ -137,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cuda(
   const auto check = renders_to_check(view_bits, views, bits);
   const int64_t layers = layers_of(views);
   auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options()),
-       v_conics = at::empty_like(p[1]);
+       v_conics = opacities.size(0) > 0 ? at::empty_like(p[1]) : at::zeros_like(p[1]);
   auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
   AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
     auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,

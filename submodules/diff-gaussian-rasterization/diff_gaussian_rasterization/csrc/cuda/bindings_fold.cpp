@@ -56,7 +56,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward
     in.v_scaling = out[4].mutable_data_ptr<scalar_t>();
     in.v_rotation = out[5].mutable_data_ptr<scalar_t>();
     in.v_times = v_times.mutable_data_ptr<scalar_t>();
-    in.chunk = cuda::kFoldChunk;
     C10_CUDA_CHECK(cuda::launch_fold_backward(in, at::cuda::getCurrentCUDAStream()));
   });
   return {out[0], out[1], out[2], out[3], out[4], out[5], v_times.sum(0)};

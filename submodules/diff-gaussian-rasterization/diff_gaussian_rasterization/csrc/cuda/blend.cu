@@ -280,7 +280,8 @@ __global__ void __launch_bounds__(32 * kWarps)
 }
 
 /// Puts the segments of each tile together, and leaves in `starts` what is in front of each. Of a pixel that stops it
-/// finds the segment in which it does, and writes what is in front of that, and its first pair as the stop.
+/// finds the segment in which it does, and writes what is in front of that, and as the stop ~(the segment's first
+/// pair): negative until the next kernel writes the true one, or else another segment could take that for its own.
 template <class S, int C>
 __global__ void __launch_bounds__(32 * kWarps)
     join_segments_kernel(const BlendArguments<S> in, const RenderTable table) {
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       if (stop[k] != kNeverStops) continue;
       const S next = transmittance[k] * own[k][0];
       if (next < S(kMinTransmittance)) {
-        stop[k] = segment * kSegment;
+        stop[k] = ~(segment * kSegment);
         continue;
       }
 #pragma unroll
@@ -343,7 +344,7 @@ __global__ void __launch_bounds__(32 * kWarps) stop_pixels_kernel(const BlendArg
   bool stops[2], running[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k)
-    stops[k] = running[k] = tile.inside[k] && in.stops[tile.render * tile.area + tile.pixel[k]] == first;
+    stops[k] = running[k] = tile.inside[k] && in.stops[tile.render * tile.area + tile.pixel[k]] == ~first;
   if (!__any_sync(kAllLanes, stops[0] || stops[1])) return;
   const S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
   S image[2][C], transmittance[2];

@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldArguments<S> i
     in.conics[3 * row] = c.a;
     in.conics[3 * row + 1] = c.b;
     in.conics[3 * row + 2] = c.c;
-    in.radii[row] = active ? int32_t(c.radius < S(kMaxRadius) ? c.radius : S(kMaxRadius)) : 0;
+    in.radii[row] = active ? int32_t(bounded_radius(c.radius)) : 0;
     in.active[row] = (active ? kActive : 0) | (segmented ? kActiveSegmentation : 0);
   }
 }

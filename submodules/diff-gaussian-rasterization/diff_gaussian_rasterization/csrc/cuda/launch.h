@@ -11,10 +11,11 @@
 namespace medgs {
 namespace cuda {
 
-constexpr int kTile = 8;             // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
-constexpr int kSegment = 128;        // pairs of a tile's list that one warp blends at a time
-constexpr int kSimilarityTile = 16;  // px: side of the square of pixels that one block compares
-constexpr int kFoldChunk = 32;       // Gaussians behind one partial sum of dL/dt: a warp
+constexpr int kTile = 8;       // px: one warp blends a tile of 8 x 8 pixels, two pixels a lane
+constexpr int kSegment = 128;  // pairs of a tile's list that one warp blends at a time
+constexpr int32_t kMostPairs = 0x7fffffff - 2 * kSegment;  // so that the end of a whole segment is an int32
+constexpr int kSimilarityTile = 16;                        // px: side of the square of pixels that one block compares
+constexpr int kFoldChunk = 32;                             // Gaussians behind one partial sum of dL/dt: a warp
 
 template <class S>
 cudaError_t launch_fold(const FoldArguments<S>& in, cudaStream_t stream);

@@ -18,7 +18,6 @@ template <class S>
 struct AdamTable {
   AdamTensor<S> tensor[kAdamTensors];
   unsigned first_block[kAdamTensors + 1];
-  int count;
 };
 
 template <class S>
@@ -107,12 +106,12 @@ cudaError_t launch_adam(const AdamTensor<S>* tensors, int count, const AdamConst
                         cudaStream_t stream) {
   for (int first = 0; first < count; first += kAdamTensors) {
     AdamTable<S> table{};
-    table.count = std::min(kAdamTensors, count - first);
-    for (int k = 0; k < table.count; ++k) {
+    const int here = std::min(kAdamTensors, count - first);
+    for (int k = 0; k < here; ++k) {
       table.tensor[k] = tensors[first + k];
       table.first_block[k + 1] = table.first_block[k] + blocks_for(tensors[first + k].size, kThreads * kAdamPerThread);
     }
-    adam_kernel<S><<<table.first_block[table.count], kThreads, 0, stream>>>(table, constants);
+    adam_kernel<S><<<table.first_block[here], kThreads, 0, stream>>>(table, constants);
   }
   return cudaGetLastError();
 }
