@@ -42,6 +42,10 @@ class GaussianModel:
         }
         self.time_func = nn.Parameter(time_func.detach().clone(), requires_grad=time_func.ndim == 2)
         self.active_sh_degree = active_sh_degree
+        k = self.num_frames
+        self._earlier = torch.ones(k, k, dtype=time_func.dtype, device=time_func.device).tril(
+            -1
+        )  # frames before each
 
     @classmethod
     def random(
@@ -147,7 +151,7 @@ class GaussianModel:
         durations: Tensor = self.time_func
         if self.uses_dff:
             durations = torch.cat([torch.softmax(durations[:, 0], 0), durations.new_zeros(1)])
-        starts = torch.cumsum(durations, 0) - durations  # (K,)
+        starts = (self._earlier * durations).sum(1)  # (K,); a GPU has no deterministic cumulative sum
         index = positions.long().clamp_max(self.num_frames - 1)
         fraction = (positions - index).to(durations.dtype)
         return starts[index] + durations[index] * fraction

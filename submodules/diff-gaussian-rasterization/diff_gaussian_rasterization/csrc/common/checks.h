@@ -39,9 +39,9 @@ inline void check_image(int64_t width, int64_t height) {
                     "width and height must be 1 ... 32768 pixels, got ", width, " x ", height);
 }
 
-inline void check_fold(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma, const Tensor& scaling,
-                       const Tensor& rotation, const Tensor& times, const Tensor& signs, int64_t width,
-                       int64_t height) {
+[[gnu::noinline]] inline void check_fold(const Tensor& xyz, const Tensor& w1, const Tensor& m, const Tensor& sigma,
+                                         const Tensor& scaling, const Tensor& rotation, const Tensor& times,
+                                         const Tensor& signs, int64_t width, int64_t height) {
   check_real(xyz, "xyz");
   TORCH_CHECK_VALUE(xyz.dim() == 2, "xyz must have shape (N, 3), got ", xyz.sizes());
   const int64_t n = xyz.size(0);
@@ -61,10 +61,10 @@ inline void check_fold(const Tensor& xyz, const Tensor& w1, const Tensor& m, con
   check_image(width, height);
 }
 
-inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities,
-                        const Tensor& colours, const Tensor& backgrounds, const std::optional<Tensor>& screen,
-                        IntArrayRef views, IntArrayRef heads, IntArrayRef bits, int64_t width, int64_t height,
-                        int64_t capacity) {
+[[gnu::noinline]] inline void check_blend(const Tensor& means2d, const Tensor& conics, const Tensor& active,
+                                          const Tensor& opacities, const Tensor& colours, const Tensor& backgrounds,
+                                          const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
+                                          IntArrayRef bits, int64_t width, int64_t height, int64_t capacity) {
   check_real(means2d, "means2d");
   TORCH_CHECK_VALUE(means2d.dim() == 3, "means2d must have shape (V, N, 2), got ", means2d.sizes());
   TORCH_CHECK_VALUE(colours.dim() == 3, "colours must have shape (heads, N, C), got ", colours.sizes());
