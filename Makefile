@@ -17,6 +17,8 @@ KNN := submodules/simple-knn
 DEMO := output/demo
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
+# For tools, which lie in $(VENV), or where they were installed already: beside a torch that is kept.
+TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 # Files that git would keep in a submodule: what its installed copy depends on.
 sources_of = $(shell find $(1) \( -name build -o -name '*.egg-info' -o -name __pycache__ \) -prune -o \
@@ -91,15 +93,15 @@ test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; c
 	@$(BIN)/python -m pytest -q
 
 lint: setup $(STAMPS)/requirements-dev  ## style and types: ruff, clang-format, mypy
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
-	$(BIN)/mypy
+	$(TOOLS) ruff check .
+	$(TOOLS) ruff format --check .
+	$(TOOLS) clang-format --dry-run -Werror $(CPP_FILES)
+	$(TOOLS) mypy
 
 format: $(STAMPS)/requirements-dev  ## rewrite the files in the style that lint checks
-	$(BIN)/ruff check --fix --exit-zero --quiet .
-	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP_FILES)
+	$(TOOLS) ruff check --fix --exit-zero --quiet .
+	$(TOOLS) ruff format .
+	$(TOOLS) clang-format -i $(CPP_FILES)
 
 sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels built with sanitizers; needs g++, no GPU
 	@echo "compiling the CPU kernels with sanitizers (a minute or two the first time), then testing them"
