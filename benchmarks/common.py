@@ -141,12 +141,19 @@ def surface_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Distances in mm of what meshes.py measured, one row a method, for each smoothing."""
     headers = ["case", "kept", "interp", "mesh of", "smoothing", "ASD, mm", "HD95, mm", "HD, mm"]
     rows = [
-        [line["case"], f"1/{line['keep']}", line["interp"], row["method"], row["smoothing"]]
+        [line["case"], f"1/{line['keep']}", line["interp"], _mesh_of(row, line), row["smoothing"]]
         + [f"{row[name]:.3f}" for name in ("asd", "hd95", "hd")]
         for line in lines
         for row in line["surfaces"]
     ]
-    return table(headers, rows)
+    distinct = [
+        row for i, row in enumerate(rows) if row not in rows[:i]
+    ]  # models of one case share the others
+    return table(headers, distinct)
+
+
+def _mesh_of(row: Mapping[str, Any], line: Mapping[str, Any]) -> str:
+    return f"model: {line['model']}" if row["method"] == "model" else str(row["method"])
 
 
 def write_json(path: Path, result: Mapping[str, Any]) -> None:

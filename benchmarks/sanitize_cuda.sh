@@ -19,9 +19,11 @@ mkdir -p "$(dirname "$log")"
 : > "$log"
 status=0
 for tool in memcheck racecheck initcheck; do
-  # Without torch's cache of memory every tensor is an allocation of its own, with an end that is looked at. Kernels
-  # of torch's own are left out.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --kernel-regex kns=medgs --error-exitcode 99 \
+  # Without torch's cache of memory every tensor is an allocation of its own, with an end that is looked at. Kernels of
+  # torch's own are left out, but where writes count: a sort by CUB fills what our kernels read.
+  only=(--kernel-regex kns=medgs)
+  [ "$tool" != initcheck ] || only=()
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" "${only[@]}" --error-exitcode 99 \
     --target-processes all "$python" -m pytest -q -p no:cacheprovider "${tests[@]}" -k "$select" > "$log.part" 2>&1
   ended=$?
   { echo "== $tool: exit status $ended"; tail -n 4 "$log.part"; } | tee -a "$log"

@@ -109,7 +109,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend
     in.stops = stops.mutable_data_ptr<int32_t>();
     const int64_t layers = layers_of(views);
     const int64_t segments = cuda::segment_count(pairs.slots.size(0), in.view_count, in.tiles_x * in.tiles_y);
-    starts = at::empty({layers * segments * (c + 1) * kPixels}, means2d.options());
+    // Zeros: segments that stay unused are an output, too, and hold nothing that was in memory before.
+    starts = at::zeros({layers * segments * (c + 1) * kPixels}, means2d.options());
     const Tensor segment_tiles = cut_lists(in, pairs.tile_offsets, starts, pairs.slots.size(0), layers, stream);
     if (r > 0) C10_CUDA_CHECK(cuda::launch_blend(in, stream));
   });
