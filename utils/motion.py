@@ -375,8 +375,8 @@ def _learn_contours(
 
 
 class InBetween:
-    """What lies between the frames of a sequence, computed once (seconds on a GPU, about a minute on two cores for 70
-    frames of 200 x 200), then looked up at any time.
+    """What lies between the frames of a sequence, computed once (minutes on two cores for 70 frames of 200 x 200, much
+    less on a GPU), then looked up at any time.
 
     frames: (K, C, H, W) in [0, 1], K >= 2, evenly spaced; on the device where everything is computed and kept.
     masks: (K, 1, H, W) of the same frames, inside where >= 0.5.
