@@ -45,14 +45,12 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
         last = iteration == options.iterations
         set_rates(model, optimizer, iteration, options, training.extent)
 
-        regularised = iteration >= options.ibfr_from_iter and any(
-            task.terms.get("ibfr") for task in training.tasks
-        )
+        regularised = iteration >= options.ibfr_from_iter and any(task.in_betweens for task in training.tasks)
         batch = training.sampler.draw(in_between=regularised)
         controlled = iteration < options.densify_until_iter and not options.seg_head_only
         outcome = step(Inputs.of(batch, model.device), controlled)
         if options.debug or 0 <= options.debug_from <= iteration:
-            training.check_finite(outcome.losses)
+            training.check_finite(outcome.losses(training.tasks))
         report.iteration(outcome)
 
         with torch.no_grad():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gaussian_renderer import Renders, render
-from scene.pipelines import Inputs, loss_terms, named_losses, requested_renders, split, total_loss
+from scene.pipelines import Inputs, Task, loss_terms, named_losses, requested_renders, split, total_loss
 
 if TYPE_CHECKING:
     from scene.training import Training
@@ -25,11 +25,16 @@ _MOST_PAIRS = 2**31 - 1  # the largest capacity ``blend`` looks at; it says what
 class Outcome:
     """What an iteration leaves besides the gradients of the parameters."""
 
-    losses: dict[str, Tensor]  # () each: "loss", and each weighted term, by what a person would call it
+    loss: Tensor  # ()
     terms: list[dict[str, Tensor]]  # of each task, unweighted
     images: Tensor  # (B, C, H, W): the first task's renders of its real views
     targets: Tensor  # (B, C, H, W): what they should show
     renders: Renders
+
+    def losses(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
+        """() each: every weighted term, by what a person would call it, and their sum, "loss". Made when asked for:
+        few iterations are looked at."""
+        return named_losses(tasks, self.terms) | {"loss": self.loss}
 
 
 def forward_backward(
@@ -76,7 +81,7 @@ def forward_backward(
     loss = total_loss(tasks, terms)
     loss.backward()
     return Outcome(
-        named_losses(tasks, terms) | {"loss": loss.detach()},
+        loss.detach(),
         [{name: value.detach() for name, value in named.items()} for named in terms],
         images[0][: inputs.real].detach(),
         shown[0][0],

@@ -35,6 +35,11 @@ class Task:
     terms: Mapping[str, float]
     between: Callable[[Tensor, Tensor], Tensor] | None = None
 
+    @property
+    def in_betweens(self) -> bool:
+        """Is what lies between frames rendered too, and compared with what is expected there (IBFR)?"""
+        return bool(self.terms.get("ibfr"))
+
     def render(self, view: int) -> Render:
         return Render(view, self.head, self.test)
 
@@ -50,7 +55,7 @@ class Task:
         before = positions.long()
         alphas = (positions - before).float()
         if self.between is None:
-            first, second = (self.targets(k, background, mirrored) for k in (before, before + 1))
+            first, second = self.targets(torch.cat([before, before + 1]), background, mirrored).chunk(2)
             return torch.lerp(first, second, alphas.view(-1, 1, 1, 1))
         images = self.between(before, alphas)
         return torch.where(mirrored, images.flip(-1), images).expand(-1, len(background), -1, -1)
@@ -155,7 +160,7 @@ class Inputs:
         """What the task's renders should show: (B, C, H, W) at the real views, and (V - B, C, H, W) at those between,
         none where the task has no IBFR."""
         targets = task.targets(self.views[0, : self.real].long(), background, self.mirrored)
-        if not task.terms.get("ibfr") or self.views.shape[1] == self.real:
+        if not task.in_betweens or self.views.shape[1] == self.real:
             return targets, targets[:0]
         return targets, task.expected(self.views[0, self.real :], background, self.mirrored)
 
@@ -164,8 +169,7 @@ def requested_renders(tasks: Sequence[Task], inputs: Inputs) -> list[list[Render
     """For each task the renders it needs: of the real views, then, where it has IBFR, of those between."""
     views = inputs.views.shape[1]
     return [
-        [task.render(view) for view in range(views if task.terms.get("ibfr") else inputs.real)]
-        for task in tasks
+        [task.render(view) for view in range(views if task.in_betweens else inputs.real)] for task in tasks
     ]
 
 

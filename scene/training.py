@@ -379,7 +379,7 @@ def _in_between(
 def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
     """Can the rasteriser draw an iteration's images at once?"""
     real = min(options.batch_size, len(todo[0].frames))
-    renders = sum(2 * real - 1 if task.terms.get("ibfr") else real for task in todo)
+    renders = sum(2 * real - 1 if task.in_betweens else real for task in todo)
     if renders > MAX_RENDERS and options.rasterizer == "compiled":
         raise UserError(
             f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "

@@ -151,6 +151,19 @@ def fits(result: Any, arguments: dict[str, Any]) -> bool:
     return devices == {"cpu"}
 
 
+def answer(function: Callable[..., Any], arguments: dict[str, Any], worst: str) -> Any:
+    """A result to look into, whose gradients come; None where what does not fit was refused, or held no values."""
+    result = attempt(function, arguments)
+    assert result is not None or worst == "form"
+    if result is None:
+        return None
+    outputs = [result] if isinstance(result, Tensor) else result
+    if not fits(outputs, arguments):
+        return None
+    backward(outputs, arguments)
+    return result
+
+
 def learn(arguments: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if isinstance(arguments.get(name), Tensor) and arguments[name].is_floating_point():
@@ -199,13 +212,9 @@ def test_fold(scene_and_type, data):
     if data.draw(st.integers(0, 9)) == 0:
         arguments["pixels_per_unit"] = data.draw(st.sampled_from([0.0, -1.0, math.nan, math.inf, 1e300]))
         worst = max(worst, "value", key=BADNESS.index)
-    result = attempt(fold, arguments)
-    assert result is not None or worst == "form"
+    result = answer(fold, arguments, worst)
     if result is None:
         return
-    if not fits(result, arguments):
-        return
-    backward(result, arguments)
     assert same(result, fold(**contiguous(arguments)))
     if worst in ("none", "layout") and dtype == torch.float64:
         expected = oracle.fold(**contiguous(arguments))
@@ -238,13 +247,9 @@ def test_blend(scene_and_type, data):
         odd = st.sampled_from([-(2**70), -(2**40), -1, 0, 1, 3, 64, 256, 2**31, 2**63, None, 0.5])
         arguments[name] = data.draw(st.lists(odd, max_size=70))
         worst = "form"
-    result = attempt(blend, arguments)
-    assert result is not None or worst == "form"
+    result = answer(blend, arguments, worst)
     if result is None:
         return
-    if not fits(result, arguments):
-        return
-    backward(result, arguments)
     assert same(result, blend(**contiguous(arguments)))
     if worst in ("none", "layout") and dtype == torch.float64 and scene.renders:
         expected = oracle.blend(**contiguous(arguments))
@@ -264,18 +269,15 @@ def test_similarity(data):
     }
     learn(arguments, ("images",))
     arguments, worst = spoiled(data, arguments)
-    result = attempt(similarity, arguments)
-    assert result is not None or worst == "form"
-    if result is not None and fits(result, arguments):
-        backward(result, arguments)
-        if worst in ("none", "layout"):
-            values = contiguous(arguments)
-            torch.testing.assert_close(
-                torch.stack(result).detach().double(),
-                torch.stack([losses.l1(**values), losses.ssim(**values)]).double(),
-                rtol=1e-4,
-                atol=1e-5,  # sums of float32, one or many partial sums
-            )
+    result = answer(similarity, arguments, worst)
+    if result is not None and worst in ("none", "layout"):
+        values = contiguous(arguments)
+        torch.testing.assert_close(
+            torch.stack(result).detach().double(),
+            torch.stack([losses.l1(**values), losses.ssim(**values)]).double(),
+            rtol=1e-4,
+            atol=1e-5,  # sums of float32, one or many partial sums
+        )
 
 
 @fuzz
@@ -288,13 +290,10 @@ def test_sigma_outside(data):
             arguments[bound] = data.draw(st.sampled_from([math.nan, math.inf, -math.inf, 0.0, -1.0, 1e300]))
             worst = max(worst, "value", key=BADNESS.index)
     learn(arguments, ("raw",))
-    result = attempt(sigma_outside, arguments)
-    assert result is not None or worst == "form"
-    if result is not None and fits([result], arguments):
-        backward([result], arguments)
-        if worst in ("none", "layout"):
-            expected = losses.sigma_outside(torch.exp(arguments["raw"].detach()), 0.1, 1.0)
-            torch.testing.assert_close(result.detach(), expected, rtol=1e-4, atol=1e-6)
+    result = answer(sigma_outside, arguments, worst)
+    if result is not None and worst in ("none", "layout"):
+        expected = losses.sigma_outside(torch.exp(arguments["raw"].detach()), 0.1, 1.0)
+        torch.testing.assert_close(result.detach(), expected, rtol=1e-4, atol=1e-6)
 
 
 @fuzz

@@ -116,7 +116,7 @@ class _Look:
             for name, value in values.items()
         }
         quality = {"PSNR": psnr(outcome.images, outcome.targets).mean()}
-        named = outcome.losses | training.magnitudes() | quality | terms
+        named = outcome.losses(training.tasks) | training.magnitudes() | quality | terms
         self.names, self.logged = list(named), ["loss", *terms]
         values = torch.stack([value.detach().float() for value in named.values()])
         self.event = torch.cuda.Event() if values.is_cuda else None
