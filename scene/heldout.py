@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.frames)
 
-    @property
+    @cached_property
     def indices(self) -> list[float]:
         """(M,) where they lie in the sequence of the kept frames: 0.5 is half-way from frame 0 to frame 1."""
         return np.interp(self.positions, self.kept_positions, np.arange(len(self.kept_positions))).tolist()

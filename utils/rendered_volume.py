@@ -64,7 +64,6 @@ class Grid:
     def affine(self) -> np.ndarray:
         """(4, 4), voxels of `Volume.values` to RAS millimetres: the source's axes and directions."""
         geometry, count = self.geometry, len(self.positions)
-        shape = [0, 0, 0]
         to_render = np.zeros((4, 4))  # voxel indices to (column, row, slice)
         to_render[3, 3] = 1
         for index, (axis, flip, extent) in enumerate(
@@ -72,7 +71,6 @@ class Grid:
         ):
             to_render[index, axis] = -1 if flip else 1
             to_render[index, 3] = extent - 1 if flip else 0
-            shape[axis] = extent
         corners = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float64)
         corners[3, 2] = self.positions[1] - self.positions[0] if count > 1 else 1.0
         placed = geometry.to_patient(corners, self.size)
