@@ -14,10 +14,9 @@ import sys
 import torch
 
 from arguments import AUTO, train_options
-from gaussian_renderer import Renders
 from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
-from scene.iteration import on_side_stream
+from scene.iteration import Outcome, on_side_stream
 from scene.pipelines import Inputs
 from scene.training import Training
 from utils.errors import StopRequest, UserError, run
@@ -55,7 +54,7 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
 
         with torch.no_grad():
             if controlled:
-                control_density(training, outcome.renders, len(batch.frames))
+                control_density(training, outcome, len(batch.frames))
             if not last:  # as is published; the gradients are kept for a longer run then
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
@@ -75,15 +74,16 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
     report.close()
 
 
-def control_density(training: Training, renders: Renders, real: int) -> None:
+def control_density(training: Training, outcome: Outcome, real: int) -> None:
     """Statistics over the ``real`` views, then the density step and the opacity reset where they are due."""
     options, model, iteration = training.options, training.model, training.iteration
+    assert outcome.screen_gradients is not None
     for head, task in enumerate(training.tasks):
         training.control.observe(
-            renders.radii[:real],
-            renders.active[:real],
+            outcome.radii[:real],
+            outcome.active[:real],
             task.test,
-            renders.screen.grad[head, :real],
+            outcome.screen_gradients[head, :real],
             model.params["m"].grad,
             training.camera,
             options.rasterizer,

@@ -141,7 +141,7 @@ class Frames:
             for k in indices.tolist():
                 if not 0 <= k < len(self):  # a frame before the first is never the last one
                     raise IndexError(f"frame {k} of {len(self)}")
-        frames = self.levels[indices.to(self.levels.device)].to(self.device)
+        frames = _send(self.levels[_send(indices, self.levels.device)], self.device)
         if frames.dtype == torch.uint8:
             frames = frames.float() / 255
         elif frames.dtype == torch.int16:
@@ -154,6 +154,11 @@ class Frames:
         if isinstance(mirrored, Tensor):
             return torch.where(mirrored, frames.flip(-1), frames)
         return frames.flip(-1) if mirrored else frames
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """``tensor`` on ``device``. Only a GPU can be sent to without waiting: what is read from one must have arrived."""
+    return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
 def frame_files(folder: str | os.PathLike[str]) -> list[Path]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from gaussian_renderer import Renders, render
+from gaussian_renderer import render
 from scene.pipelines import Inputs, Task, loss_terms, named_losses, requested_renders, split, total_loss
 
 if TYPE_CHECKING:
@@ -29,7 +29,9 @@ class Outcome:
     terms: list[dict[str, Tensor]]  # of each task, unweighted
     images: Tensor  # (B, C, H, W): the first task's renders of its real views
     targets: Tensor  # (B, C, H, W): what they should show
-    renders: Renders
+    radii: Tensor  # (V, N) int32 px, 0 where not visible
+    active: Tensor  # (V, N) uint8, bits of the activity tests
+    screen_gradients: Tensor | None  # (tasks, V, N, 2): dL/d(centre in px) of each, where it was asked for
 
     def losses(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """() each: every weighted term, by what a person would call it, and their sum, "loss". Made when asked for:
@@ -85,7 +87,9 @@ def forward_backward(
         [{name: value.detach() for name, value in named.items()} for named in terms],
         images[0][: inputs.real].detach(),
         shown[0][0],
-        replace(renders, images=renders.images.detach()),
+        renders.radii,
+        renders.active,
+        None if renders.screen is None else renders.screen.grad,
     )
 
 
@@ -93,9 +97,30 @@ def forward_backward(
 class _Recording:
     graph: torch.cuda.CUDAGraph
     inputs: Inputs  # its own: filled before each replay
-    outcome: Outcome
-    gradients: Sequence[tuple[Tensor, Tensor | None]]  # of each parameter: where each replay leaves it
+    outcome: Outcome  # where each replay leaves it, and
+    gradients: Sequence[
+        tuple[Tensor, Tensor | None]
+    ]  # of each parameter, until the next replay of any recording
     capacity: int
+
+
+class _Memory:
+    """Where a tensor lies on the GPU, without holding it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.__cuda_array_interface__ = tensor.detach().__cuda_array_interface__
+
+
+def _unowned(value: Any) -> Any:
+    """``value`` with its tensors, those in lists and dictionaries too, as views that do not keep their memory: what
+    is recorded next may use it again, so that all recordings together take no more than the largest."""
+    if isinstance(value, Tensor) and value.numel():
+        return torch.as_tensor(_Memory(value), device=value.device)
+    if isinstance(value, Mapping):
+        return {name: _unowned(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_unowned(item) for item in value]
+    return value
 
 
 def on_side_stream(function: Callable[..., None]) -> Callable[..., None]:
@@ -137,14 +162,22 @@ class Replay:
         self._held: Tensor | None = None
 
     def forget(self) -> None:
-        """Gives the recordings' memory back, before parameters are exchanged: both would not fit side by side."""
+        """Gives the recordings' memory back to whatever needs much: both would not fit side by side. The parameters
+        keep the gradients that they have."""
+        for parameter in self._learned():
+            if parameter.grad is not None:
+                parameter.grad = parameter.grad.clone()
         self.recordings.clear()
         self._anchor = self._held = None
         torch.cuda.empty_cache()
 
+    def _learned(self) -> list[Tensor]:
+        return [*self.training.model.params.values(), self.training.model.time_func]
+
     def _pool(self) -> Any:
         """Where all recordings have their tensors. It lives as long as a graph does that uses it: an empty one."""
         if self._anchor is None:
+            torch.cuda.empty_cache()  # what lies idle outside cannot be used within
             self._anchor = torch.cuda.CUDAGraph()
             self._anchor.capture_begin(capture_error_mode="thread_local")
             self._held = torch.zeros(1, device=self.training.model.device)
@@ -156,7 +189,7 @@ class Replay:
         model, options = training.model, training.options
         parameters = [p.data_ptr() for p in model.params.values()]
         if parameters != self.parameters:
-            self.recordings.clear()
+            self.forget()
             self.parameters = parameters
         kind = (
             inputs.views.shape[1],
@@ -167,6 +200,7 @@ class Replay:
         )
         if kind not in self.seen:
             self.seen.add(kind)
+            self.forget()
             outcome = forward_backward(training, inputs, screen_gradients, counted=self.counted)
             torch.cuda.current_stream().synchronize()
             self._note(int(self._count[0]), inputs)
@@ -203,7 +237,7 @@ class Replay:
         return self._capture(inputs, screen_gradients, capacity)
 
     def _capture(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
-        parameters = [*self.training.model.params.values(), self.training.model.time_func]
+        parameters = self._learned()
         for parameter in parameters:
             parameter.grad = None
         own = replace(inputs, views=inputs.views.clone())
@@ -216,8 +250,11 @@ class Replay:
                 graph.capture_end()
             raise
         graph.capture_end()
-        gradients = [(parameter, parameter.grad) for parameter in parameters]
-        return _Recording(graph, own, outcome, gradients, capacity)
+        gradients = [(parameter, _unowned(parameter.grad)) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        unowned = Outcome(**{field.name: _unowned(getattr(outcome, field.name)) for field in fields(outcome)})
+        return _Recording(graph, own, unowned, gradients, capacity)
 
     def _replay(self, recording: _Recording, inputs: Inputs) -> int:
         """Starts the graph and returns the number of pairs as soon as the device knows it."""

@@ -208,7 +208,7 @@ class Training:
         return partial(forward_backward, self)
 
     def release(self) -> None:
-        """Lets go of recorded iterations; the parameters are about to be exchanged."""
+        """Lets go of recorded iterations, before the parameters are exchanged or much else is rendered."""
         if self._replay is not None:
             self._replay.forget()
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from arguments import OptimisationOptions, TrainOptions
-from gaussian_renderer import RASTERIZERS, Renders, rasterizer
+from gaussian_renderer import RASTERIZERS, rasterizer
 from gaussian_renderer.oracle import LOW_PASS, fold
 from scene.cameras import Camera
 from scene.density_control import DensityControl, reset_opacity
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer
+from scene.iteration import Outcome
 from train import control_density
 
 OPTIONS = OptimisationOptions()
@@ -147,22 +148,21 @@ def test_iterations_and_heads_add_up_and_radii_only_grow(observed):
 def test_each_head_brings_its_own_gradients_and_visibility_and_in_betweens_bring_none():
     case = Case(2, heads=2)
     case.model.params["m"].grad = torch.tensor([[0.5], [-0.25]])
-    screen = torch.zeros(2, 3, 2, 2, requires_grad=True)  # heads, views, Gaussians
-    screen.grad = torch.zeros_like(screen)
-    screen.grad[0, 0, 0, 0] = 1.0  # image head
-    screen.grad[0, 1, 0, 0] = 2.0
-    screen.grad[1, 0, 0, 1] = 3.0  # segmentation head
-    screen.grad[:, 2] = 100.0  # between two frames
+    screen = torch.zeros(2, 3, 2, 2)  # heads, views, Gaussians
+    screen[0, 0, 0, 0] = 1.0  # image head
+    screen[0, 1, 0, 0] = 2.0
+    screen[1, 0, 0, 1] = 3.0  # segmentation head
+    screen[:, 2] = 100.0  # between two frames
     active = torch.tensor([[3, 1], [3, 1], [3, 3]], dtype=torch.uint8)
-    renders = Renders(
-        torch.zeros(0), screen, torch.tensor([[4, 5], [6, 7], [90, 90]], dtype=torch.int32), active
-    )
+    radii = torch.tensor([[4, 5], [6, 7], [90, 90]], dtype=torch.int32)
+    nothing = torch.zeros(0)
+    outcome = Outcome(nothing, [], nothing, nothing, radii, active, screen)
     control = DensityControl(case.model)
     training = SimpleNamespace(
         options=OPTIONS_OF_A_RUN, model=case.model, optimizer=case.optimizer, iteration=7, control=control,
         tasks=[SimpleNamespace(test=1), SimpleNamespace(test=2)], camera=CAMERA, extent=EXTENT, generator=None,
     )  # fmt: skip
-    control_density(training, renders, 2)
+    control_density(training, outcome, 2)
     s = {name: value.flatten().tolist() for name, value in control.statistics.items()}
     assert s["max_radii2D"] == [6, 7]
     assert s["xyz_gradient_accum"] == pytest.approx([2.0 * 12 + 3.0 * 10, 0])

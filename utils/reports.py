@@ -202,6 +202,7 @@ class Report:
         """Scores every task on its frames and on those held out; prints, logs, plots and saves the scores."""
         training = self.training
         iteration = training.iteration
+        training.release()
         for task in training.tasks:
             middle = len(task.frames) // 2
             scores, image = evaluate(training, task, middle)
