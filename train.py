@@ -14,9 +14,8 @@ import sys
 import torch
 
 from arguments import AUTO, train_options
-from scene.density_control import reset_opacity
 from scene.gaussian_model import set_rates
-from scene.iteration import Outcome, on_side_stream
+from scene.iteration import on_side_stream
 from scene.pipelines import Inputs
 from scene.training import Training
 from utils.errors import StopRequest, UserError, run
@@ -39,26 +38,21 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
     report = Report(training)
     step = training.stepper()
     for iteration in range(training.iteration + 1, options.iterations + 1):
-        model, optimizer = training.model, training.optimizer
         training.iteration = iteration
         last = iteration == options.iterations
-        set_rates(model, optimizer, iteration, options, training.extent)
+        set_rates(training.model, training.optimizer, iteration, options, training.extent)
 
         regularised = iteration >= options.ibfr_from_iter and any(task.in_betweens for task in training.tasks)
         batch = training.sampler.draw(in_between=regularised)
-        controlled = iteration < options.densify_until_iter and not options.seg_head_only
-        outcome = step(Inputs.of(batch, model.device), controlled)
+        outcome = step(Inputs.of(batch, training.model.device), training.controlled)
         if options.debug or 0 <= options.debug_from <= iteration:
             training.check_finite(outcome.losses(training.tasks))
         report.iteration(outcome)
+        training.observe(outcome, len(batch.frames))
 
-        with torch.no_grad():
-            if controlled:
-                control_density(training, outcome, len(batch.frames))
-            if not last:  # as is published; the gradients are kept for a longer run then
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-
+        # What is evaluated, saved and kept is one model, before it changes: Gaussians that are new, or whose opacity
+        # was reset, have learned nothing yet.
+        stopping = bool(stop)
         if iteration in options.test_iterations or last:
             report.evaluation()
         if iteration in options.save_iterations or last:
@@ -66,46 +60,12 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
         if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
             training.save_xyz()
         regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
-        stopping = bool(stop)
         if iteration in options.checkpoint_iterations or regular or stopping or last:
-            training.save_checkpoint(pending=last)  # after all else of its iteration
-        if stopping:
+            training.save_checkpoint()
+        if stopping or last:
             break
+        training.update()
     report.close()
-
-
-def control_density(training: Training, outcome: Outcome, real: int) -> None:
-    """Statistics over the ``real`` views, then the density step and the opacity reset where they are due."""
-    options, model, iteration = training.options, training.model, training.iteration
-    assert outcome.screen_gradients is not None
-    for head, task in enumerate(training.tasks):
-        training.control.observe(
-            outcome.radii[:real],
-            outcome.active[:real],
-            task.test,
-            outcome.screen_gradients[head, :real],
-            model.params["m"].grad,
-            training.camera,
-            options.rasterizer,
-        )
-    if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
-        training.release()
-        held_back = training.control.step(
-            model, training.optimizer, iteration, options, training.extent, training.generator
-        )
-        if held_back and not training.bounded:
-            training.bounded = True
-            training.say(
-                f"[{iteration}] {len(model)} Gaussians of --max_gaussians {options.max_gaussians}: "
-                "no more than it leaves room for are added from here on"
-            )
-        if len(model) == 0:
-            raise UserError(
-                f"iteration {iteration}: every Gaussian was pruned; lower --prune_opacity or the learning rates"
-            )
-    at_start = options.white_background and iteration == options.densify_from_iter
-    if iteration % options.opacity_reset_interval == 0 or at_start:
-        reset_opacity(model, training.optimizer, options.opacity_reset_value)
 
 
 def main() -> int:

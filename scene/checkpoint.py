@@ -65,7 +65,7 @@ _EXTRAS: dict[str, type | tuple[type, ...]] = {
     "options": dict,  # of the run, by name
     "background": Tensor,  # (C,)
     "random": Tensor,  # state of the generator that all random numbers come from
-    "gradients": dict,  # parameter -> gradient of a step that is still to be taken (see `Training.save_checkpoint`)
+    "gradients": dict,  # parameter -> gradient; the iteration's update is to come (see `Training.save_checkpoint`)
 }
 
 

@@ -19,7 +19,7 @@ from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import MAX_RENDERS, rasterizer
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
-from scene.density_control import DensityControl
+from scene.density_control import DensityControl, reset_opacity
 from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
 from scene.heldout import HeldOut, hold_out
@@ -143,18 +143,70 @@ class Training:
         changes = _changes(saved.extras.get("options", {}), _as_saved(options))
         if changes:
             say(f"options that changed since then: {', '.join(changes)}")
-        self._take_step(saved.extras.get("gradients", {}))
+        if "gradients" in saved.extras:
+            self._end_iteration(saved.extras["gradients"])
 
-    def _take_step(self, gradients: Mapping[str, Tensor]) -> None:
-        """The step of the optimizer that the iteration of the checkpoint was to end with."""
+    def _end_iteration(self, gradients: Mapping[str, Tensor]) -> None:
+        """What the iteration of the checkpoint was to end with."""
         degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
         set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
         self.model.active_sh_degree = degree
         for name, parameter in self._learned():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
+        self.update()
+
+    @property
+    def controlled(self) -> bool:
+        """Whether density control goes on in this iteration."""
+        return self.iteration < self.options.densify_until_iter and not self.options.seg_head_only
+
+    @torch.no_grad()
+    def observe(self, outcome: Outcome, real: int) -> None:
+        """Adds the ``real`` views of an iteration to the statistics of density control."""
+        if not self.controlled:
+            return
+        m_gradients = self.model.params["m"].grad
+        assert outcome.screen_gradients is not None and m_gradients is not None
+        for head, task in enumerate(self.tasks):
+            self.control.observe(
+                outcome.radii[:real],
+                outcome.active[:real],
+                task.test,
+                outcome.screen_gradients[head, :real],
+                m_gradients,
+                self.camera,
+                self.options.rasterizer,
+            )
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Ends an iteration: the density step and the reset of opacities where they are due, then the optimizer's."""
+        if self.controlled:
+            self._control_density()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+    def _control_density(self) -> None:
+        options, model, iteration = self.options, self.model, self.iteration
+        if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
+            self.release()
+            held_back = self.control.step(
+                model, self.optimizer, iteration, options, self.extent, self.generator
+            )
+            if held_back and not self.bounded:
+                self.bounded = True
+                self.say(
+                    f"[{iteration}] {len(model)} Gaussians of --max_gaussians {options.max_gaussians}: "
+                    "no more than it leaves room for are added from here on"
+                )
+            if len(model) == 0:
+                raise UserError(
+                    f"iteration {iteration}: every Gaussian was pruned; lower --prune_opacity or the learning rates"
+                )
+        at_start = options.white_background and iteration == options.densify_from_iter
+        if iteration % options.opacity_reset_interval == 0 or at_start:
+            reset_opacity(model, self.optimizer, options.opacity_reset_value)
 
     def _learned(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.model.params.items()
@@ -243,12 +295,11 @@ class Training:
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
         write_point_cloud(path, self.model.params, self.model.time_func)
 
-    def save_checkpoint(self, pending: bool = False) -> None:
+    def save_checkpoint(self) -> None:
         """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` less one stay.
 
-        pending: the optimizer took no step yet in this iteration, as is published of a run's last. The gradients are
-        saved then, so that a longer run can begin with the step. Raises `UserError`, and writes nothing, where
-        something of the run is not finite.
+        The iteration's `update` is still to come: the gradients are saved too, and a run that goes on begins with it.
+        Raises `UserError`, and writes nothing, where something of the run is not finite.
         """
         self.check_finite({}, moments=True)
         frames = self.tasks[0].frames
@@ -262,11 +313,10 @@ class Training:
             "options": _as_saved(self.options),
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
-        }
-        if pending:
-            extras["gradients"] = {
+            "gradients": {
                 name: parameter.grad for name, parameter in self._learned() if parameter.grad is not None
-            }
+            },
+        }
         checkpoint = Checkpoint(
             self.iteration,
             {name: parameter.detach() for name, parameter in self.model.params.items()},

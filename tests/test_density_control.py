@@ -13,7 +13,7 @@ from scene.cameras import Camera
 from scene.density_control import DensityControl, reset_opacity
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer
 from scene.iteration import Outcome
-from train import control_density
+from scene.training import Training
 
 OPTIONS = OptimisationOptions()
 OPTIONS_OF_A_RUN = TrainOptions(source_path="none")
@@ -159,10 +159,10 @@ def test_each_head_brings_its_own_gradients_and_visibility_and_in_betweens_bring
     outcome = Outcome(nothing, [], nothing, nothing, radii, active, screen)
     control = DensityControl(case.model)
     training = SimpleNamespace(
-        options=OPTIONS_OF_A_RUN, model=case.model, optimizer=case.optimizer, iteration=7, control=control,
-        tasks=[SimpleNamespace(test=1), SimpleNamespace(test=2)], camera=CAMERA, extent=EXTENT, generator=None,
+        options=OPTIONS_OF_A_RUN, model=case.model, controlled=True, control=control, camera=CAMERA,
+        tasks=[SimpleNamespace(test=1), SimpleNamespace(test=2)],
     )  # fmt: skip
-    control_density(training, outcome, 2)
+    Training.observe(training, outcome, 2)
     s = {name: value.flatten().tolist() for name, value in control.statistics.items()}
     assert s["max_radii2D"] == [6, 7]
     assert s["xyz_gradient_accum"] == pytest.approx([2.0 * 12 + 3.0 * 10, 0])

@@ -29,9 +29,14 @@ from sequences import (
 
 import train
 from arguments import OptimisationOptions, read_cfg_args
+from gaussian_renderer import render_frames
+from scene.cameras import Camera
+from scene.frames import Frames
+from scene.gaussian_model import GaussianModel
 from scene.point_cloud import read_point_cloud
 from utils.geometry import Geometry
 from utils.images import read_image
+from utils.metrics import psnr
 
 ROOT = Path(train.__file__).parent
 # A small schedule: density steps at 10, 20, 30.
@@ -316,7 +321,8 @@ def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch, capsy
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Checkpoints 1..14 of a run in which density steps exchange all tensors, and change no Gaussian."""
+    """Checkpoints 1..14 of a run in which density steps exchange all tensors, and change no Gaussian: each is what
+    its iteration rendered, and its update comes after."""
     folder = tmp_path_factory.mktemp("steps")
     still = ("--densify_grad_threshold", 1e9, "--prune_opacity", 0, "--use_dff", "--white_background")
     schedule = ("--densify_from_iter", 4, "--densification_interval", 3, "--densify_until_iter", 12)
@@ -328,7 +334,7 @@ def steps(tmp_path_factory):
 
 
 def changed(steps, iteration):
-    before, after = steps[iteration - 1].params, steps[iteration].params
+    before, after = steps[iteration].params, steps[iteration + 1].params
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
@@ -346,60 +352,82 @@ MOVING = {"xyz", "f_dc", "opacity", "scaling", "rotation", "m", "sigma", "w1"}
         (9, set()),
         (11, MOVING),
         (12, MOVING),  # no longer
-        (14, set()),  # the last
     ],
 )
-def test_an_exchange_costs_the_step_and_so_does_the_last_iteration(steps, iteration, expected):
+def test_an_exchange_costs_the_step(steps, iteration, expected):
     assert changed(steps, iteration) == expected
 
 
 def test_learned_times_are_exchanged_by_nothing(steps):
     times = [steps[i].time_func for i in range(1, 15)]
-    assert all(not torch.equal(a, b) for a, b in pairwise(times[:13]))
-    assert torch.equal(times[12], times[13])  # the last
+    assert all(not torch.equal(a, b) for a, b in pairwise(times))
 
 
 def test_steps_are_counted_through_exchanges(steps):
     saved = steps[14].optimizer
     names = [group["name"] for group in saved["param_groups"]]
     counts = {names[i]: int(entry["step"]) for i, entry in saved["state"].items()}
-    # 14 iterations but for 6, 9 and 14; opacity also misses its resets, at 4 and 8.
+    # 13 updates but for those of 6 and 9; opacity also misses its resets, at 4 and 8.
     assert counts == dict.fromkeys(MOVING, 11) | {"opacity": 9, "time_func": 13}
 
 
 @pytest.mark.parametrize("iteration", [4, 8])  # the white background's, and the interval's
 def test_opacity_resets(steps, iteration):
-    before, after = (torch.sigmoid(steps[i].params["opacity"]) for i in (iteration - 1, iteration))
+    before, after = (torch.sigmoid(steps[i].params["opacity"]) for i in (iteration, iteration + 1))
     torch.testing.assert_close(after, before.clamp_max(0.01))
-    index = [group["name"] for group in steps[iteration].optimizer["param_groups"]].index("opacity")
-    assert (steps[iteration].optimizer["state"][index]["exp_avg"] == 0).all()
+    saved = steps[iteration + 1].optimizer
+    index = [group["name"] for group in saved["param_groups"]].index("opacity")
+    assert (saved["state"][index]["exp_avg"] == 0).all()
 
 
 def test_no_other_iteration_resets_opacities(steps):
-    for iteration in set(range(2, 14)) - {4, 8}:
-        moved = (steps[iteration].params["opacity"] - steps[iteration - 1].params["opacity"]).abs().max()
+    for iteration in set(range(1, 14)) - {4, 8}:
+        moved = (steps[iteration + 1].params["opacity"] - steps[iteration].params["opacity"]).abs().max()
         assert moved < 0.1, iteration  # a few steps at 2.5e-2; a reset moves 0.1 to 0.01, 2.4 in logits
 
 
 def test_density_steps_start_the_statistics_anew(steps):
     counts = {i: int(steps[i].statistics["denom"].max()) for i in steps}
-    assert counts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 0, 7: 1, 8: 2, 9: 0, 10: 1, 11: 2, 12: 2, 13: 2, 14: 2}
+    assert counts == {1: 1, 2: 2, 3: 3, 4: 4, 5: 5, 6: 6, 7: 1, 8: 2, 9: 3, 10: 1, 11: 2, 12: 2, 13: 2, 14: 2}
 
 
 def test_a_black_background_is_not_reset_early(tmp_path):
-    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--densify_from_iter", 3, "--iterations", 4)
-    assert torch.sigmoid(checkpoint(tmp_path / "out", 4).params["opacity"]).max() > 0.09
+    train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--densify_from_iter", 3, "--iterations", 5)
+    assert torch.sigmoid(checkpoint(tmp_path / "out", 5).params["opacity"]).max() > 0.09
 
 
 def test_density_control_grows_and_stops(tmp_path):
     flags = ("--densify_from_iter", 5, "--densification_interval", 5, "--densify_until_iter", 15)
     train_at(
         write(tmp_path / "data", blobs()), tmp_path / "out", *flags, "--iterations", 20,
-        "--checkpoint_iterations", 4, 5, 9, 10, 14,
+        "--checkpoint_iterations", 5, 6, 10, 11, 15,
     )  # fmt: skip
-    counts = [len(checkpoint(tmp_path / "out", i).params["xyz"]) for i in (4, 5, 9, 10, 14, 20)]
+    counts = [len(checkpoint(tmp_path / "out", i).params["xyz"]) for i in (5, 6, 10, 11, 15, 20)]
     assert counts[:3] == [150] * 3  # 5 is not after 5
     assert 150 < counts[3] == counts[4] == counts[5]  # 15 is not before 15
+
+
+def test_what_is_scored_is_what_is_saved(tmp_path):
+    # A density step is due in the iteration that is scored, and in the last: both come after.
+    out = tmp_path / "out"
+    train_at(
+        write(tmp_path / "data", blobs()), out, "--densify_from_iter", 5, "--densification_interval", 10,
+        "--densify_until_iter", 100, "--densify_grad_threshold", 0, "--iterations", 20, "--test_iterations", 10,
+        "--save_iterations", 10, "--checkpoint_iterations", 10,
+    )  # fmt: skip
+    rows = json.loads((out / "evaluation.json").read_text())
+    for iteration in (10, 20):
+        saved = checkpoint(out, iteration)
+        cloud, _ = read_point_cloud(out / "point_cloud" / f"iteration_{iteration}" / "point_cloud.ply")
+        for name, value in saved.params.items():
+            assert torch.equal(cloud[name], value), name
+        model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+        frames = Frames.read(tmp_path / "data" / "original", say=str)
+        images = render_frames(
+            model, Camera(frames.width, frames.height, 1), range(len(frames)), torch.zeros(1)
+        )
+        scored = next(row for row in rows if row["iteration"] == iteration)
+        assert psnr(images, frames(range(len(frames)))).mean() == pytest.approx(scored["psnr"], abs=1e-3)
 
 
 def test_rates_decay_over_the_run(tmp_path):
