@@ -17,7 +17,7 @@ from scene.pipelines import Inputs, Task, loss_terms, named_losses, requested_re
 if TYPE_CHECKING:
     from scene.training import Training
 
-_SPARE = 1.3  # room for pairs of Gaussian and tile over those seen last; with too little, the recording is made again
+_SPARE = 1.2  # room for pairs of Gaussian and tile over those seen last; with too little, the recording is made again
 _MOST_PAIRS = 2**31 - 1  # the largest capacity ``blend`` looks at; it says what to do where that is too much
 
 
@@ -154,7 +154,7 @@ class Replay:
         self.training = training
         self.recordings: dict[tuple, _Recording] = {}
         self.parameters: list[int] = []  # addresses of those that the recordings read
-        self.seen: set[tuple] = set()  # kinds that have run: what CUDA loads at first use is there
+        self.seen: dict[tuple, Inputs] = {}  # kinds that have run: what CUDA loads at first use is there
         self.share = 0.0  # most pairs of a recent iteration, by views and Gaussians
         self.counted = torch.zeros(1, dtype=torch.int32, pin_memory=True)
         self._count = self.counted.numpy()
@@ -167,6 +167,8 @@ class Replay:
         for parameter in self._learned():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
+        # Expandable segments are unmapped at once, under the hands of a recording that is still being replayed.
+        torch.cuda.current_stream().synchronize()
         self.recordings.clear()
         self._anchor = self._held = None
         torch.cuda.empty_cache()
@@ -199,23 +201,24 @@ class Replay:
             model.active_sh_degree,
         )
         if kind not in self.seen:
-            self.seen.add(kind)
+            self.seen[kind] = inputs
             self.forget()
             outcome = forward_backward(training, inputs, screen_gradients, counted=self.counted)
             torch.cuda.current_stream().synchronize()
             self._note(int(self._count[0]), inputs)
             return outcome
-        recording = self.recordings.get(kind)
-        if recording is None:
-            expected = self.share * inputs.views.shape[1] * len(model)
-            recording = self.recordings[kind] = self._record(inputs, screen_gradients, expected)
+        if self._anchor is None:  # the largest first: the others fit into its memory
+            largest = max((like for like in self.seen if like[2:] == kind[2:]), key=lambda like: like[:2])
+            self._record(largest, self.seen[largest], screen_gradients)
+        recording = self.recordings.get(kind) or self._record(kind, inputs, screen_gradients)
         while True:
             pairs = self._replay(recording, inputs)
             self._note(pairs, inputs)
             if pairs <= recording.capacity:
                 break
+            torch.cuda.current_stream().synchronize()  # what is being replayed must not go
             del self.recordings[kind], recording
-            recording = self.recordings[kind] = self._record(inputs, screen_gradients, pairs)
+            recording = self._record(kind, inputs, screen_gradients)
         for parameter, gradient in recording.gradients:
             parameter.grad = gradient
         return recording.outcome
@@ -225,16 +228,18 @@ class Replay:
         now = pairs / (inputs.views.shape[1] * max(len(self.training.model), 1))
         self.share = max(now, 0.99 * self.share)
 
-    def _record(self, inputs: Inputs, screen_gradients: bool, expected: float) -> _Recording:
-        """A recording with room for the ``expected`` pairs and some more."""
+    def _record(self, kind: tuple, inputs: Inputs, screen_gradients: bool) -> _Recording:
+        """A new recording of the kind, with room for the pairs that are expected and some more."""
+        expected = self.share * inputs.views.shape[1] * len(self.training.model)
         capacity = min(int(_SPARE * expected) + 1024, _MOST_PAIRS)
         try:
-            return self._capture(inputs, screen_gradients, capacity)
+            recording = self._capture(inputs, screen_gradients, capacity)
         except torch.cuda.OutOfMemoryError:
-            self.recordings.clear()
-        # Torch cannot free what it keeps for reuse while it records.
-        torch.cuda.empty_cache()
-        return self._capture(inputs, screen_gradients, capacity)
+            # Torch cannot free what it keeps for reuse while it records.
+            self.forget()
+            recording = self._capture(inputs, screen_gradients, capacity)
+        self.recordings[kind] = recording
+        return recording
 
     def _capture(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
         parameters = self._learned()

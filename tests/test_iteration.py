@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from sequences import blobs, masks, train_at, write
+from sequences import arguments, blobs, masks, train_at, write
 
+import train
 from scene import iteration
 from scene.checkpoint import load_checkpoint
 
@@ -77,3 +81,15 @@ def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(iteration.Replay, "_capture", record)
     assert_same(trained(data[0], tmp_path / "replayed"), eager)
     assert len(recorded) > 10 and max(recorded) > 40
+
+
+def test_memory_of_a_recording_outlives_its_last_replay(tmp_path):
+    # Large enough for the GPU to be behind when a density step gives the memory back. In a process of its own, as
+    # reading what is gone ends all that a process can do on a GPU.
+    root = write(tmp_path / "data", masks(count=9, width=200, height=200))
+    schedule = ("--densify_from_iter", 5, "--densification_interval", 5, "--iterations", 300)
+    command = arguments(
+        root, tmp_path / "out", "--pipeline", "seg", "--num_pts", 100_000, *schedule, "--quiet", *GPU
+    )
+    done = subprocess.run([sys.executable, train.__file__, *command[1:]], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

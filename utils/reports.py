@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device
-_EVALUATED_AT_ONCE = 8  # frames
+_EVALUATED_AT_ONCE = 4  # frames: as much memory as an iteration takes
 _HISTOGRAM_INTERVAL = 1000  # iterations
 
 

@@ -10,6 +10,17 @@ struct Pairs {
   Tensor tile_offsets, gaussians, slots, gaussian_offsets;  // as in cpu/blend.cpp
 };
 
+/// Places of arrays in one allocation. As one, what is scratch leaves room that larger tensors fit into afterwards.
+struct Layout {
+  size_t bytes = 0;
+
+  size_t add(size_t size) {
+    const size_t at = bytes;
+    bytes += (size + 255) / 256 * 256;  // as aligned as an allocation
+    return at;
+  }
+};
+
 /// With a `capacity` there is room for that many pairs, and the device is not asked how many there are.
 template <class S>
 Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities,
@@ -17,50 +28,68 @@ Pairs bin(const Tensor& means2d, const Tensor& conics, const Tensor& active, con
   const int64_t views = means2d.size(0), n = means2d.size(1), rows = views * n;
   const int tiles_x = (width + cuda::kTile - 1) / cuda::kTile, tiles_y = (height + cuda::kTile - 1) / cuda::kTile;
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
+  int key_bits = 1;
+  while ((int64_t(1) << key_bits) < views * tiles) ++key_bits;
   const auto ints = means2d.options().dtype(at::kInt), bytes = means2d.options().dtype(at::kByte);
-  auto rectangles = at::empty({rows, 8}, bytes);
-  auto counts = at::empty({rows}, ints);
+  const auto allocate = [&](const Layout& layout) {
+    return at::empty({int64_t(std::max<size_t>(layout.bytes, 1))}, bytes);
+  };
+  auto offsets = at::empty({rows + 1}, ints);
+
+  Layout layout;
+  size_t scan_bytes = 0, sort_bytes = 0;
+  C10_CUDA_CHECK(cuda::launch_scan(nullptr, scan_bytes, nullptr, nullptr, rows, stream));
+  const size_t rectangles = layout.add(size_t(rows) * 8), counts = layout.add(size_t(rows) * 4);
+  const size_t scan = layout.add(scan_bytes);
+  struct {
+    size_t unsorted, sorted, slots, owners, sort;
+  } at_pairs{};
+  const auto lay_out_pairs = [&](int64_t pairs) {
+    TORCH_CHECK(
+        pairs <= cuda::kMostPairs,
+        "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
+    const size_t size = size_t(pairs) * 4;
+    at_pairs = {layout.add(size), layout.add(size), layout.add(size), layout.add(size), 0};
+    if (pairs == 0) return;
+    C10_CUDA_CHECK(cuda::launch_sort(nullptr, sort_bytes, nullptr, nullptr, nullptr, nullptr, pairs, key_bits, stream));
+    at_pairs.sort = layout.add(sort_bytes);
+  };
+  if (capacity > 0) lay_out_pairs(capacity);
+  const Tensor scratch = allocate(layout);
+  auto* counting = scratch.mutable_data_ptr<uint8_t>();
+  auto* counted = reinterpret_cast<int32_t*>(counting + counts);
   C10_CUDA_CHECK(cuda::launch_count_pairs(means2d.const_data_ptr<S>(), conics.const_data_ptr<S>(),
                                           active.const_data_ptr<uint8_t>(), opacities.const_data_ptr<S>(), views, n,
-                                          opacities.size(0), view_bits.data(), width, height,
-                                          rectangles.mutable_data_ptr(), counts.mutable_data_ptr<int32_t>(), stream));
-  auto offsets = at::empty({rows + 1}, ints);
-  size_t need = 0;
+                                          opacities.size(0), view_bits.data(), width, height, counting + rectangles,
+                                          counted, stream));
   C10_CUDA_CHECK(
-      cuda::launch_scan(nullptr, need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(), rows, stream));
-  auto temporary = at::empty({int64_t(std::max<size_t>(need, 1))}, bytes);
-  C10_CUDA_CHECK(cuda::launch_scan(temporary.data_ptr(), need, counts.data_ptr<int32_t>(), offsets.data_ptr<int32_t>(),
-                                   rows, stream));
+      cuda::launch_scan(counting + scan, scan_bytes, counted, offsets.mutable_data_ptr<int32_t>(), rows, stream));
   int32_t pairs = int32_t(capacity);
+  Tensor more = scratch;
   if (capacity == 0) {  // the one host synchronisation of a render
     C10_CUDA_CHECK(
         cudaMemcpyAsync(&pairs, offsets.data_ptr<int32_t>() + rows, sizeof pairs, cudaMemcpyDeviceToHost, stream));
     C10_CUDA_CHECK(cudaStreamSynchronize(stream));
+    layout = Layout();
+    lay_out_pairs(pairs);
+    more = allocate(layout);
   }
-  TORCH_CHECK(
-      pairs <= cuda::kMostPairs,
-      "blend: the pairs of Gaussian and tile are more than 2^31: render fewer views at once, or smaller images");
-
-  auto keys = at::empty({2, pairs}, ints), slots = at::empty({pairs}, ints), owners = at::empty({pairs}, ints);
   Pairs out = {at::empty({views, tiles + 1}, ints), at::empty({pairs}, ints), at::empty({pairs}, ints), offsets};
-  auto* unsorted = reinterpret_cast<uint32_t*>(keys.data_ptr<int32_t>());
-  auto* sorted = unsorted + pairs;
+  auto* sorting = more.mutable_data_ptr<uint8_t>();
+  auto* unsorted = reinterpret_cast<uint32_t*>(sorting + at_pairs.unsorted);
+  auto* sorted = reinterpret_cast<uint32_t*>(sorting + at_pairs.sorted);
+  auto* slots = reinterpret_cast<int32_t*>(sorting + at_pairs.slots);
+  auto* owners = reinterpret_cast<int32_t*>(sorting + at_pairs.owners);
+  auto* sorted_slots = out.slots.mutable_data_ptr<int32_t>();
   if (pairs > 0) {
-    C10_CUDA_CHECK(cuda::launch_emit_pairs(rectangles.data_ptr(), offsets.data_ptr<int32_t>(), views, n, tiles_x,
-                                           tiles_y, pairs, unsorted, slots.data_ptr<int32_t>(),
-                                           owners.data_ptr<int32_t>(), stream));
-    int key_bits = 1;
-    while ((int64_t(1) << key_bits) < views * tiles) ++key_bits;
-    need = 0;
-    C10_CUDA_CHECK(cuda::launch_sort(nullptr, need, unsorted, sorted, slots.data_ptr<int32_t>(),
-                                     out.slots.data_ptr<int32_t>(), pairs, key_bits, stream));
-    temporary = at::empty({int64_t(std::max<size_t>(need, 1))}, bytes);
-    C10_CUDA_CHECK(cuda::launch_sort(temporary.data_ptr(), need, unsorted, sorted, slots.data_ptr<int32_t>(),
-                                     out.slots.data_ptr<int32_t>(), pairs, key_bits, stream));
+    C10_CUDA_CHECK(cuda::launch_emit_pairs(counting + rectangles, offsets.data_ptr<int32_t>(), views, n, tiles_x,
+                                           tiles_y, pairs, unsorted, slots, owners, stream));
+    C10_CUDA_CHECK(cuda::launch_sort(sorting + at_pairs.sort, sort_bytes, unsorted, sorted, slots, sorted_slots, pairs,
+                                     key_bits, stream));
   }
-  C10_CUDA_CHECK(cuda::launch_tile_ranges(
-      sorted, out.slots.data_ptr<int32_t>(), owners.data_ptr<int32_t>(), offsets.data_ptr<int32_t>() + rows, pairs,
-      views, tiles, out.tile_offsets.data_ptr<int32_t>(), out.gaussians.data_ptr<int32_t>(), stream));
+  C10_CUDA_CHECK(cuda::launch_tile_ranges(sorted, sorted_slots, owners, offsets.data_ptr<int32_t>() + rows, pairs,
+                                          views, tiles, out.tile_offsets.mutable_data_ptr<int32_t>(),
+                                          out.gaussians.mutable_data_ptr<int32_t>(), stream));
   return out;
 }
 
