@@ -1,0 +1,97 @@
+"""A training iteration on a GPU, phase by phase: the bytes and operations that it needs, and the time that it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import table
+from scenes import Bench, Unavailable
+from training import OTHER, Stopwatch, training
+from workload import CUDA, Attainable, Recorder, count, floors
+
+from scene.cameras import Camera
+from scene.iteration import forward_backward
+from scene.pipelines import Inputs
+
+ITERATIONS = 6050  # of the run whose state this is: half an interval behind a density step
+TIMED, TRACED = 20, 20
+
+
+def floors_on_cuda(bench: Bench) -> dict[str, Any]:
+    """Bytes and operations of each phase of an iteration (img, IBFR), their least time, and the time measured."""
+    if bench.device.type != "cuda":
+        raise Unavailable("it needs a CUDA device (throughput has the floors of a CPU)")
+    before = 50 if bench.quick else ITERATIONS - TIMED - TRACED - 1
+    watch = Stopwatch(bench.device, TIMED, TRACED)
+    data = Path(bench.case) if bench.case else Camera(197, 233)
+    with training(bench, data, ibfr_from_iter=0) as run_of_it:
+        watch.run(run_of_it, before)
+        batch = run_of_it.sampler.draw(in_between=True)
+        while len(batch.positions) < 2 * run_of_it.options.batch_size - 1:  # one at an end has fewer views
+            batch = run_of_it.sampler.draw(in_between=True)
+        with Recorder() as recorder:
+            outcome = forward_backward(run_of_it, Inputs.of(batch, bench.device), screen_gradients=True)
+        work = count(recorder.calls["blend"], CUDA)
+        learned = sum(p.numel() for p in run_of_it.model.params.values() if p.grad is not None)
+        recorder.calls["observe"] = {}  # what the loop does next
+        needed = floors(recorder.calls, work, learned)
+        camera, gaussians, views = run_of_it.camera, len(run_of_it.model), len(outcome.renders.images)
+    can = Attainable.measured(bench.device, 1, bench.quick)
+    measured = watch.phases()
+    if not measured:
+        raise Unavailable("torch's profiler saw no kernels")
+    result = {
+        "scene": {
+            "case": Path(bench.case).name if bench.case else None,
+            "gaussians": gaussians,
+            "views": views,
+            "width": camera.width,
+            "height": camera.height,
+        },
+        "pairs": asdict(work),
+        "attainable": asdict(can),
+        "iteration_s": watch.seconds,
+        "phases": {
+            name: asdict(floor)
+            | {"floor_s": floor.seconds(can), "measured_s": measured.get(name)}
+            for name, floor in needed.items()
+        }
+        | {OTHER: {"bytes": None, "operations": None, "floor_s": None, "measured_s": measured.get(OTHER)}},
+        "kernels_s": dict(sorted(watch.kernels.items(), key=lambda item: -item[1])),
+    }
+    print(floors_table(result))
+    print("\n" + attainable_line(can.__dict__))
+    return result
+
+
+def floors_table(section: Mapping[str, Any]) -> str:
+    scene, phases = section["scene"], section["phases"]
+    size = f"{scene['gaussians']} Gaussians, {scene['views']} views of {scene['width']} x {scene['height']}"
+    rows = [
+        [
+            name,
+            None if row["bytes"] is None else row["bytes"] / 1e6,
+            None if row["operations"] is None else row["operations"] / 1e9,
+            None if row["floor_s"] is None else 1e6 * row["floor_s"],
+            None if row["measured_s"] is None else 1e6 * row["measured_s"],
+            row["measured_s"] / row["floor_s"] if row["measured_s"] and row["floor_s"] else None,
+        ]
+        for name, row in phases.items()
+    ]
+    floor, measured = (
+        sum(row[key] or 0.0 for row in phases.values()) for key in ("floor_s", "measured_s")
+    )
+    rows.append(["on the device", None, None, 1e6 * floor, 1e6 * measured, measured / floor])
+    rows.append(["on the clock", None, None, 1e6 * floor, 1e6 * section["iteration_s"], section["iteration_s"] / floor])
+    return table([size, "MB", "G operations", "floor, us", "measured, us", "measured / floor"], rows)
+
+
+def attainable_line(can: Mapping[str, Any]) -> str:
+    return (
+        f"Attainable: {can['lane_operations'] / 1e12:.3g} T lane operations/s ({can['source']}; in a matrix product "
+        f"of float32: {can['matrix_product'] / 1e12:.3g}), copying {can['bytes'] / 1e12:.3g} TB/s."
+    )
