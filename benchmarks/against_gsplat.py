@@ -10,7 +10,16 @@ from typing import Any
 
 import torch
 from common import table
-from scenes import DEGREE, Bench, Drawing, Unavailable, largest_difference, model_in_training, neighbours, settle
+from scenes import (
+    DEGREE,
+    Bench,
+    Drawing,
+    Unavailable,
+    largest_difference,
+    model_in_training,
+    neighbours,
+    settle,
+)
 from torch import Tensor
 
 from gaussian_renderer import ACTIVE, editing
@@ -20,7 +29,8 @@ from utils.spherical_harmonics import to_colour
 
 VIEWS = 5  # of the folded scene: what an iteration with in-between frames draws
 MOST_OPACITY = 0.98  # alpha is clamped at 0.99 here and at 0.999 there: nothing gets so far
-LARGEST_MEAN_DIFFERENCE = 1e-3  # of a pixel in [0, 1]; another filter, half a pixel or another order gives ten times that
+# Of a pixel in [0, 1]; another filter, half a pixel or another order gives ten times that.
+LARGEST_MEAN_DIFFERENCE = 1e-3
 
 
 def against_gsplat(bench: Bench) -> dict[str, Any]:
@@ -31,12 +41,25 @@ def against_gsplat(bench: Bench) -> dict[str, Any]:
     for n in sizes:
         settle(bench.device)
         scenes.append(folded_scene(bench, gsplat, n))
-    for scene in scenes:
-        rows = [[name, 1e3 * s, s / scene["seconds"][scene["ours"]]] for name, s in scene["seconds"].items()]
-        print(table([scene["scene"], "ms", "ratio"], rows))
-        print(", ".join(f"{name} {value:.1e}" for name, value in scene["differences"].items()))
-        print(f"gsplat, the faster way / {scene['ours']}: {scene['ratio']:.3g}\n")
-    return {"version": gsplat.__version__, "scenes": scenes}
+    result = {"version": gsplat.__version__, "scenes": scenes}
+    print(scenes_table(result))
+    return result
+
+
+def scenes_table(section: Mapping[str, Any]) -> str:
+    """A row for each way to draw each scene; ratios to ours."""
+    headers = [f"forward and backward; gsplat {section['version']}", "drawn by", "ms", "ratio"]
+    rows = [
+        [scene["scene"], name, 1e3 * s, s / scene["seconds"][scene["ours"]]]
+        for scene in section["scenes"]
+        for name, s in scene["seconds"].items()
+    ]
+    differences = [
+        f"- {scene['scene']}, ours against gsplat: "
+        + ", ".join(f"{name} {value:.1e}" for name, value in scene["differences"].items())
+        for scene in section["scenes"]
+    ]
+    return "\n".join([table(headers, rows), "", *differences])
 
 
 def _importable(bench: Bench) -> ModuleType:
@@ -166,8 +189,12 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         (opacities,), (colours,) = model.opacities([IMAGE]), to_colour(model.raw_colours([IMAGE], camera))
         return [cut(model, position) for position in positions], opacities, colours
 
-    def all_views(cuts: Sequence[editing.Cut], opacities: Tensor, colours: Tensor, packed: bool = False) -> Tensor:
-        drawn = torch.stack([at.active(ACTIVE) for at in cuts])  # (V, N); one of no opacity is culled first of all
+    def all_views(
+        cuts: Sequence[editing.Cut], opacities: Tensor, colours: Tensor, packed: bool = False
+    ) -> Tensor:
+        drawn = torch.stack(
+            [at.active(ACTIVE) for at in cuts]
+        )  # (V, N); one of no opacity is culled first of all
         return draw_with(
             gsplat,
             torch.stack([at.means for at in cuts]),
@@ -183,9 +210,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
     leaves = [t for at in cuts for t in (at.means, at.quaternions, at.scales)] + [opacities, colours]
 
     def one_by_one() -> Tensor:
-        images = [
-            draw(at, at.active(ACTIVE), opacities, colours, camera, folded.background) for at in cuts
-        ]
+        images = [draw(at, at.active(ACTIVE), opacities, colours, camera, folded.background) for at in cuts]
         return torch.stack(images)
 
     def cut_and_drawn() -> Tensor:

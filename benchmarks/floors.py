@@ -13,9 +13,9 @@ from scenes import Bench, Unavailable
 from training import OTHER, Stopwatch, training
 from workload import CUDA, Attainable, Recorder, count, floors
 
+from gaussian_renderer import render
 from scene.cameras import Camera
-from scene.iteration import forward_backward
-from scene.pipelines import Inputs
+from scene.pipelines import Inputs, requested_renders
 
 ITERATIONS = 6050  # of the run whose state this is: half an interval behind a density step
 TIMED, TRACED = 20, 20
@@ -33,13 +33,15 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
         batch = run_of_it.sampler.draw(in_between=True)
         while len(batch.positions) < 2 * run_of_it.options.batch_size - 1:  # one at an end has fewer views
             batch = run_of_it.sampler.draw(in_between=True)
-        with Recorder() as recorder:
-            outcome = forward_backward(run_of_it, Inputs.of(batch, bench.device), screen_gradients=True)
+        inputs = Inputs.of(batch, bench.device)
+        model, camera, (task,) = run_of_it.model, run_of_it.camera, run_of_it.tasks
+        (requested,) = requested_renders([task], inputs)
+        with Recorder() as recorder, torch.no_grad():
+            images = render(model, camera, *inputs.views, requested, run_of_it.background).images
         work = count(recorder.calls["blend"], CUDA)
-        learned = sum(p.numel() for p in run_of_it.model.params.values() if p.grad is not None)
-        recorder.calls["observe"] = {}  # what the loop does next
-        needed = floors(recorder.calls, work, learned)
-        camera, gaussians, views = run_of_it.camera, len(run_of_it.model), len(outcome.renders.images)
+        learned = sum(state["exp_avg"].numel() for state in run_of_it.optimizer.state.values())
+        needed = floors(recorder.calls, work, images[: inputs.real].numel(), learned)
+        gaussians, views = len(model), len(images)
     can = Attainable.measured(bench.device, 1, bench.quick)
     measured = watch.phases()
     if not measured:
@@ -56,15 +58,14 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
         "attainable": asdict(can),
         "iteration_s": watch.seconds,
         "phases": {
-            name: asdict(floor)
-            | {"floor_s": floor.seconds(can), "measured_s": measured.get(name)}
+            name: asdict(floor) | {"floor_s": floor.seconds(can), "measured_s": measured.get(name)}
             for name, floor in needed.items()
         }
         | {OTHER: {"bytes": None, "operations": None, "floor_s": None, "measured_s": measured.get(OTHER)}},
         "kernels_s": dict(sorted(watch.kernels.items(), key=lambda item: -item[1])),
     }
     print(floors_table(result))
-    print("\n" + attainable_line(can.__dict__))
+    print("\n" + floors_note(result))
     return result
 
 
@@ -82,16 +83,28 @@ def floors_table(section: Mapping[str, Any]) -> str:
         ]
         for name, row in phases.items()
     ]
-    floor, measured = (
-        sum(row[key] or 0.0 for row in phases.values()) for key in ("floor_s", "measured_s")
-    )
+    floor, measured = (sum(row[key] or 0.0 for row in phases.values()) for key in ("floor_s", "measured_s"))
     rows.append(["on the device", None, None, 1e6 * floor, 1e6 * measured, measured / floor])
-    rows.append(["on the clock", None, None, 1e6 * floor, 1e6 * section["iteration_s"], section["iteration_s"] / floor])
+    rows.append(
+        [
+            "on the clock",
+            None,
+            None,
+            1e6 * floor,
+            1e6 * section["iteration_s"],
+            section["iteration_s"] / floor,
+        ]
+    )
     return table([size, "MB", "G operations", "floor, us", "measured, us", "measured / floor"], rows)
 
 
-def attainable_line(can: Mapping[str, Any]) -> str:
+def floors_note(section: Mapping[str, Any]) -> str:
+    """What the floors are made of."""
+    can, pairs = section["attainable"], {name: n / 1e6 for name, n in section["pairs"].items()}
     return (
-        f"Attainable: {can['lane_operations'] / 1e12:.3g} T lane operations/s ({can['source']}; in a matrix product "
-        f"of float32: {can['matrix_product'] / 1e12:.3g}), copying {can['bytes'] / 1e12:.3g} TB/s."
+        f"{pairs['listed']:.3g} million pairs of Gaussian and tile ({CUDA.tile} x {CUDA.tile} px), "
+        f"{pairs['consumed']:.3g} in front of where the tile saturates; {pairs['forward']:.3g} million pairs of "
+        f"Gaussian and pixel to evaluate forward, {pairs['backward']:.3g} backward, {pairs['useful']:.3g} of them "
+        f"useful. Attainable: {can['lane_operations'] / 1e12:.3g} T lane operations/s ({can['source']}; a matrix "
+        f"product of float32: {can['matrix_product'] / 1e12:.3g}), copying {can['bytes'] / 1e12:.3g} TB/s."
     )

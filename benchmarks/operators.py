@@ -8,7 +8,18 @@ from typing import Any
 
 import torch
 from common import table
-from scenes import CAMERA, DEGREE, GAUSSIANS, VIEWS, Bench, Drawing, largest_difference, model_in_training, neighbours, settle
+from scenes import (
+    CAMERA,
+    DEGREE,
+    GAUSSIANS,
+    VIEWS,
+    Bench,
+    Drawing,
+    largest_difference,
+    model_in_training,
+    neighbours,
+    settle,
+)
 from torch import Tensor
 
 from gaussian_renderer import ACTIVE, editing

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,15 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     sections = result["sections"]
     curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {
         name: (curve["sizes"], curve["seconds"]) for name, curve in sections.get("growth", {}).items()
     }
-    if sizes := [run for run in sections.get("large", {}).get("runs", []) if run["options"]["data_device"] == "auto"]:
+    if sizes := [
+        run for run in sections.get("large", {}).get("runs", []) if run["options"]["data_device"] == "auto"
+    ]:
         curves["pixels + Gaussians"] = (
             [run["width"] * run["height"] + run["gaussians"] for run in sizes],
             [run["iteration_s"] for run in sizes],
@@ -64,11 +68,14 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
         ax = next(axes)
         ax.plot(xs, [1e3 * s for s in seconds], marker="o")
         training = name == "pixels + Gaussians"
-        ax.set(xlabel=name, ylabel=f"ms, {'an iteration of training' if training else 'forward and backward'}")
+        ax.set(
+            xlabel=name, ylabel=f"ms, {'an iteration of training' if training else 'forward and backward'}"
+        )
         if name in ("views", "P"):
             ax.set_ylim(0, None)
         else:
             ax.set(xscale="log", yscale="log")
+            ax.xaxis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     for name, series in bars.items():
         ax = next(axes)
@@ -107,7 +114,7 @@ def _bars(sections: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]
     return out
 
 
-def main() -> None:
+def main() -> int:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     parser.add_argument(
@@ -125,12 +132,15 @@ def main() -> None:
     out = Path(arguments.out)
     if out.suffix != ".json":
         raise UserError(f"--out {out}: give a file name that ends in .json")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # --deterministic asks for it, before any CUDA
+    os.environ.setdefault(
+        "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+    )  # --deterministic asks for it, before any CUDA
     device = resolve_device(arguments.device)
     torch.set_num_threads(available_cores())
     bench = Bench(device, arguments.quick, arguments.checkpoint, arguments.case)
     result: dict[str, Any] = {"about": describe(device) | {"quick": bench.quick}, "sections": {}}
     print(", ".join(f"{name} {value}" for name, value in result["about"].items() if value is not None))
+    failed: list[str] = []
     for name in arguments.only or SECTIONS:
         section = SECTIONS[name]
         print(f"\n## {name}\n{(section.__doc__ or '').splitlines()[0]}\n", flush=True)
@@ -141,11 +151,16 @@ def main() -> None:
         except Unavailable as reason:
             print(f"skipped: {reason}")
             measured = {"skipped": str(reason)}
+        except Exception as error:  # what others measure is kept
+            traceback.print_exc()
+            measured = {"skipped": f"it failed: {type(error).__name__}: {error}"}
+            failed.append(name)
         result["sections"][name] = measured
         print(f"({name}: {time.perf_counter() - start:.0f} s)", flush=True)
         write_json(out, result)  # what is measured is kept, whatever happens next
     plot(out.with_suffix(".png"), result)
-    print(f"\n{out}, {out.with_suffix('.png')}")
+    print(f"\n{out}, {out.with_suffix('.png')}" + (f"; failed: {', '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -133,7 +133,7 @@ class Drawing:
 
 
 def phantom(width: int, height: int, frames: int = FRAMES) -> np.ndarray:
-    """A made-up anatomy (frames, height, width) in [0, 1]: a textured ellipse that turns and bends, three organs in it."""
+    """A made-up anatomy (frames, height, width) in [0, 1]: a textured ellipse that turns and bends, three organs."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     volume = np.empty((frames, height, width), np.float32)
     for k in range(frames):
@@ -163,7 +163,9 @@ def write_resampled(folder: Path, side: int, frames: int, case: str | None) -> N
         volume = sequence(range(len(sequence))).mean(1)
     folder.mkdir(parents=True)
     size = frames, side, side
-    resampled = torch.nn.functional.interpolate(volume[None, None], size, mode="trilinear", align_corners=True)[0, 0]
+    resampled = torch.nn.functional.interpolate(
+        volume[None, None], size, mode="trilinear", align_corners=True
+    )[0, 0]
     levels = np.rint(resampled.numpy() * 65535).astype(np.uint16)
     for k, image in enumerate(levels):  # PNG would take longer to pack than the run that is measured
         np.save(folder / f"{k:04d}.npy", image)

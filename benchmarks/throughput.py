@@ -26,7 +26,7 @@ def throughput(bench: Bench) -> dict[str, Any]:
     evaluated = work.forward + work.backward
     print(
         f"{len(model)} Gaussians, {VIEWS} views of {camera.width} x {camera.height}: {work.listed} pairs of Gaussian "
-        f"and tile ({CPU.tile} x {CPU.tile} px), {work.listed - work.consumed} of them skipped behind saturated pixels.\n"
+        f"and tile ({CPU.tile} x {CPU.tile} px), {work.listed - work.consumed} of them behind saturated pixels.\n"
         f"Pairs of Gaussian and pixel: {work.forward} evaluated forward, {work.backward} backward; "
         f"{work.useful} useful ({200 * work.useful / evaluated:.0f} %)."
     )

@@ -11,13 +11,14 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from common import synchronise, table
-from scenes import CAMERA, FRAMES, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
+from scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -69,8 +70,8 @@ class Stopwatch:
     """Times the loop of train.py from outside: its functions are wrapped while it runs, the loop itself is its own.
 
     ``stages``: wait for the device around every stage, which tells them apart; without, only iterations are timed.
-    ``timed``: the iterations that count, the last ones; then ``traced`` more under torch's profiler, whose kernels
-    tell the phases of a replayed iteration apart; then one more, which also saves.
+    ``timed``: how many iterations count. ``traced``: how many follow under torch's profiler, on a GPU, whose kernels
+    tell the phases of a replayed iteration apart. The last one does neither.
     """
 
     def __init__(self, device: torch.device, timed: int, traced: int = 0, stages: bool = False) -> None:
@@ -79,6 +80,7 @@ class Stopwatch:
         self.starts: list[float] = []  # of the iterations
         self.spent: list[dict[str, float]] = []  # seconds of each stage, one entry an iteration
         self.kernels: dict[str, float] = {}  # seconds an iteration, by the functions' names
+        self.last = 0  # the number of the run's last iteration
         self._profile: profile | None = None
 
     def run(self, training: Training, before: int) -> None:
@@ -114,17 +116,16 @@ class Stopwatch:
     def _iteration(self, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            number = len(self.starts) + 1
-            if self.traced and number == self.last - self.traced:
-                synchronise(self.device)
-            if self.stages:
+            begun = len(self.starts)
+            over = self.last - self.traced - 1  # iterations, when those that count are over
+            if self.stages or begun in (over - self.timed, over):
                 synchronise(self.device)
             self.starts.append(time.perf_counter())
             self.spent.append(defaultdict(float))
-            if self.traced and number == self.last - self.traced:
+            if self.traced and begun == over:
                 self._profile = profile(activities=[ProfilerActivity.CUDA])
                 self._profile.start()
-            if self._profile is not None and number == self.last:
+            if self._profile is not None and begun == self.last - 1:
                 self._read_profile()
             return function(*args, **kwargs)
 
@@ -171,7 +172,7 @@ class Stopwatch:
         """Of each stage, and what is left of the iterations as "rest"."""
         window = self._window
         starts = self.starts[window.start : window.stop + 1]
-        totals = [b - a for a, b in zip(starts, starts[1:], strict=False)]
+        totals = [b - a for a, b in pairwise(starts)]
         spent = self.spent[window]
         names = dict.fromkeys(name for entry in spent for name in entry)
         out = {name: statistics.median(entry[name] for entry in spent) for name in names}
@@ -212,8 +213,10 @@ OTHER = "PyTorch's kernels and copies"
 
 def function_name(kernel: str) -> str:
     """``void ns::(anonymous namespace)::name<float, 7>(Arguments)`` -> ``name``."""
-    plain = kernel.replace("(anonymous namespace)", "anonymous")
-    return re.split(r"[<(]", plain, maxsplit=1)[0].split("::")[-1].split(" ")[-1]
+    plain = kernel.removeprefix("void ")
+    for unnamed in ("(anonymous namespace)", "<unnamed>"):
+        plain = plain.replace(unnamed, "")
+    return re.split(r"[<(]", plain, maxsplit=1)[0].split("::")[-1].strip()
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -318,7 +321,16 @@ def runs(bench: Bench) -> dict[str, Any]:
 
 
 def runs_table(result: list[dict[str, Any]]) -> str:
-    headers = ["Gaussians", "frame", "IBFR", "--deterministic", "it/s", "allocated, GB", "reserved", "process"]
+    headers = [
+        "Gaussians",
+        "frame",
+        "IBFR",
+        "--deterministic",
+        "it/s",
+        "allocated, GB",
+        "reserved",
+        "process",
+    ]
     rows = [
         [
             run["gaussians"],
@@ -338,8 +350,13 @@ def phases_table(result: list[dict[str, Any]]) -> str:
     names = dict.fromkeys(name for run in result for name in run["phases_s"])
     if not names:
         return "The profiler saw no kernels."
-    labels = [f"{run['gaussians']}{', IBFR' if run['options']['ibfr_from_iter'] == 0 else ''}" for run in result]
-    labels = [label + (", det." if run["options"].get("deterministic") else "") for label, run in zip(labels, result, strict=True)]
+    labels = [
+        f"{run['gaussians']}{', IBFR' if run['options']['ibfr_from_iter'] == 0 else ''}" for run in result
+    ]
+    labels = [
+        label + (", det." if run["options"].get("deterministic") else "")
+        for label, run in zip(labels, result, strict=True)
+    ]
     rows: list[list[object]] = [
         [
             f"{name}, %",

@@ -99,7 +99,8 @@ class Workload:
         """Lane operations of each pass."""
         return {
             "blend": self.forward * sum(kernels.forward.values()),
-            "blend backward": self.backward * sum(kernels.backward.values()) + self.touched * kernels.reduction,
+            "blend backward": self.backward * sum(kernels.backward.values())
+            + self.touched * kernels.reduction,
         }
 
 
@@ -117,7 +118,9 @@ class Recorder(TorchDispatchMode):
             returned = [value.name for value in func._schema.returns]
             call = dict(zip(names, args, strict=False)) | (kwargs or {})
             results = out if isinstance(out, tuple) else (out,) if returned else ()
-            self.calls[func._schema.name.partition("::")[2]] = call | dict(zip(returned, results, strict=True))
+            self.calls[func._schema.name.partition("::")[2]] = call | dict(
+                zip(returned, results, strict=True)
+            )
         return out
 
 
@@ -201,9 +204,14 @@ _ADAM = 12  # a value
 _FLOAT, _RECORD = 4, 8  # bytes; floats that the backward pass keeps of a pair (one channel)
 
 
-def floors(calls: Mapping[str, dict[str, Any]], work: Workload, learned: int) -> dict[str, Floor]:
-    """Of each phase of one iteration, by what its operators took (``Recorder.calls``): what each needs is read once,
-    what it gives is written once. ``learned``: values that Adam updates."""
+def floors(
+    calls: Mapping[str, dict[str, Any]], work: Workload, compared: int, learned: int
+) -> dict[str, Floor]:
+    """Of each phase of one iteration with density statistics, by what ``fold`` and ``blend`` took (`Recorder.calls`):
+    what a phase needs is read once, what it gives is written once.
+
+    compared: values (pixels and channels) that SSIM compares. learned: values that Adam updates.
+    """
     fold, blend = calls["fold"], calls["blend"]
     means2d, active = blend["means2d"], blend["active"]
     rows = active.numel()  # of Gaussian and view
@@ -220,8 +228,6 @@ def floors(calls: Mapping[str, dict[str, Any]], work: Workload, learned: int) ->
     footprints = 5 * _FLOAT * drawn  # centre and conic
     records = pairs * layers * (_RECORD - 1 + channels) * _FLOAT
     blending = work.operations(CUDA)
-    compared = calls["similarity"]["images"].numel() if "similarity" in calls else 0
-    observed = 2 * 5 * gaussians * _FLOAT if "observe" in calls else 0
     return {
         "fold": Floor(raw + rows * 25, rows * (_FOLD + path)),
         "binning": Floor(
@@ -240,7 +246,8 @@ def floors(calls: Mapping[str, dict[str, Any]], work: Workload, learned: int) ->
             2 * raw + rows * _FLOAT + 5 * _FLOAT * drawn, drawn * (_FOLD_BACKWARD + 2 * path)
         ),
         "loss": Floor(3 * _FLOAT * values, compared * _SIMILARITY),
-        "statistics": Floor(rows * 5 + 2 * _FLOAT * drawn + observed + 3 * _FLOAT * gaussians, 0),
+        # five statistics read and written, the gradient of m, sigma and its gradient; radii, activity, screen gradients
+        "statistics": Floor(_FLOAT * (13 * gaussians + 2 * drawn) + 5 * rows, 0),
         "Adam": Floor(7 * _FLOAT * learned, _ADAM * learned),
     }
 
@@ -273,12 +280,14 @@ class Attainable:
         seconds = measure(device, functions, 3 if quick else 9)
         product = size**3 / seconds["product"]
         copied = 2 * source.numel() * source.element_size() / seconds["copy"]
-        peak, peak_from = (_issued(device), "issue at the highest clock") if on_gpu else (_peak(threads), "peak.cpp")
+        peak, peak_from = (
+            (_issued(device), "issue at the highest clock") if on_gpu else (_peak(threads), "peak.cpp")
+        )
         return cls(peak_from if peak else "matrix product", peak or product, product, copied)
 
 
 def _issued(device: torch.device) -> float | None:
-    """Lane operations a second: four warps of 32 lanes issue on each multiprocessor in every clock (Volta and later)."""
+    """Lane operations a second: each multiprocessor issues four warps of 32 lanes in every clock (Volta and later)."""
     index = str(torch.cuda.current_device() if device.index is None else device.index)
     query = "nvidia-smi", "-i", index, "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"
     megahertz = (output(*query) or "").strip()
