@@ -75,44 +75,49 @@ def _importable(bench: Bench) -> ModuleType:
     return gsplat
 
 
-def draw_with(
-    gsplat: ModuleType,
-    means: Tensor,  # (..., N, 3)
-    quaternions: Tensor,  # (..., N, 4)
-    scales: Tensor,  # (..., N, 3)
-    opacities: Tensor,  # (..., N)
-    colours: Tensor,  # (..., N, C)
-    camera: Camera,
-    packed: bool = False,
-    depth: bool = False,
-) -> Tensor:
-    """gsplat's images (..., C, H, W), with ``depth`` as a last channel, of each batch of Gaussians in one call.
+def drawer(
+    gsplat: ModuleType, camera: Camera, device: torch.device, views: int | None = None
+) -> Callable[..., Tensor]:
+    """What draws Gaussians with gsplat as ``camera`` sees them, (C, H, W), or so many ``views`` in one call, each of
+    Gaussians of its own, (views, C, H, W).
 
     Settings are ours: the same low-pass filter, near plane and tiles of 16 pixels. Its pixel centres lie at halves,
     ours at whole numbers: the same ray for half the width there.
     """
-    batch, device = means.shape[:-2], means.device
-    view = camera.view_matrix(device=device).T
-    intrinsics = torch.tensor(
-        [[camera.focal, 0, camera.width / 2], [0, camera.focal, camera.height / 2], [0, 0, 1]], device=device
-    )
-    images, _, _ = gsplat.rasterization(
-        means,
-        quaternions,
-        scales,
-        opacities,
-        colours,
-        view.expand(*batch, 1, 4, 4),
-        intrinsics.expand(*batch, 1, 3, 3),
-        camera.width,
-        camera.height,
-        near_plane=0.2,
-        eps2d=0.3,
-        packed=packed,
-        tile_size=16,
-        render_mode="RGB+D" if depth else "RGB",
-    )
-    return images.squeeze(-4).movedim(-1, -3)
+    batch = () if views is None else (views,)
+    view = camera.view_matrix(device=device).T.expand(*batch, 1, 4, 4).contiguous()
+    middle = camera.width / 2, camera.height / 2
+    rows = [[camera.focal, 0, middle[0]], [0, camera.focal, middle[1]], [0, 0, 1]]
+    intrinsics = torch.tensor(rows, device=device).expand(*batch, 1, 3, 3).contiguous()
+
+    def draw(
+        means: Tensor,  # (..., N, 3)
+        quaternions: Tensor,  # (..., N, 4)
+        scales: Tensor,  # (..., N, 3)
+        opacities: Tensor,  # (..., N)
+        colours: Tensor,  # (..., N, C)
+        packed: bool = False,
+        depth: bool = False,  # as one more channel
+    ) -> Tensor:
+        images, _, _ = gsplat.rasterization(
+            means,
+            quaternions,
+            scales,
+            opacities,
+            colours,
+            view,
+            intrinsics,
+            camera.width,
+            camera.height,
+            near_plane=0.2,
+            eps2d=0.3,
+            packed=packed,
+            tile_size=16,
+            render_mode="RGB+D" if depth else "RGB",
+        )
+        return images.squeeze(-4).movedim(-1, -3)
+
+    return draw
 
 
 def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
@@ -150,10 +155,11 @@ def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
         )
         return torch.cat([image, depth])  # (4, H, W)
 
+    theirs = drawer(gsplat, camera, device)
     draws = {
         "general": ours,
-        "gsplat": lambda: draw_with(gsplat, *leaves, camera, depth=True),
-        "gsplat, packed": lambda: draw_with(gsplat, *leaves, camera, packed=True, depth=True),
+        "gsplat": lambda: theirs(*leaves, depth=True),
+        "gsplat, packed": lambda: theirs(*leaves, packed=True, depth=True),
     }
     shape = 4, camera.height, camera.width
     v_images = torch.randn(shape, generator=generator).to(device)
@@ -183,34 +189,40 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
     positions = neighbours(model, VIEWS)
     folded = Drawing(model, camera, positions)
     cut, draw = inspect.unwrap(editing.cut), inspect.unwrap(editing.draw)
+    theirs = drawer(gsplat, camera, bench.device, VIEWS)
     raw = [p for p in model.params.values() if p.numel()]
 
-    def activated() -> tuple[list[editing.Cut], Tensor, Tensor]:
+    def activated() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Means, quaternions, scales and which are drawn, (V, N, ...); opacities and colours, (N, ...)."""
+        cuts = [cut(model, position) for position in positions]
         (opacities,), (colours,) = model.opacities([IMAGE]), to_colour(model.raw_colours([IMAGE], camera))
-        return [cut(model, position) for position in positions], opacities, colours
+        means, quaternions, scales = (
+            torch.stack([getattr(at, name) for at in cuts]) for name in ("means", "quaternions", "scales")
+        )
+        return means, quaternions, scales, torch.stack([at.active(ACTIVE) for at in cuts]), opacities, colours
 
     def all_views(
-        cuts: Sequence[editing.Cut], opacities: Tensor, colours: Tensor, packed: bool = False
+        means: Tensor,
+        quaternions: Tensor,
+        scales: Tensor,
+        drawn: Tensor,
+        opacities: Tensor,
+        colours: Tensor,
+        packed: bool = False,
     ) -> Tensor:
-        drawn = torch.stack(
-            [at.active(ACTIVE) for at in cuts]
-        )  # (V, N); one of no opacity is culled first of all
-        return draw_with(
-            gsplat,
-            torch.stack([at.means for at in cuts]),
-            torch.stack([at.quaternions for at in cuts]),
-            torch.stack([at.scales for at in cuts]),
-            opacities * drawn,
-            colours.expand(len(cuts), -1, -1),
-            camera,
-            packed,
-        )
+        seen = opacities * drawn  # what has no opacity is culled first of all
+        return theirs(means, quaternions, scales, seen, colours.expand(VIEWS, -1, -1), packed)
 
-    cuts, opacities, colours = _leaves(*activated())
-    leaves = [t for at in cuts for t in (at.means, at.quaternions, at.scales)] + [opacities, colours]
+    scene = [t.detach().requires_grad_(t.is_floating_point()) for t in activated()]
+    leaves = [t for t in scene if t.requires_grad]
 
     def one_by_one() -> Tensor:
-        images = [draw(at, at.active(ACTIVE), opacities, colours, camera, folded.background) for at in cuts]
+        means, quaternions, scales, drawn, opacities, colours = scene
+        images = []
+        for v, position in enumerate(positions):
+            weights = drawn[v].float()  # not read by what draws
+            at = editing.Cut(position, means[v], scales[v], quaternions[v], weights)
+            images.append(draw(at, drawn[v], opacities, colours, camera, folded.background))
         return torch.stack(images)
 
     def cut_and_drawn() -> Tensor:
@@ -228,28 +240,13 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         {
             "folded": folded.forward_backward,
             "cut and gsplat": _backward(cut_and_drawn, raw, v_images),
-            "gsplat": _backward(lambda: all_views(cuts, opacities, colours), leaves, v_images),
-            "gsplat, packed": _backward(lambda: all_views(cuts, opacities, colours, True), leaves, v_images),
+            "gsplat": _backward(lambda: all_views(*scene), leaves, v_images),
+            "gsplat, packed": _backward(lambda: all_views(*scene, packed=True), leaves, v_images),
             "general, once a view": _backward(one_by_one, leaves, v_images),
         }
     )
     size = f"{n} flat Gaussians, {VIEWS} views of {camera.width} x {camera.height}"
     return _scene(size, "folded", seconds, differences)
-
-
-def _leaves(
-    cuts: Sequence[editing.Cut], opacities: Tensor, colours: Tensor
-) -> tuple[list[editing.Cut], Tensor, Tensor]:
-    """The same, cut off from the model, with gradients of their own."""
-
-    def leaf(t: Tensor) -> Tensor:
-        return t.detach().requires_grad_()
-
-    own = [
-        editing.Cut(at.time, leaf(at.means), leaf(at.scales), leaf(at.quaternions), at.weights.detach())
-        for at in cuts
-    ]
-    return own, leaf(opacities), leaf(colours)
 
 
 def _backward(draw: Callable[[], Tensor], leaves: Sequence[Tensor], v_images: Tensor) -> Callable[[], object]:

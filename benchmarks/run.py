@@ -151,6 +151,8 @@ def main() -> int:
         except Unavailable as reason:
             print(f"skipped: {reason}")
             measured = {"skipped": str(reason)}
+        except UserError:
+            raise
         except Exception as error:  # what others measure is kept
             traceback.print_exc()
             measured = {"skipped": f"it failed: {type(error).__name__}: {error}"}
