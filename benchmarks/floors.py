@@ -48,7 +48,7 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
         raise Unavailable("torch's profiler saw no kernels")
     result = {
         "scene": {
-            "case": Path(bench.case).name if bench.case else None,
+            "frames": bench.frames,
             "gaussians": gaussians,
             "views": views,
             "width": camera.width,
@@ -71,7 +71,8 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
 
 def floors_table(section: Mapping[str, Any]) -> str:
     scene, phases = section["scene"], section["phases"]
-    size = f"{scene['gaussians']} Gaussians, {scene['views']} views of {scene['width']} x {scene['height']}"
+    views = f"{scene['views']} views of {scene['width']} x {scene['height']}"
+    size = f"{scene['frames']}: {scene['gaussians']} Gaussians, {views}"
     rows = [
         [
             name,

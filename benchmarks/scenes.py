@@ -43,6 +43,11 @@ class Bench:
     checkpoint: str | None  # draw this model
     case: str | None  # train on the frames of this data root
 
+    @property
+    def frames(self) -> str:
+        """What runs train on where ``case`` counts, for a reader."""
+        return "/".join(Path(self.case).resolve().parts[-2:]) if self.case else "made-up frames"
+
     def measure(self, functions: Mapping[str, Callable[[], object]], repeats: int = 20) -> dict[str, float]:
         """Median seconds of each."""
         return measure(self.device, functions, 2 if self.quick else repeats, 1 if self.quick else 3)
