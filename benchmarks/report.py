@@ -7,11 +7,14 @@ python benchmarks/report.py
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from against_gsplat import scenes_table
 from common import DECIMALS, RESULTS, shown_score, surface_table, table
+from floors import floors_note, floors_table
+from training import growth_line, large_table, phases_table, runs_table
 
 from utils.errors import UserError, run
 
@@ -22,7 +25,8 @@ BEGIN, END = "<!-- recorded: written by report.py -->", "<!-- end of what is rec
 def speed(results: list[dict[str, Any]]) -> Iterator[str]:
     """Paragraphs: where it was measured, then a table of each section that was."""
     for result in results:
-        about, sections = result["about"], result["sections"]
+        about = result["about"]
+        sections = {name: entry for name, entry in result["sections"].items() if "skipped" not in entry}
         cores = f"{about['machine']}, {about['cores']} cores"
         gpu = f"{about['device']}, driver {about['driver']}, on " if about["device"] != "cpu" else ""
         yield f"**{gpu}{cores}**; torch {about['torch']}, commit {about['commit']}, {about['date']}"
@@ -33,19 +37,22 @@ def speed(results: list[dict[str, Any]]) -> Iterator[str]:
             yield _iteration(sections["iteration"])
         if "growth" in sections:
             yield _growth(sections["growth"])
-        if runs := sections.get("training", {}).get("runs"):
-            headers = ["Gaussians", "frame", "IBFR", "it/s", "peak memory, GB"]
-            rows = [
-                [
-                    r["gaussians"],
-                    f"{r['width']} x {r['height']}",
-                    "yes" if r["ibfr"] else "no",
-                    r["iterations_per_s"],
-                    r["peak_memory_GB"],
-                ]
-                for r in runs
-            ]
-            yield table(headers, rows)
+        for name, parts in SECTIONS.items():
+            if name in sections:
+                yield from (part(sections[name]) for part in parts)
+
+
+SECTIONS: dict[str, tuple[Callable[[dict[str, Any]], str], ...]] = {
+    "gsplat": (scenes_table,),
+    "floors": (floors_table, floors_note),
+    "training": (
+        lambda section: runs_table(section["runs"]),
+        lambda section: phases_table(section["runs"]),
+        lambda section: f"`--deterministic` takes {section['price_of_deterministic']:.3g} times as long.",
+    ),
+    "large": (large_table, lambda section: growth_line(section) + "."),
+}
+"""Paragraphs of each."""
 
 
 def _throughput(section: dict[str, Any]) -> str:
@@ -75,11 +82,6 @@ def _ratios(sections: dict[str, Any]) -> str:
     if "operators" in sections:
         operators = sections["operators"]
         rows.append(["general, once a view / folded", operators["scene"], operators["ratio"]])
-        gsplat = operators["gsplat"]
-        if "ratio" in gsplat:
-            rows.append([f"gsplat {gsplat['version']} / general", gsplat["scene"], gsplat["ratio"]])
-        else:
-            rows.append(["gsplat / general", f"skipped: {gsplat['skipped']}", None])
     return table(["time of / time of", "scene", "ratio"], rows) if rows else ""
 
 

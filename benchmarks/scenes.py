@@ -2,27 +2,66 @@
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from common import synchronise
+from common import measure, synchronise
 from torch import Tensor
 
 from gaussian_renderer import ACTIVE, Render, Renders, render
 from scene.cameras import Camera
 from scene.checkpoint import load_checkpoint
+from scene.frames import Frames
 from scene.gaussian_model import GaussianModel
 from utils.errors import UserError
 from utils.images import write_image
 from utils.spherical_harmonics import from_colour
 
+CAMERA = Camera(128, 96)
+GAUSSIANS, VIEWS, DEGREE = 24_000, 3, 7
 FRAMES = 24  # of the sequence
 # Of the demo's model after 600 iterations: medians and spreads of its Gaussians, and of their logarithms and logits.
 MEDIAN_SCALE, LOG_SCALE_SPREAD = 0.64, 0.6  # px at 128 px width; the two axes apart
 MEDIAN_LOGIT, LOGIT_SPREAD = -1.6, 2.3  # of the opacity: many nearly transparent, some nearly opaque
+
+
+class Unavailable(Exception):
+    """What is to be measured cannot run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What all sections are told."""
+
+    device: torch.device
+    quick: bool
+    checkpoint: str | None  # draw this model
+    case: str | None  # train on the frames of this data root
+
+    @property
+    def frames(self) -> str:
+        """What runs train on where ``case`` counts, for a reader."""
+        return "/".join(Path(self.case).resolve().parts[-2:]) if self.case else "made-up frames"
+
+    def measure(self, functions: Mapping[str, Callable[[], object]], repeats: int = 20) -> dict[str, float]:
+        """Median seconds of each."""
+        return measure(self.device, functions, 2 if self.quick else repeats, 1 if self.quick else 3)
+
+    def model(self) -> tuple[GaussianModel, Camera]:
+        """The trained one, or one in the state of training."""
+        if self.checkpoint:
+            return trained_model(self.checkpoint, self.device)
+        count = 4000 if self.quick else GAUSSIANS
+        return model_in_training(count, CAMERA, DEGREE, self.device), CAMERA
+
+
+def largest_difference(images: Tensor, others: Tensor) -> float:
+    return float((images - others).detach().abs().max())
 
 
 def model_in_training(
@@ -98,9 +137,10 @@ class Drawing:
         torch.autograd.grad(self.forward().images, leaves, self.v_images, allow_unused=True)
 
 
-def write_phantom(folder: Path, width: int, height: int, frames: int = FRAMES) -> None:
-    """Frames 0000.png ... of a made-up anatomy: a textured ellipse that turns and bends, with three organs in it."""
+def phantom(width: int, height: int, frames: int = FRAMES) -> np.ndarray:
+    """A made-up anatomy (frames, height, width) in [0, 1]: a textured ellipse that turns and bends, three organs."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
+    volume = np.empty((frames, height, width), np.float32)
     for k in range(frames):
         t = k / max(frames - 1, 1)
         image = 0.35 * (x**2 / 0.8 + y**2 / (0.5 + 0.3 * t) < 1)
@@ -109,12 +149,37 @@ def write_phantom(folder: Path, width: int, height: int, frames: int = FRAMES) -
             angle = 2.1 * i + 1.5 * t
             distance = np.hypot(x - 0.45 * np.cos(angle), (y - 0.4 * np.sin(angle)) * (1 + 0.4 * i))
             image += 0.3 / (1 + np.exp(40 * (distance - 0.12 - 0.08 * np.sin(3 * t + i))))
-        write_image(folder / f"{k:04d}.png", image.clip(0, 1).astype(np.float32))
+        volume[k] = image.clip(0, 1)
+    return volume
+
+
+def write_phantom(folder: Path, width: int, height: int, frames: int = FRAMES) -> None:
+    """Frames 0000.png ... of `phantom`."""
+    for k, image in enumerate(phantom(width, height, frames)):
+        write_image(folder / f"{k:04d}.png", image)
+
+
+def write_resampled(folder: Path, side: int, frames: int, case: str | None) -> None:
+    """``frames`` grey frames 0000.npy ... of side x side px and 16 bits: those of a data root ``case``, or a made-up
+    anatomy, resampled (trilinear)."""
+    volume = torch.from_numpy(phantom(CAMERA.width, CAMERA.height))
+    if case is not None:
+        sequence = Frames.read(Path(case, "original"))
+        volume = sequence(range(len(sequence))).mean(1)
+    folder.mkdir(parents=True)
+    size = frames, side, side
+    resampled = torch.nn.functional.interpolate(
+        volume[None, None], size, mode="trilinear", align_corners=True
+    )[0, 0]
+    levels = np.rint(resampled.numpy() * 65535).astype(np.uint16)
+    for k, image in enumerate(levels):  # PNG would take longer to pack than the run that is measured
+        np.save(folder / f"{k:04d}.npy", image)
 
 
 def settle(device: torch.device) -> None:
     """Waits for the device and gives its cached memory back, so that one measurement leaves nothing to the next."""
     synchronise(device)
     if device.type == "cuda":
+        gc.collect()  # a run and its recordings hold each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

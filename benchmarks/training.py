@@ -1,0 +1,446 @@
+"""Whole training runs, through the loop of train.py itself: what an iteration and its stages take, time and memory."""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+import statistics
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from common import synchronise, table
+from scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from arguments import TrainOptions
+from gaussian_renderer import rasterizer
+from scene import iteration as scene_iteration
+from scene.cameras import Camera
+from scene.training import Training
+
+NEVER = 10**6  # iterations
+
+
+@contextmanager
+def training(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[Training]:
+    """A run of train.py in a folder that goes with it: on made-up frames of a camera, or on those of a data root."""
+    with tempfile.TemporaryDirectory() as folder:
+        if isinstance(data, Camera):
+            write_phantom(Path(folder, "data", "original"), data.width, data.height)
+            data = Path(folder, "data")
+        defaults: dict[str, Any] = {
+            "source_path": str(data),
+            "model_path": f"{folder}/model",
+            "device": str(bench.device),
+            "quiet": True,
+            "test_iterations": (),
+            "save_iterations": (),
+        }
+        options = {**defaults, **options}
+        before = torch.are_deterministic_algorithms_enabled()
+        torch.use_deterministic_algorithms(options.get("deterministic", False))  # as main() of train.py does
+        try:
+            yield Training.start(TrainOptions(**options), lambda _: None)
+        finally:
+            torch.use_deterministic_algorithms(before)
+
+
+class Stop:
+    """Asks train.py to stop after an iteration, so that its schedules are those of a whole run."""
+
+    def __init__(self, training: Training, after: int) -> None:
+        self.training, self.after = training, after
+
+    def __bool__(self) -> bool:
+        return self.training.iteration >= self.after
+
+
+class Stopwatch:
+    """Times the loop of train.py from outside: its functions are wrapped while it runs, the loop itself is its own.
+
+    ``stages``: wait for the device around every stage, which tells them apart; without, only iterations are timed.
+    ``timed``: how many iterations count. ``traced``: how many follow under torch's profiler, on a GPU, whose kernels
+    tell the phases of a replayed iteration apart. The last one does neither.
+    """
+
+    def __init__(self, device: torch.device, timed: int, traced: int = 0, stages: bool = False) -> None:
+        self.device, self.timed, self.stages = device, timed, stages
+        self.traced = traced if device.type == "cuda" else 0
+        self.starts: list[float] = []  # of the iterations
+        self.spent: list[dict[str, float]] = []  # seconds of each stage, one entry an iteration
+        self.kernels: dict[str, float] = {}  # seconds an iteration, by the functions' names
+        self.last = 0  # the number of the run's last iteration
+        self._profile: profile | None = None
+
+    def run(self, training: Training, before: int) -> None:
+        """``before`` iterations that do not count, and those that do."""
+        ops = rasterizer("compiled")
+        optimizer = type(training.optimizer)
+        stages: list[tuple[Any, str, str]] = [
+            (ops, "fold", "fold"),
+            (ops, "blend", "blend"),
+            (scene_iteration, "loss_terms", "loss"),
+            (scene_iteration, "total_loss", "loss"),
+            (Tensor, "backward", "backward"),
+            (train, "control_density", "statistics and density"),
+            (optimizer, "step", "optimiser"),
+        ]
+        self.last = before + self.timed + self.traced + 1
+        if self.traced:  # the first use of the profiler takes seconds
+            with profile(activities=[ProfilerActivity.CUDA]):
+                torch.zeros(1, device=self.device).add_(1)
+                synchronise(self.device)
+        with ExitStack() as patches:
+            patches.enter_context(patch.object(train, "set_rates", self._iteration(train.set_rates)))
+            patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
+            if self.stages:
+                eager = functools.partial(
+                    scene_iteration.forward_backward, training
+                )  # a recording has no stages
+                patches.enter_context(patch.object(training, "stepper", lambda: eager))
+            for owner, name, stage in stages if self.stages else []:
+                patches.enter_context(patch.object(owner, name, self._stage(stage, getattr(owner, name))))
+            train.train(training, Stop(training, self.last))
+
+    def _iteration(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            begun = len(self.starts)
+            over = self.last - self.traced - 1  # iterations, when those that count are over
+            if self.stages or begun in (over - self.timed, over):
+                synchronise(self.device)
+            self.starts.append(time.perf_counter())
+            self.spent.append(defaultdict(float))
+            if self.traced and begun == over:
+                self._profile = profile(activities=[ProfilerActivity.CUDA])
+                self._profile.start()
+            if self._profile is not None and begun == self.last - 1:
+                self._read_profile()
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    def _read_profile(self) -> None:
+        assert self._profile is not None
+        synchronise(self.device)
+        self._profile.stop()
+        for event in self._profile.events() or []:
+            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+                name = function_name(event.name)
+                self.kernels[name] = (
+                    self.kernels.get(name, 0.0) + 1e-6 * event.time_range.elapsed_us() / self.traced
+                )
+        self._profile = None
+
+    def _stage(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            synchronise(self.device)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                synchronise(self.device)
+                self.spent[-1][stage] += time.perf_counter() - start
+
+        return wrapped
+
+    @property
+    def _window(self) -> slice:
+        """The iterations that count, as places in ``spent``."""
+        end = len(self.starts) - 1 - self.traced
+        return slice(end - self.timed, end)
+
+    @property
+    def seconds(self) -> float:
+        """Mean of an iteration."""
+        window = self._window
+        return (self.starts[window.stop] - self.starts[window.start]) / self.timed
+
+    def medians(self) -> dict[str, float]:
+        """Of each stage, and what is left of the iterations as "rest"."""
+        window = self._window
+        starts = self.starts[window.start : window.stop + 1]
+        totals = [b - a for a, b in pairwise(starts)]
+        spent = self.spent[window]
+        names = dict.fromkeys(name for entry in spent for name in entry)
+        out = {name: statistics.median(entry[name] for entry in spent) for name in names}
+        rests = [total - sum(entry.values()) for total, entry in zip(totals, spent, strict=True)]
+        return out | {"rest": statistics.median(rests)}
+
+    def phases(self) -> dict[str, float]:
+        """Seconds an iteration that the device spends in each phase; empty where nothing was traced."""
+        out: dict[str, float] = {}
+        for name, seconds in self.kernels.items():
+            phase = next((phase for phase, names in PHASES.items() if name.startswith(names)), OTHER)
+            out[phase] = out.get(phase, 0.0) + seconds
+        return {phase: out[phase] for phase in [*PHASES, OTHER] if phase in out}
+
+
+PHASES: dict[str, tuple[str, ...]] = {
+    "fold": ("fold_kernel",),
+    "binning": (
+        "count_pairs",
+        "DeviceScan",
+        "emit_pairs",
+        "DeviceRadixSort",
+        "find_tiles",
+        "find_gaussians",
+        "list_segments",
+    ),
+    "blend": ("blend_segments_kernel", "join_segments_kernel", "stop_pixels_kernel"),
+    "loss": ("compare", "differentiate"),
+    "blend backward": ("blend_backward_kernel",),
+    "records": ("sum_records_kernel",),
+    "fold backward": ("fold_backward_kernel",),
+    "statistics": ("observe_kernel", "sigma_sums", "sigma_gradient"),
+    "Adam": ("adam_kernel",),
+}
+"""Names of our kernels and of those of CUB that binning calls, by phase."""
+OTHER = "PyTorch's kernels and copies"
+
+
+def function_name(kernel: str) -> str:
+    """``void ns::(anonymous namespace)::name<float, 7>(Arguments)`` -> ``name``."""
+    plain = kernel.removeprefix("void ")
+    for unnamed in ("(anonymous namespace)", "<unnamed>"):
+        plain = plain.replace(unnamed, "")
+    return re.split(r"[<(]", plain, maxsplit=1)[0].split("::")[-1].strip()
+
+
+# ---- sections --------------------------------------------------------------------------------------------------------
+
+
+def iteration(bench: Bench) -> dict[str, Any]:
+    """An iteration of train.py (img): its stages, after enough iterations for the model to have taken shape."""
+    before, timed = (5, 5) if bench.quick else (600, 99)
+    points = 2000 if bench.quick else GAUSSIANS
+    result: dict[str, Any] = {}
+    for name, ibfr_from in (("img", NEVER), ("img with IBFR", 0)):
+        options = {"num_pts": points, "ibfr_from_iter": ibfr_from}
+        seconds = []
+        for stages in (False, True):
+            watch = Stopwatch(bench.device, timed, stages=stages)
+            with training(bench, CAMERA, **options) as run_of_it:
+                watch.run(run_of_it, before)
+            seconds.append(watch.seconds)
+        medians = watch.medians()
+        total = sum(medians.values())
+        gaussians = len(run_of_it.model)
+        rows = [[stage, 1e3 * s, 100 * s / total] for stage, s in medians.items()]
+        print(table([f"{name}, {gaussians} Gaussians", "ms", "%"], rows))
+        print(
+            f"together {1e3 * total:.3g} ms, waiting for the device between stages; without, {1e3 * seconds[0]:.3g} ms "
+            f"an iteration: {1 / seconds[0]:.3g} it/s\n"
+        )
+        result[name] = {
+            "gaussians": gaussians,
+            "stages_s": medians,
+            "iteration_s": seconds[0],
+            "iterations_per_s": 1 / seconds[0],
+        }
+        settle(bench.device)
+    return result
+
+
+def measured_run(
+    bench: Bench, data: Camera | Path, before: int, timed: int, traced: int = 0, **options: Any
+) -> dict[str, Any]:
+    """One run: sizes, iterations a second, phases on the device, peak memory."""
+    settle(bench.device)
+    watch = Stopwatch(bench.device, timed, traced)
+    with training(bench, data, **options) as run_of_it:
+        watch.run(run_of_it, before)
+        camera = run_of_it.camera
+        out = {
+            "gaussians": len(run_of_it.model),
+            "width": camera.width,
+            "height": camera.height,
+            "frames": len(run_of_it.tasks[0].frames),
+            "options": options,
+            "iteration_s": watch.seconds,
+            "iterations_per_s": 1 / watch.seconds,
+            "phases_s": watch.phases(),
+            **peak_memory(bench.device),
+        }
+    return out
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """GB that torch's tensors took at most, that torch had reserved for them, and that the whole process had (what
+    the driver counts on the device, nothing else running there). Empty on a CPU."""
+    if device.type != "cuda":
+        return {}
+    reserved = torch.cuda.max_memory_reserved(device)
+    return {
+        "allocated_GB": torch.cuda.max_memory_allocated(device) / 1e9,
+        "reserved_GB": reserved / 1e9,
+        "process_GB": (outside_torch(device) + reserved) / 1e9,
+    }
+
+
+def outside_torch(device: torch.device) -> int:
+    """Bytes that the process takes on the device besides what torch keeps for tensors: the context and the kernels."""
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free - torch.cuda.memory_reserved(device)
+
+
+def runs(bench: Bench) -> dict[str, Any]:
+    """Whole runs of train.py (img) at sizes of the demo and of published runs: time, phases, memory, determinism."""
+    if bench.device.type != "cuda":
+        raise Unavailable("it needs a CUDA device (iteration has the stages of a run on this one)")
+    sizes = [(GAUSSIANS, CAMERA), (100_000, Camera(197, 233)), (430_000, Camera(197, 233))]
+    timed = 20 if bench.quick else 200
+    kinds = [
+        (gaussians, camera, {"ibfr_from_iter": ibfr_from})
+        for gaussians, camera in (sizes[:1] if bench.quick else sizes)
+        for ibfr_from in (NEVER, 0)
+    ]
+    kinds.append((*kinds[-1][:2], {"ibfr_from_iter": 0, "deterministic": True}))
+    result = [
+        # Without density steps the number of Gaussians stays.
+        measured_run(bench, camera, 50, timed, 50, num_pts=gaussians, densify_from_iter=NEVER, **options)
+        for gaussians, camera, options in kinds
+    ]
+    print(runs_table(result))
+    price = result[-1]["iteration_s"] / result[-2]["iteration_s"]
+    print(f"\n--deterministic takes {price:.3g} times as long\n")
+    print(phases_table(result))
+    return {"runs": result, "price_of_deterministic": price}
+
+
+def runs_table(result: list[dict[str, Any]]) -> str:
+    headers = [
+        "Gaussians",
+        "frame",
+        "IBFR",
+        "--deterministic",
+        "it/s",
+        "allocated, GB",
+        "reserved",
+        "process",
+    ]
+    rows = [
+        [
+            run["gaussians"],
+            f"{run['width']} x {run['height']}",
+            "yes" if run["options"]["ibfr_from_iter"] == 0 else "no",
+            "yes" if run["options"].get("deterministic") else "no",
+            run["iterations_per_s"],
+            *(run[f"{name}_GB"] for name in ("allocated", "reserved", "process")),
+        ]
+        for run in result
+    ]
+    return table(headers, rows)
+
+
+def phases_table(result: list[dict[str, Any]]) -> str:
+    """Shares of the device's time, a column for each run."""
+    names = dict.fromkeys(name for run in result for name in run["phases_s"])
+    if not names:
+        return "The profiler saw no kernels."
+    labels = [
+        f"{run['gaussians']}{', IBFR' if run['options']['ibfr_from_iter'] == 0 else ''}" for run in result
+    ]
+    labels = [
+        label + (", det." if run["options"].get("deterministic") else "")
+        for label, run in zip(labels, result, strict=True)
+    ]
+    rows: list[list[object]] = [
+        [
+            f"{name}, %",
+            *(100 * run["phases_s"].get(name, 0.0) / sum(run["phases_s"].values()) for run in result),
+        ]
+        for name in names
+    ]
+    rows.append(["device busy, % of the time", *(busy(run) for run in result)])
+    return table(["phase", *labels], rows)
+
+
+def busy(run: Mapping[str, Any]) -> float:
+    """Per cent of an iteration that kernels run in. Its time is that without the profiler."""
+    return 100 * sum(run["phases_s"].values()) / run["iteration_s"]
+
+
+def large(bench: Bench) -> dict[str, Any]:
+    """Large frames and many Gaussians, under a hard limit of 16 GB on a GPU: does it train, and how does time grow?"""
+    on_gpu = bench.device.type == "cuda"
+    sizes = [(128, 100_000), (256, 400_000), (512, 1_500_000)]
+    frames, before, timed = 400, 250, 100
+    if not on_gpu:  # an eighth of the width, a sixty-fourth of all else
+        sizes, frames, before, timed = [(side // 8, n // 64) for side, n in sizes], 16, 20, 40
+    if bench.quick:
+        sizes, frames, before, timed = [(16, 100), (32, 400)], 4, 2, 3
+    limit_GB = 16
+    result: dict[str, Any] = {"resampled": bench.frames, "limit_GB": limit_GB if on_gpu else None, "runs": []}
+    with ExitStack() as limits:
+        if on_gpu:
+            total = torch.cuda.get_device_properties(bench.device).total_memory
+            share = (limit_GB * 1e9 - outside_torch(bench.device)) / total
+            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), bench.device)
+            limits.callback(torch.cuda.set_per_process_memory_fraction, 1.0, bench.device)
+        for side, gaussians in sizes:
+            kept_on = ["auto"] if (side, gaussians) != sizes[-1] or not on_gpu else ["auto", "cpu"]
+            with tempfile.TemporaryDirectory() as folder:
+                write_resampled(Path(folder, "original"), side, frames, bench.case)
+                for data_device in kept_on:
+                    options = {
+                        "num_pts": gaussians,
+                        "max_gaussians": gaussians,
+                        "densify_from_iter": 0,  # density steps prune, and add up to the bound
+                        "ibfr_from_iter": 0,
+                        "data_device": data_device,
+                    }
+                    result["runs"].append(measured_run(bench, Path(folder), before, timed, **options))
+    print(large_table(result))
+    here = [run for run in result["runs"] if run["options"]["data_device"] == "auto"]
+    work = [run["width"] * run["height"] + run["gaussians"] for run in here]
+    result["growth"] = [
+        {
+            "work": b / a,
+            "time": last["iteration_s"] / first["iteration_s"],
+            "exponent": math.log(last["iteration_s"] / first["iteration_s"]) / math.log(b / a),
+        }
+        for (a, first), (b, last) in [
+            *zip(zip(work, here, strict=True), zip(work[1:], here[1:], strict=True), strict=False),
+            ((work[0], here[0]), (work[-1], here[-1])),
+        ]
+    ]
+    print("\n" + growth_line(result))
+    return result
+
+
+def large_table(section: Mapping[str, Any]) -> str:
+    on_gpu = section["limit_GB"] is not None
+    headers = [f"{section['resampled']}, resampled", "kept on", "Gaussians", "ms an iteration"]
+    headers += ["allocated, GB", "reserved", f"process (limit {section['limit_GB']})"] if on_gpu else []
+    rows = [
+        [
+            f"{run['frames']} of {run['width']} x {run['height']}",
+            "the device" if run["options"]["data_device"] == "auto" else run["options"]["data_device"],
+            run["gaussians"],
+            1e3 * run["iteration_s"],
+            *(run[f"{name}_GB"] for name in ("allocated", "reserved", "process") if on_gpu),
+        ]
+        for run in section["runs"]
+    ]
+    return table(headers, rows)
+
+
+def growth_line(section: Mapping[str, Any]) -> str:
+    whole = section["growth"][-1]
+    return (
+        f"From the smallest to the largest, pixels and Gaussians grow {whole['work']:.3g} times, an iteration "
+        f"{whole['time']:.3g} times: exponent {whole['exponent']:.2f}"
+    )
