@@ -13,6 +13,7 @@ Row = dict[str, Any]
 Place = tuple[str, int]  # case, keep
 Found = dict[Place, dict[str, Row]]  # by place and label, the labels in the order of the columns
 
+IMAGE_METHODS = ("linear", "cubic", "flow")
 WIDEST = 9  # methods that get a column each; more of them get a row each
 
 
@@ -148,9 +149,9 @@ def goals(rows: Sequence[Row]) -> list[Goal]:
 def _goals_of(place: Place, methods: dict[str, Row]) -> Iterator[Goal]:
     best, published, fast = (methods.get(name) for name in ("best", "published", "fast"))
     if best and "img" in best:
-        classical = [s for name, row in methods.items() if name in CLASSICAL and (s := _heldout(row, "img"))]
+        classical = [methods[name]["img"]["heldout"] for name in IMAGE_METHODS if name in methods]
         ours = best["img"]["heldout"]
-        if classical:
+        if len(classical) == len(IMAGE_METHODS):  # the strongest may be the one that is missing
             margin = ours["psnr"] - max(scores["psnr"] for scores in classical)
             yield Goal(place, "best: dB above classical, ≥ 0.5", margin, 0.5)
             margin = ours["ssim"] - max(scores["ssim"] for scores in classical)

@@ -31,6 +31,7 @@ from heldout import CLASSICAL, KINDS, Case, Filled, fill, read, read_case, round
 from preset_tables import Row, tables
 
 from arguments import PRESETS, TrainOptions, resolve_device
+from gaussian_renderer import rasterizer
 from scene.checkpoint import load_checkpoint, newest
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.figures import draw_montage
@@ -62,6 +63,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 
 OUT = Path("output/benchmark/presets.json")
 SHOWN = (1 / 3, 2 / 3)  # of the held-out frames, in montages
+SHOWN_PRESETS = ("published", "best")
 SHOWN_METHODS = {"img": ("linear", "flow"), "seg": ("sdf", "sdf along flow")}
 
 
@@ -76,6 +78,10 @@ class Plan:
     keep: int
     method: str
     options: tuple[str, ...]
+
+    @property
+    def preset(self) -> str:
+        return self.options[1]
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -203,6 +209,14 @@ def train_and_score(
     return row, shown
 
 
+def compile_operators(device: torch.device) -> None:
+    """Where they are not yet compiled: that is no run's training time, and no two runs should do it at once."""
+    from simple_knn._C import distCUDA2
+
+    rasterizer("compiled")
+    distCUDA2(torch.rand(8, 3, device=device))
+
+
 def script(name: str, *arguments: str) -> float:
     """Runs one of the project's programs, and returns the seconds it took. Raises UserError with what it said."""
     start = time.perf_counter()
@@ -270,39 +284,39 @@ def frames_name(case: str, keep: int, method: str, kind: str) -> str:
 
 
 def draw_montages(
-    folder: Path, case: Case, keep: int, frames: Mapping[str, np.ndarray], names: Sequence[str]
+    folder: Path, case: Case, keep: int, frames: Mapping[str, np.ndarray], models: Mapping[str, str]
 ) -> None:
-    """A picture for each kind of frames: truth, classical methods, the models ``names``, and the error of each."""
+    """A picture for each kind of frames: truth, classical methods, models (title -> method), and the error of each."""
     kept, at = case.split(keep)
     at = shown_frames(at)
-    predictions: Filled = {method: dict(found) for method, found in fill(case, kept, at).items()}
-    for name in names:
-        keys = {kind: frames_name(case.name, keep, name, kind) for kind in case.frames}
-        predictions[name] = {kind: frames[k] / 255 for kind, k in keys.items() if k in frames}
+    predictions: Filled = fill(case, kept, at)
+    for title, method in models.items():
+        keys = {kind: frames_name(case.name, keep, method, kind) for kind in case.frames}
+        predictions[title] = {kind: frames[name] / 255 for kind, name in keys.items() if name in frames}
     for kind, every in case.frames.items():
         path, truth = folder / f"{case.name}_{keep}_{kind}.jpg", every[at]
         compared = {}
-        for name in (*SHOWN_METHODS[kind], *names):
-            if (images := predictions.get(name, {}).get(kind)) is None:
+        for title in (*SHOWN_METHODS[kind], *models):
+            if (images := predictions.get(title, {}).get(kind)) is None:
                 continue
             images = rounded(images)
-            pairs = [torch.from_numpy(values)[:, None] for values in (images, truth)]
-            scores = Scores.of(*pairs)
+            scores = Scores.of(*(torch.from_numpy(values)[:, None] for values in (images, truth)))
             figures = [
                 f"Dice {dice:.4f}" if kind == "seg" else f"{psnr:.2f} dB, SSIM {ssim:.3f}"
                 for psnr, ssim, dice in zip(scores.psnr, scores.ssim, scores.frame_dice, strict=True)
             ]
-            compared[name] = ([image[:, :, None] for image in images], figures)
-        _, row, column = case.spacing
+            compared[title] = ([image[:, :, None] for image in images], figures)
         draw_montage(
             path,
             [f"frame {a}" for a in at],
             [frame[:, :, None] for frame in truth],
             compared,
-            row / column,
-            kind == "seg",
+            pixel_aspect=case.spacing[1] / case.spacing[2],
+            mask=kind == "seg",
+            errors_below=True,
         )
-        print(f"drawn: {path}")
+        missing = [title for title in models if title not in compared]
+        print(f"drawn: {path}" + f" (without {', '.join(missing)}: no frames in {folder})" * bool(missing))
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -397,6 +411,8 @@ def main() -> int:
         given.out = given.out or OUT
         if not given.cases:
             raise UserError("no case: give folders with img/original or seg/original, or --quick")
+        if given.ablation and given.montages:
+            raise UserError("--montages shows presets, not their ablation: leave one of the two out")
         if min(given.keep) < 2:
             raise UserError("--keep 1 leaves no frame out; give 2 or more")
         cases = [read_case(folder) for folder in given.cases]
@@ -425,8 +441,7 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, extra: Sequence[st
     failed = 0
     if todo:
         device = resolve_device(given.device)
-        import gaussian_renderer  # noqa: F401  (compiles the operators where they are not: nobody's training time)
-
+        compile_operators(device)
         about = describe(device)
         with ThreadPoolExecutor(given.jobs) as pool:
             runs = {
@@ -448,10 +463,10 @@ def measure(cases: Sequence[Case], given: argparse.Namespace, extra: Sequence[st
             finally:
                 pool.shutdown(cancel_futures=True)
     if given.montages:
-        names = list(dict.fromkeys(plan.method for plan in wanted))[:2]  # more would not fit
+        models = {plan.preset: plan.method for plan in wanted if plan.preset in SHOWN_PRESETS}
         for case in cases:
             for keep in given.keep:
-                draw_montages(given.montages, case, keep, results.frames, names)
+                draw_montages(given.montages, case, keep, results.frames, models)
     print("\n\n".join(tables(results.rows)))
     print(f"\n{len(results.rows)} rows: {given.out}")
     return 1 if failed else 0
