@@ -202,6 +202,7 @@ def test_refusals(drift, trained, tmp_path, monkeypatch):
     write(uneven, "seg", np.zeros((4, 8, 8), np.uint8))
     for words, message in (
         ([], "no case"),
+        (["--quick", folder], "has a case of its own"),
         ([folder, "--ablation", "--montages", tmp_path], "leave one of the two out"),
         ([folder, "--keep", 1], "leaves no frame out"),
         ([folder, "--keep", 7], "too few for --keep 7"),
