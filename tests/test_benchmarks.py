@@ -88,6 +88,12 @@ def test_motion_is_followed(drift):
     assert set(rows) == set(heldout.CLASSICAL)
 
 
+def test_the_nearer_frame_counts_for_more():
+    frames = np.stack([np.full((16, 16), 0.2), np.full((16, 16), 0.6)])  # nothing moves
+    filled = heldout.tvl1(frames, np.array([0, 4]), np.array([1, 2, 3]))
+    assert filled[:, 8, 8] == pytest.approx([0.3, 0.4, 0.5], abs=1e-6)  # float32
+
+
 def test_half_way_levels_go_to_the_even_one():
     halves = (np.arange(0, 254) + 0.5).astype(np.float32) / np.float32(255)
     assert (255 * heldout.rounded(halves) % 2).round(9).max() == 0
