@@ -165,7 +165,7 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
             "scores": "over the pixels of all frames together",
         }
         return lambda predicted, reference: _score_masks(predicted, reference, options), settings
-    perceptual, word = _lpips()
+    perceptual, word = lpips_distance()
     settings = {
         "scores": "means over frames; PSNR in dB, at most 100; SSIM with even windows of 7 pixels",
         "lpips": word,
@@ -346,7 +346,7 @@ def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]} x {image.shape[0]}"
 
 
-def _lpips() -> tuple[Callable[..., float] | None, str]:
+def lpips_distance() -> tuple[Callable[..., float] | None, str]:
     """LPIPS (AlexNet) of two images (1, C, H, W) in [0, 1], or None; and a word on it. Nothing is downloaded."""
     for package in ("torchvision", "lpips"):
         if find_spec(package) is None:

@@ -129,14 +129,6 @@ def shown(value: object) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
 
 
-DECIMALS = {"psnr": 2, "ssim": 4, "dice": 4}
-
-
-def shown_score(name: str, scores: Mapping[str, float]) -> str | None:
-    """A score as it is usually printed; None where there is none of that name."""
-    return f"{scores[name]:.{DECIMALS[name]}f}" if name in scores else None
-
-
 def surface_table(lines: Sequence[Mapping[str, Any]]) -> str:
     """Distances in mm of what meshes.py measured, one row a method, for each smoothing."""
     headers = ["case", "kept", "interp", "mesh of", "smoothing", "ASD, mm", "HD95, mm", "HD, mm"]

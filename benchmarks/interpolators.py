@@ -16,40 +16,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import describe, table
-from quality import read, scores_of
-from skimage.registration import optical_flow_tvl1
-from skimage.transform import warp
+from heldout import neighbours, read, scores_of, tvl1
 
 from arguments import resolve_device
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
 from utils.interpolation import interpolate, interpolate_masks
 from utils.motion import InBetween, blend_along, flow_at, signed_distances
-
-
-def tvl1(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Both neighbours warped along TV-L1 flow and blended, (K, H, W) -> (T, H, W)."""
-    frames = frames.astype(np.float32)
-    row, column = np.meshgrid(*map(np.arange, frames.shape[1:]), indexing="ij")
-    out = []
-    flows: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-    for k, t in zip(*neighbours(kept, at), strict=True):
-        if k not in flows:
-            pair = frames[k], frames[k + 1]
-            flows = {k: tuple(optical_flow_tvl1(*p, attachment=10, num_warp=5) for p in (pair, pair[::-1]))}
-        (down, right), (up, left) = flows[k]
-        before = warp(frames[k], np.array([row + t * up, column + t * left]), mode="edge", order=3)
-        after = warp(
-            frames[k + 1], np.array([row + (1 - t) * down, column + (1 - t) * right]), mode="edge", order=3
-        )
-        out.append((1 - t) * before + t * after)
-    return np.stack(out)
-
-
-def neighbours(kept: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The kept frame before each time, and how far on the way to the next."""
-    k = np.clip(np.searchsorted(kept, at, "right") - 1, 0, len(kept) - 2)
-    return k, (at - kept[k]) / (kept[k + 1] - kept[k])
 
 
 def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:

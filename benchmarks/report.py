@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from against_gsplat import scenes_table
-from common import DECIMALS, RESULTS, shown_score, surface_table, table
+from common import RESULTS, surface_table, table
 from floors import floors_note, floors_table
+from preset_tables import device, tables
+from presets import read_rows
 from training import growth_line, large_table, phases_table, runs_table
 
 from utils.errors import UserError, run
@@ -106,40 +108,14 @@ def _growth(section: dict[str, Any]) -> str:
     return table(["forward and backward over", "from, to", "ms", "to ms", "last exponent"], rows)
 
 
-def quality(lines: list[dict[str, Any]]) -> str:
-    """One row a method, run and kind of frames."""
-    headers = [
-        "case",
-        "kept",
-        "frames",
-        "scored",
-        "method",
-        "PSNR, dB",
-        "SSIM",
-        "Dice",
-        "iterations",
-        "s",
-        "on",
-    ]
-    rows: list[list[object]] = []
-    for line in lines:
-        for kind, frames in line["scores"].items():
-            for which, methods in frames.items():
-                for method, scores in methods.items():
-                    ours = method == "model"
-                    values = [shown_score(score, scores) for score in DECIMALS]
-                    name = " ".join([f"model ({line['pipeline']})", *line["options"]]) if ours else method
-                    effort = (
-                        [line["iterations"], line["seconds"], _device(line)] if ours else [None, None, "-"]
-                    )
-                    what = [line["case"], f"1/{line['keep']}", kind, which.replace("_", " ")]
-                    rows.append([*what, name, *values, *effort])
-    return table(headers, rows)
-
-
-def _device(line: dict[str, Any]) -> str:
-    about = line["about"]
-    return about["machine"] if about["device"] == "cpu" else about["device"]
+def presets(path: Path) -> Iterator[str]:
+    """Paragraphs: what a file of presets.py is of, then its tables."""
+    rows = read_rows(path)
+    abouts = [row["about"] for row in rows if "pipeline" in row] or [row["about"] for row in rows]
+    of = sorted({", ".join(str(about[k]) for k in ("torch", "commit", "date")) for about in abouts})
+    on = sorted({device(row) for row in rows})
+    yield f"**presets/{path.name}**, on {', '.join(on)}; torch, commit, date: {'; '.join(of)}"
+    yield from tables(rows)
 
 
 def main() -> None:
@@ -155,9 +131,8 @@ def main() -> None:
         for line in path.read_text(encoding="utf-8").splitlines()
     ]
     parts = [part for part in speed(results) if part]
-    scored = [line for line in lines if "scores" in line]
-    if scored:
-        parts.append(quality(scored))
+    for path in sorted((RESULTS / "presets").glob("*.json")):
+        parts += presets(path)
     meshed = [line for line in lines if "surfaces" in line]
     if meshed:
         parts.append(surface_table(meshed))

@@ -93,7 +93,8 @@ class Stopwatch:
             (scene_iteration, "loss_terms", "loss"),
             (scene_iteration, "total_loss", "loss"),
             (Tensor, "backward", "backward"),
-            (train, "control_density", "statistics and density"),
+            (Training, "observe", "statistics and density"),
+            (Training, "_control_density", "statistics and density"),
             (optimizer, "step", "optimiser"),
         ]
         self.last = before + self.timed + self.traced + 1

@@ -58,8 +58,9 @@ def draw_montage(
     predictions: Mapping[str, tuple[Sequence[np.ndarray], Sequence[str]]],
     pixel_aspect: float = 1.0,
     mask: bool = False,
+    errors_below: bool = False,
 ) -> None:
-    """A row for each frame: the truth, each prediction with its figures, and each prediction's error.
+    """A row for each frame: the truth, each prediction with its figures, and beside or below these each one's error.
 
     names: of the frames. truth: (H, W, C) in [0, 1] each. predictions: name -> images like them, and a line of figures
     for each. pixel_aspect: height of a pixel over its width. Errors of images are absolute differences (the mean over
@@ -84,7 +85,10 @@ def draw_montage(
     }
     worst = 1.0 if mask else max(float(np.percentile(e, 99.8)) for rows in errors.values() for e in rows)
     worst = max(worst, 1e-3)
-    rows, columns = len(truth), 1 + 2 * len(predictions)
+    if errors_below:
+        rows, columns, scale_column = 2 * len(truth), 1 + len(predictions), 1
+    else:
+        rows, columns, scale_column = len(truth), 1 + 2 * len(predictions), 1 + len(predictions)
     height, width = truth[0].shape[:2]
     cell = 2.4  # inches wide
     tall = min(max(cell * height * pixel_aspect / width, 0.8), 4.0)
@@ -108,19 +112,18 @@ def draw_montage(
         return shown
 
     heat: Any = None
-    for row, frame in enumerate(truth):
-        column = 0
-        show(row, column, _picture(frame), "held out", names[row], cmap="gray", vmin=0, vmax=1)
-        for name, (images, figures) in predictions.items():
-            column += 1
-            picture = _picture(images[row] >= 0.5 if mask else images[row])
-            show(row, column, picture, name, figures[row], cmap="gray", vmin=0, vmax=1)
-        for name, pictures in errors.items():
-            column += 1
+    for k, frame in enumerate(truth):
+        row = 2 * k if errors_below else k
+        show(row, 0, _picture(frame), "held out", names[k], cmap="gray", vmin=0, vmax=1)
+        for column, (name, (images, figures)) in enumerate(predictions.items(), 1):
+            picture = _picture(images[k] >= 0.5 if mask else images[k])
+            show(row, column, picture, name, figures[k], cmap="gray", vmin=0, vmax=1)
+        for column, (name, pictures) in enumerate(errors.items(), scale_column):
             looks: dict[str, Any] = {} if mask else {"cmap": "inferno", "vmin": 0, "vmax": worst}
-            heat = show(row, column, pictures[row], f"error of {name}", "", **looks)
+            title, caption = ("", "its error") if errors_below else (f"error of {name}", "")
+            heat = show(row + errors_below, column, pictures[k], title, caption, **looks)
 
-    first = (1 + len(predictions)) * cell
+    first = scale_column * cell
     if mask:
         for order, (colour, words) in enumerate(
             ((_MISSING, "missed"), (_SURPLUS, "too much"), (_BOTH, "both"))
