@@ -130,12 +130,19 @@ struct alignas(16) Staged {
   S colour[C];
 };
 
+/// A piece of a tile's list, of at most kSegment pairs; render -1: there is nothing to draw.
+struct Segment {
+  int64_t number;  // of all segments
+  int render;
+  int64_t tile;  // of the render
+};
+
 /// One tile of one render, and the two pixels of a lane.
 template <class S, int C>
 struct Tile {
   int64_t render, view_row, head_row, area;
   int32_t first, last;     // its pairs
-  int64_t segment, start;  // its first segment, and where that one's start lies
+  int64_t segment, start;  // number of its first segment, and where that one's start lies
   int x, y;
   bool inside[2];
   int64_t pixel[2];
@@ -162,6 +169,10 @@ struct Tile {
   }
 
   static constexpr int kStartSize = (C + 1) * kTilePixels;  // transmittance and colour in front of a segment
+
+  /// Where one of its segments begins in its list.
+  __device__ int32_t place(const Segment& of) const { return int32_t(of.number - segment) * kSegment; }
+  __device__ int64_t start_of(const Segment& of) const { return start + (of.number - segment) * kStartSize; }
 };
 
 /// The render that the block's row draws of the tile's view, -1 where there is none.
@@ -169,6 +180,15 @@ __device__ __forceinline__ int render_of(const RenderTable& table, int64_t view)
   int r = table.first[view];
   for (unsigned layer = 0; layer < blockIdx.y && r >= 0; ++layer) r = table.next[r];
   return r;
+}
+
+/// The segment that the calling warp blends, in the layer of its block's row.
+template <class S>
+__device__ __forceinline__ Segment segment_of_warp(const BlendArguments<S>& in, const RenderTable& table) {
+  const int64_t number = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tiles = in.tiles_x * in.tiles_y;
+  const int32_t tile = number < in.segments ? in.segment_tiles[number] : -1;  // counted over all views
+  if (tile < 0) return {number, -1, 0};
+  return {number, render_of(table, tile / tiles), tile % tiles};
 }
 
 /// One lane's pair of the batch that starts at `batch`; a Gaussian that this render does not draw gets opacity 0.
@@ -260,17 +280,15 @@ __global__ void __launch_bounds__(32 * kWarps)
     blend_segments_kernel(const BlendArguments<S> in, const RenderTable table) {
   __shared__ Staged<S, C> shared[kWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t segment = int64_t(blockIdx.x) * kWarps + warp, tiles = in.tiles_x * in.tiles_y;
-  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
-  const int r = at < 0 ? -1 : render_of(table, at / tiles);
-  if (r < 0) return;
-  const Tile<S, C> tile(in, table, r, at % tiles);
-  const int32_t begin = tile.first + int32_t(segment - tile.segment) * kSegment;
+  const Segment own = segment_of_warp(in, table);
+  if (own.render < 0) return;
+  const Tile<S, C> tile(in, table, own.render, own.tile);
+  const int32_t begin = tile.first + tile.place(own);
   S image[2][C] = {}, transmittance[2] = {1, 1};
   int32_t stop[2];
   bool running[2] = {tile.inside[0], tile.inside[1]};
   walk(in, table, tile, begin, min(begin + kSegment, tile.last), shared[warp], image, transmittance, running, stop);
-  S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
+  S* start = in.starts + tile.start_of(own) + lane;
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     start[32 * k] = running[k] ? transmittance[k] : S(0);  // 0: stops within, whatever is in front
@@ -335,18 +353,16 @@ template <class S, int C>
 __global__ void __launch_bounds__(32 * kWarps) stop_pixels_kernel(const BlendArguments<S> in, const RenderTable table) {
   __shared__ Staged<S, C> shared[kWarps][32];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int64_t segment = int64_t(blockIdx.x) * kWarps + warp, tiles = in.tiles_x * in.tiles_y;
-  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
-  const int r = at < 0 ? -1 : render_of(table, at / tiles);
-  if (r < 0) return;
-  const Tile<S, C> tile(in, table, r, at % tiles);
-  const int32_t first = int32_t(segment - tile.segment) * kSegment;  // in the tile's list
+  const Segment own = segment_of_warp(in, table);
+  if (own.render < 0) return;
+  const Tile<S, C> tile(in, table, own.render, own.tile);
+  const int32_t first = tile.place(own);
   bool stops[2], running[2];
 #pragma unroll
   for (int k = 0; k < 2; ++k)
     stops[k] = running[k] = tile.inside[k] && in.stops[tile.render * tile.area + tile.pixel[k]] == ~first;
   if (!__any_sync(kAllLanes, stops[0] || stops[1])) return;
-  const S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
+  const S* start = in.starts + tile.start_of(own) + lane;
   S image[2][C], transmittance[2];
   int32_t stop[2];
 #pragma unroll
@@ -398,13 +414,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   __shared__ Staged<S, C> shared[kWarps][32];
   Staged<S, C>* staged = shared[threadIdx.x / 32];
   const int lane = threadIdx.x % 32;
-  const int64_t segment = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32, tiles = in.tiles_x * in.tiles_y;
-  const int32_t at = segment < in.segments ? in.segment_tiles[segment] : -1;
-  const int r = at < 0 ? -1 : render_of(table, at / tiles);
-  if (r < 0) return;
-  const Tile<S, C> tile(in, table, r, at % tiles);
-  const int32_t begin = tile.first + int32_t(segment - tile.segment) * kSegment, end = min(begin + kSegment, tile.last);
-  const S* start = in.starts + tile.start + (segment - tile.segment) * tile.kStartSize + lane;
+  const Segment own = segment_of_warp(in, table);
+  if (own.render < 0) return;
+  const Tile<S, C> tile(in, table, own.render, own.tile);
+  const int32_t begin = tile.first + tile.place(own), end = min(begin + kSegment, tile.last);
+  const S* start = in.starts + tile.start_of(own) + lane;
   S v_image[2][C] = {}, transmittance[2] = {1, 1}, behind[2] = {0, 0};
   int32_t stop[2] = {0, 0};
 #pragma unroll

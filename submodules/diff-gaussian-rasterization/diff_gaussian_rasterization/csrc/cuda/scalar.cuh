@@ -22,8 +22,13 @@ __device__ __forceinline__ void sincos_turns(double turns, double& sine, double&
   ::sincospi(2 * turns, &sine, &cosine);
 }
 
-/// For blending, where the exponent lies in [-6, 0] whenever the result counts: the hardware's 2^x, within 2 ulp.
-__device__ __forceinline__ float fast_exp(float x) { return __expf(x); }
+/// For blending, where the exponent lies in [-6, 0] whenever the result counts: the hardware's 2^x, within 2 ulp. Not
+/// __expf, which spends three instructions more on results that are denormal.
+__device__ __forceinline__ float fast_exp(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
+  return y;
+}
 __device__ __forceinline__ double fast_exp(double x) { return ::exp(x); }
 __device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }
 __device__ __forceinline__ double fast_divide(double x, double y) { return x / y; }
