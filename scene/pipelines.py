@@ -38,7 +38,7 @@ class Task:
     @property
     def in_betweens(self) -> bool:
         """Is what lies between frames rendered too, and compared with what is expected there (IBFR)?"""
-        return bool(self.terms.get("ibfr"))
+        return bool(self.terms.get("ibfr") or self.terms.get("ibfr_ssim"))
 
     def render(self, view: int) -> Render:
         return Render(view, self.head, self.test)

@@ -402,8 +402,9 @@ def _in_between(
 ) -> InBetween | None:
     """What in-between frames are expected to show, with --ibfr_target motion; kept in the output folder for a run that
     goes on."""
-    weights = {"img": (options.lambda_ibfr,), "seg": (options.lambda_ibfr_seg,)}
-    wanted = weights.get(options.pipeline, (options.lambda_ibfr, options.lambda_ibfr_seg))
+    of_images, of_masks = options.lambda_ibfr + options.lambda_ibfr_dssim, options.lambda_ibfr_seg
+    weights = {"img": (of_images,), "seg": (of_masks,)}
+    wanted = weights.get(options.pipeline, (of_images, of_masks))
     if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
         return None
     images = frames(range(len(frames)))

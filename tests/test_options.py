@@ -235,6 +235,10 @@ def test_an_option_changes_the_model(runs, base, name, monkeypatch):
     assert differ(base, runs(**changes)), name
 
 
+def test_the_similarity_of_in_betweens_counts_by_itself(runs):
+    assert differ(runs(lambda_ibfr=0.0, lambda_ibfr_dssim=0.5), runs(lambda_ibfr=0.0))
+
+
 def test_all_options_of_the_optimisation_are_tried():
     names = {option.name for option in fields(OptimisationOptions)}
     assert names - set(CHANGES_THE_MODEL) == {"seg_head_lr"}

@@ -437,7 +437,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
   int32_t deepest = max(stop[0], stop[1]);
   for (int step = 16; step > 0; step /= 2) deepest = max(deepest, __shfl_xor_sync(kAllLanes, deepest, step));
-  S* records = in.records + table.layer[r] * in.pairs * R;
+  S* records = in.records + table.layer[tile.render] * in.pairs * R;
 
   int32_t batch = begin;
   for (; batch < end && batch - tile.first < deepest; batch += 32) {
