@@ -140,6 +140,42 @@ def test_in_between_beats_blending(between: InBetween) -> None:
     assert 0 < ((found > 0) & (found < 1)).float().mean() < 0.1  # an edge, about a pixel wide
 
 
+def test_paths_bend_where_motion_speeds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blobs at 0.75 t^2: half-way from t = 2 to 3 they lie 0.19 px behind the middle of both ends."""
+    monkeypatch.setattr(motion, "SHARE", 0.0)  # motion alone, as it is
+    monkeypatch.setattr(motion, "EXCESS", 0.0)
+    monkeypatch.setattr(motion, "TRAINING", 2)
+    between = InBetween(torch.cat([scene(0.75 * t * t - 4, 0) for t in range(5)]))
+    k, alpha = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
+    truth = torch.cat([scene(0.75 * t * t - 4, 0) for t in (1.5, 2.5)])
+    frames = torch.cat([scene(0.75 * t * t - 4, 0) for t in (1, 2, 3)])
+    plain = blend_along(frames[:2], frames[1:], between.flow[k], alpha, "bilinear")
+    found = between.images(k, alpha)
+    # of the error what is left is that of bilinear interpolation and of the flow itself
+    assert (found - truth).square().mean() < 0.7 * (plain - truth).square().mean()
+
+
+def test_what_both_find_beyond_the_blend_is_taken_farther(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(motion, "TRAINING", 5)
+    frames = torch.cat([walking(t) for t in range(3)])
+    k, alpha = torch.tensor([0, 1]), torch.tensor([0.5, 0.5])
+    farther = InBetween(frames, gap=2).images(k, alpha)
+    monkeypatch.setattr(motion, "EXCESS", 0.0)
+    mixture, blend = InBetween(frames, gap=2).images(k, alpha), (frames[:-1] + frames[1:]) / 2
+    assert (mixture - blend).abs().max() > 0.01
+    torch.testing.assert_close(farther - blend, 1.3 * (mixture - blend), atol=4e-4, rtol=0)  # half precision
+
+
+def test_time_has_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sequence that reads the same backwards is filled in the same backwards, whatever the network has learned."""
+    monkeypatch.setattr(motion, "TRAINING", 40)
+    half = torch.cat([walking(t) for t in range(3)])
+    between = InBetween(torch.cat([half, half[:-1].flip(0)]), gap=2)  # K = 5
+    k, alpha = torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.8])
+    backwards = between.images(3 - k, 1 - alpha)
+    torch.testing.assert_close(between.images(k, alpha), backwards, atol=5e-4, rtol=0)  # half precision
+
+
 def test_in_between_is_continuous_in_time(between: InBetween) -> None:
     alphas = torch.linspace(0, 1, 41)
     images = between.images(torch.full((41,), 2), alphas)

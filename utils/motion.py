@@ -1,9 +1,11 @@
 """Frames in between, without a model: where the anatomy moves between neighbouring frames, what it looks like there.
 
-Two predictions are made for each quarter of the way from a frame to the next, and mixed:
+Two predictions are made for each quarter of the way from a frame to the next, mixed, and taken some way farther from
+the linear blend of the two frames, towards which both are drawn where they are unsure:
 
 - *motion*: a symmetric optical flow (total variation, robust data term: Zach, Pock, Bischof 2007, estimated at the
-  middle of the two frames) along which both frames are carried to the time asked for, and blended;
+  middle of the two frames) along which both frames are carried to the time asked for, and blended; paths are
+  parabolas, whose bend is how the motion changes from the pair before to the pair after;
 - *self super-resolution* (after Zhao et al., SMORE, 2021): tissue looks alike along all axes, so a small network that
   learns to fill in left-out rows of the frames also fills in the frames left out of the stack, seen from the side.
 
@@ -18,7 +20,7 @@ import math
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -79,9 +81,13 @@ def _median(fields: Tensor) -> Tensor:
 # ---- flow ------------------------------------------------------------------------------------------------------------
 
 WARPS, ITERATIONS, SHRINK, SMALLEST = 5, 10, 0.6, 14
+FLOWS = ((True, 20.0), (False, 5.0))
+"""How motion is estimated: by contrast or by brightness, and the weight of the images against smoothness."""
+BEND_BLUR = 2.0
+"""Pixels; how a path bends is the difference of two estimates, and noisy."""
 
 
-def estimate_flow(before: Tensor, after: Tensor, contrast: bool = True) -> Tensor:
+def estimate_flow(before: Tensor, after: Tensor, contrast: bool = True, weight: float = 20.0) -> Tensor:
     """The motion v between pairs of grey images, seen from the middle: before(x - v/2) looks like after(x + v/2).
 
     before, after: (B, 1, H, W) in [0, 1]. Returns (B, 2, H, W), (x, y) in pixels.
@@ -104,14 +110,14 @@ def estimate_flow(before: Tensor, after: Tensor, contrast: bool = True) -> Tenso
         if contrast:
             mean = blur(images, 8)
             images = 0.15 * (images - mean) / (blur((images - mean) ** 2, 8) + 0.05**2).sqrt()
-        v = _refine_flow(v, torch.cat([images, *_gradients(images)], 1), contrast)
+        v = _refine_flow(v, torch.cat([images, *_gradients(images)], 1), contrast, weight)
     return v
 
 
-def _refine_flow(v: Tensor, images: Tensor, contrast: bool) -> Tensor:
+def _refine_flow(v: Tensor, images: Tensor, contrast: bool, weight: float) -> Tensor:
     """One level of the pyramid. images: (2B, 3, H, W), value and gradients, the pairs' first and then their second."""
     before, after = images.chunk(2)
-    tau, sigma, weight = 0.25, 0.5, 20.0 if contrast else 10.0
+    tau, sigma = 0.25, 0.5
     px, py = torch.zeros_like(v), torch.zeros_like(v)
     for _ in range(WARPS):
         a, b = carry(before, -v / 2, "bilinear"), carry(after, v / 2, "bilinear")
@@ -150,10 +156,56 @@ def flow_at(flow: Tensor, alpha: Tensor) -> Tensor:
     return seen
 
 
-def blend_along(before: Tensor, after: Tensor, seen: Tensor, alpha: Tensor, mode: str = "bicubic") -> Tensor:
-    """Both images carried along `seen`, the motion at alpha, and blended, (B, C, H, W). alpha: (B,)."""
+def blend_along(
+    before: Tensor,
+    after: Tensor,
+    seen: Tensor,
+    alpha: Tensor,
+    mode: str = "bicubic",
+    aside: Tensor | float = 0.0,
+) -> Tensor:
+    """Both images carried along `seen`, the motion at alpha, and blended, (B, C, H, W). alpha: (B,). aside:
+    (B, 2, H, W), added to where both are sampled, for paths that bend."""
     a = alpha.view(-1, 1, 1, 1)
-    return (1 - a) * carry(before, -a * seen, mode) + a * carry(after, (1 - a) * seen, mode)
+    return (1 - a) * carry(before, aside - a * seen, mode) + a * carry(after, aside + (1 - a) * seen, mode)
+
+
+class _Paths(NamedTuple):
+    """The motion from frame k to frame k + stride, seen in the middle, in pixels: (K - stride, 2, H, W) each.
+
+    flow: from one to the other. bend: the flow of the pair after less that of the pair before, of the same matter.
+    """
+
+    flow: Tensor
+    bend: Tensor
+
+    def blend(self, before: Tensor, after: Tensor, alpha: float) -> Tensor:
+        """The frames carried along and blended, at one alpha for all; bilinearly, which smooths noise."""
+        times = torch.full((len(before),), alpha, device=before.device)
+        seen = flow_at(self.flow, times)
+        bend = carry(self.bend, (0.5 - alpha) * seen, "bilinear")
+        # parabolas through both ends: their velocity changes by bend / 2 on the way
+        return blend_along(before, after, seen, times, "bilinear", alpha * (1 - alpha) / 4 * bend)
+
+
+def _paths(frames: Tensor, stride: int = 1, chunk: int = 32) -> list[_Paths]:
+    """By each of FLOWS, of all pairs of frames (k, k + stride)."""
+    grey = frames.mean(1, keepdim=True)
+    pairs = torch.stack([grey[:-stride], grey[stride:]]).split(chunk, 1)
+    k = torch.arange(len(frames) - stride, device=frames.device)
+    found = []
+    for contrast, weight in FLOWS:
+        flow = torch.cat([estimate_flow(a, b, contrast, weight) for a, b in pairs])
+        # what moves here by flow is that much farther in the next pair's middle, and was as far behind before
+        later = carry(flow[torch.where(k + stride < len(k), k + stride, k)], flow, "bilinear")
+        earlier = carry(flow[torch.where(k >= stride, k - stride, k)], -flow, "bilinear")
+        found.append(_Paths(flow, blur(later - earlier, BEND_BLUR)))
+    return found
+
+
+def _blend_paths(before: Tensor, after: Tensor, paths: list[_Paths], alpha: float) -> Tensor:
+    """Mean over all estimates of the motion: where they are wrong they differ."""
+    return torch.stack([path.blend(before, after, alpha) for path in paths]).mean(0)
 
 
 # ---- small networks --------------------------------------------------------------------------------------------------
@@ -202,11 +254,15 @@ def _flipped(patches: Tensor, generator: torch.Generator) -> Tensor:
 
 # ---- self super-resolution -------------------------------------------------------------------------------------------
 
-WIDTH, DEPTH, GAIN = 32, 5, 5.0
-TRAINING, ROWS, COLUMNS, FEWEST_ROWS = 800, 16, 32, 4
+WIDTH, DEPTH, GAIN = 48, 5, 5.0
+TRAINING, ROWS, COLUMNS, FEWEST_ROWS = 1200, 16, 32, 4
 LEAST_VARIANCE = 1e-4
 SHARE = 0.6
 """Of self super-resolution in the prediction, against the motion's."""
+EXCESS = 0.3
+"""Of what both find beyond the linear blend, added once more: each, where unsure, falls short towards that blend."""
+MIRRORS = ((0,), (1, 2), (0, 1, 2))
+"""Axes of the stack that are turned round: frames, rows, columns."""
 WIDEST_GAP = 8
 """Pixels; frames that lie farther apart are filled in by their motion alone."""
 
@@ -303,8 +359,18 @@ def _between_matrix(count: int, gap: int) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def _fill_stack(network: _RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:
-    """The stack (K, H, W) seen from its two sides, filled in: (K - 1, STEPS - 1, H, W)."""
+def _fill_stack(network: _RowsBetween, frames: Tensor) -> Tensor:
+    """The stack (K, H, W) filled in, (K - 1, STEPS - 1, H, W): mean of what is made of it and of its mirror images."""
+    filled = _fill_cuts(network, frames)
+    for axes in MIRRORS:
+        mirrored = _fill_cuts(network, frames.flip(axes))
+        later = (0, 1) if 0 in axes else ()
+        filled = filled + mirrored.flip([*later, *(axis + 1 for axis in axes if axis)])
+    return filled / (1 + len(MIRRORS))
+
+
+def _fill_cuts(network: _RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:
+    """As `_fill_stack`, of the stack as it is: mean of its cuts along x and along y."""
     k, height, width = frames.shape
     total = frames.new_zeros(k - 1, STEPS - 1, height, width)
     for first in range(0, height, chunk):  # cuts along x: (rows of the cut: frames, columns: x)
@@ -408,12 +474,12 @@ class InBetween:
     ) -> None:
         count = len(frames)
         self.gap = matching_gap(frames) if gap is None else gap
-        flows = _flows(frames[:-1], frames[1:])
-        self.flow = torch.stack(flows).mean(0)
+        paths = _paths(frames)
+        self.flow = torch.stack([path.flow for path in paths]).mean(0)
         stack = frames.new_zeros((count - 1) * STEPS + 1, *frames.shape[1:])
         stack[::STEPS] = frames
         for s in range(1, STEPS):
-            stack[s::STEPS] = _blend_flows(frames[:-1], frames[1:], flows, s / STEPS)
+            stack[s::STEPS] = _blend_paths(frames[:-1], frames[1:], paths, s / STEPS)
         pixels = max(2, round(self.gap))
         if pixels <= WIDEST_GAP and (min(frames.shape[2:]) - 1) // pixels + 1 >= FEWEST_ROWS:
             planes = frames.transpose(0, 1)  # channel by channel
@@ -421,21 +487,22 @@ class InBetween:
             if network is not None:
                 filled = torch.stack([_fill_stack(network, plane) for plane in planes], 2)
                 for s in range(1, STEPS):
-                    stack[s::STEPS] = torch.lerp(stack[s::STEPS], filled[:, s - 1], SHARE)
+                    linear = torch.lerp(frames[:-1], frames[1:], s / STEPS)
+                    mixture = torch.lerp(stack[s::STEPS], filled[:, s - 1], SHARE)
+                    stack[s::STEPS] = torch.lerp(linear, mixture, 1 + EXCESS)
         self._images = stack.clamp_(0, 1).half()
-        self._distances = None if masks is None else self._carry_masks(frames, masks, flows, generator)
+        self._distances = None if masks is None else self._carry_masks(frames, masks, paths, generator)
 
     def _carry_masks(
-        self, frames: Tensor, masks: Tensor, flows: list[Tensor], generator: torch.Generator
+        self, frames: Tensor, masks: Tensor, paths: list[_Paths], generator: torch.Generator
     ) -> Tensor:
         """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W), half precision."""
         distances = signed_distances(masks, self.gap)
         network = None
         if len(frames) > 2:  # learn on each frame that lies between two others
             before, after = distances[:-2], distances[2:]
-            wide = _flows(frames[:-2], frames[2:])
             network = _learn_contours(
-                _blend_flows(before, after, wide, 0.5),
+                _blend_paths(before, after, _paths(frames, 2), 0.5),
                 (before + after) / 2,
                 frames[1:-1],
                 (masks[1:-1] >= 0.5).float(),
@@ -445,7 +512,7 @@ class InBetween:
         levels[::STEPS] = distances
         for s in range(1, STEPS):
             alpha = s / STEPS
-            moved = _blend_flows(distances[:-1], distances[1:], flows, alpha)
+            moved = _blend_paths(distances[:-1], distances[1:], paths, alpha)
             still = torch.lerp(distances[:-1], distances[1:], alpha)
             if network is not None:
                 moved = moved + TRUST * network(moved, still, self._images[s::STEPS].float())
@@ -506,16 +573,3 @@ def _digest(frames: Tensor, masks: Tensor | None) -> str:
             digest.update(str(tuple(values.shape)).encode())
             digest.update(values.float().cpu().contiguous().numpy().data)
     return digest.hexdigest()
-
-
-def _flows(before: Tensor, after: Tensor, chunk: int = 32) -> list[Tensor]:
-    """Motion by contrast and by brightness: where they are wrong they differ, and blends of both err less."""
-    pairs = torch.stack([before.mean(1, keepdim=True), after.mean(1, keepdim=True)]).split(chunk, 1)
-    return [torch.cat([estimate_flow(a, b, contrast) for a, b in pairs]) for contrast in (True, False)]
-
-
-def _blend_flows(before: Tensor, after: Tensor, flows: list[Tensor], alpha: float) -> Tensor:
-    """Mean over the flows of the two frames blended along it, at one alpha for all."""
-    times = torch.full((len(before),), alpha, device=before.device)
-    blends = [blend_along(before, after, flow_at(flow, times), times, "bilinear") for flow in flows]
-    return torch.stack(blends).mean(0)
