@@ -163,7 +163,8 @@ def test_what_both_find_beyond_the_blend_is_taken_farther(monkeypatch: pytest.Mo
     monkeypatch.setattr(motion, "EXCESS", 0.0)
     mixture, blend = InBetween(frames, gap=2).images(k, alpha), (frames[:-1] + frames[1:]) / 2
     assert (mixture - blend).abs().max() > 0.01
-    torch.testing.assert_close(farther - blend, 1.3 * (mixture - blend), atol=4e-4, rtol=0)  # half precision
+    # both are kept in half precision: to 2.4e-4, of which 2.3 times that remains
+    torch.testing.assert_close(farther - blend, 1.3 * (mixture - blend), atol=6e-4, rtol=0)
 
 
 def test_time_has_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
