@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _KERBL = "3DGS"
 _PAPER = "paper"
 _RELEASE = "release"
+_OURS = "ours"
 AUTO = "auto"
 """The value of `start_checkpoint` that stands for the newest readable checkpoint of the output folder."""
 _SOURCES = (
@@ -298,6 +299,16 @@ class OptimisationOptions:
     opacity_reset_value: float = _option(
         0.01, "a reset lowers the opacities to this", source=_KERBL, above=0, high=0.99
     )
+    average_from_iter: int = _option(
+        0,
+        "from this iteration on, score, save and render running averages of the parameters; a density step and a reset "
+        "of the opacities begin them anew (0: never)",
+        source=_RELEASE,
+        low=0,
+    )
+    average_decay: float = _option(
+        0.998, "what is left of a running average after an iteration", source=_OURS, low=0, high=1
+    )
 
 
 @dataclass(frozen=True)
@@ -489,9 +500,10 @@ _BEST = {
     "ibfr_from_iter": 1,
     "ibfr_alpha_min": 0.0,
     "ibfr_alpha_max": 1.0,
-    "lambda_ibfr": 5.0,
-    "lambda_ibfr_dssim": 0.6,
+    "lambda_ibfr": 3.5,
+    "lambda_ibfr_dssim": 0.4,
     "lambda_ibfr_seg": 2.0,
+    "average_from_iter": 27_000,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
@@ -503,6 +515,10 @@ PRESETS: dict[str, dict[str, Any]] = {
         "densify_until_iter": 2000,
         "sigma_until_iter": 2000,
         "opacity_reset_interval": 100_000,
+        "lambda_ibfr": 5.0,
+        "lambda_ibfr_dssim": 0.6,
+        "average_from_iter": 2500,
+        "average_decay": 0.99,
     },
 }
 """Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md)."""

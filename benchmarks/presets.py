@@ -47,14 +47,16 @@ SCHEDULE = (
     "densify_until_iter",
     "sigma_until_iter",
     "ibfr_from_iter",
+    "average_from_iter",
 )  # go with iterations
 ABLATION: dict[str, dict[str, Any]] = {
     "all ingredients": {},
     "taught linear blends": {"ibfr_target": "linear"},
     "taught from iteration 10 000 of 30 000 on": {"ibfr_from_iter": 10_000},
     "taught from 0.2 to 0.8 of the way only": {"ibfr_alpha_min": 0.2, "ibfr_alpha_max": 0.8},
-    "weight 0.5 instead of 5": {"lambda_ibfr": 0.5},
-    "weight 20 instead of 5": {"lambda_ibfr": 20.0},
+    "a tenth of the weight": {"lambda_ibfr": 0.35, "lambda_ibfr_dssim": 0.04},
+    "four times the weight": {"lambda_ibfr": 14.0, "lambda_ibfr_dssim": 1.6},
+    "parameters not averaged": {"average_from_iter": 0},
     "without SSIM of in-betweens": {"lambda_ibfr_dssim": 0.0},
     "masks not taught in between": {"lambda_ibfr_seg": 0.0},
     "paths of degree 7 instead of 2": {"poly_degree": 7},

@@ -65,6 +65,7 @@ _EXTRAS: dict[str, type | tuple[type, ...]] = {
     "options": dict,  # of the run, by name
     "background": Tensor,  # (C,)
     "random": Tensor,  # state of the generator that all random numbers come from
+    "trained": dict,  # parameter -> what training goes on with, where `params` are running averages
     "gradients": dict,  # parameter -> gradient; the iteration's update is to come (see `Training.save_checkpoint`)
 }
 
@@ -518,10 +519,13 @@ class _Reader:
             except (RuntimeError, TypeError) as error:
                 raise self.fault("random", "is no state of a random generator") from error
         learned = {**checkpoint.params, "time_func": checkpoint.time_func}
-        for name in known.get("gradients", {}):
-            if name not in learned:
-                raise self.fault("gradients", f"names {name!r}, which the model has not")
-            self.tensor(known["gradients"], name, tuple(learned[name].shape), label=f"the gradient of {name}")
+        for key, what in (("gradients", "the gradient of"), ("trained", "the trained")):
+            for name in known.get(key, {}):
+                if name not in learned:
+                    raise self.fault(key, f"names {name!r}, which the model has not")
+                self.tensor(known[key], name, tuple(learned[name].shape), label=f"{what} {name}")
+        if missing := learned.keys() - known.get("trained", learned).keys():
+            raise self.fault("trained", f"lacks {min(missing)!r}")
         return known
 
     def _take_grey(self, checkpoint: Checkpoint, ours: dict[Any, Any]) -> None:

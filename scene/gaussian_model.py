@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class GaussianModel:
     time_func: (K,) frame durations, or (K - 1, 1) logits of learned ones, a parameter then (`--use_dff`).
     """
 
-    def __init__(self, params: dict[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
+    def __init__(self, params: Mapping[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
         self.params = {
             name: nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
             for name, value in params.items()
@@ -99,6 +99,10 @@ class GaussianModel:
             time_func = torch.log(gaps / gaps.max())
         params = {name: value.to(device) for name, value in params.items()}
         return cls(params, time_func.to(device))
+
+    def named_parameters(self) -> dict[str, Tensor]:
+        """All that training changes, the frame times too."""
+        return {**self.params, "time_func": self.time_func}
 
     # ---- sizes -------------------------------------------------------------------------------------------------------
 

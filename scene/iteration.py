@@ -164,7 +164,7 @@ class Replay:
     def forget(self) -> None:
         """Gives the recordings' memory back to whatever needs much: both would not fit side by side. The parameters
         keep the gradients that they have."""
-        for parameter in self._learned():
+        for parameter in self.training.model.named_parameters().values():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
         # Expandable segments are unmapped at once, under the hands of a recording that is still being replayed.
@@ -172,9 +172,6 @@ class Replay:
         self.recordings.clear()
         self._anchor = self._held = None
         torch.cuda.empty_cache()
-
-    def _learned(self) -> list[Tensor]:
-        return [*self.training.model.params.values(), self.training.model.time_func]
 
     def _pool(self) -> Any:
         """Where all recordings have their tensors. It lives as long as a graph does that uses it: an empty one."""
@@ -242,7 +239,7 @@ class Replay:
         return recording
 
     def _capture(self, inputs: Inputs, screen_gradients: bool, capacity: int) -> _Recording:
-        parameters = self._learned()
+        parameters = self.training.model.named_parameters().values()
         for parameter in parameters:
             parameter.grad = None
         own = replace(inputs, views=inputs.views.clone())

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -61,6 +61,7 @@ class Training:
     iteration: int = 0
     found: bool = False  # whether it goes on from a checkpoint that was not named but found
     bounded: bool = False  # whether the bound on the number of Gaussians was met
+    averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
     _replay: Replay | None = None
 
@@ -143,6 +144,11 @@ class Training:
         changes = _changes(saved.extras.get("options", {}), _as_saved(options))
         if changes:
             say(f"options that changed since then: {', '.join(changes)}")
+        if "trained" in saved.extras:
+            self.averaged = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+            with torch.no_grad():
+                for name, parameter in self.model.named_parameters().items():
+                    parameter.copy_(saved.extras["trained"][name])
         if "gradients" in saved.extras:
             self._end_iteration(saved.extras["gradients"])
 
@@ -151,7 +157,7 @@ class Training:
         degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
         set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
         self.model.active_sh_degree = degree
-        for name, parameter in self._learned():
+        for name, parameter in self.model.named_parameters().items():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
         self.update()
@@ -186,11 +192,35 @@ class Training:
             self._control_density()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+
+    def _average(self) -> None:
+        if not 0 < self.options.average_from_iter <= self.iteration:
+            self.averaged = None
+        elif self.averaged is None:
+            self.averaged = GaussianModel(
+                self.model.params, self.model.time_func, self.model.active_sh_degree
+            )
+        else:
+            means, values = self.averaged.named_parameters(), self.model.named_parameters()
+            some = [name for name, value in values.items() if value.numel()]
+            torch._foreach_lerp_(
+                [means[name] for name in some],
+                [values[name] for name in some],
+                1 - self.options.average_decay,
+            )
+            self.averaged.active_sh_degree = self.model.active_sh_degree
+
+    @property
+    def shown(self) -> GaussianModel:
+        """The model that is scored and saved: the averages, where there are any."""
+        return self.averaged or self.model
 
     def _control_density(self) -> None:
         options, model, iteration = self.options, self.model, self.iteration
         if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
             self.release()
+            self.averaged = None
             held_back = self.control.step(
                 model, self.optimizer, iteration, options, self.extent, self.generator
             )
@@ -207,10 +237,7 @@ class Training:
         at_start = options.white_background and iteration == options.densify_from_iter
         if iteration % options.opacity_reset_interval == 0 or at_start:
             reset_opacity(model, self.optimizer, options.opacity_reset_value)
-
-    def _learned(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.model.params.items()
-        yield "time_func", self.model.time_func
+            self.averaged = None
 
     @cached_property
     def pixels(self) -> str:
@@ -222,8 +249,10 @@ class Training:
 
     def magnitudes(self) -> dict[str, Tensor]:
         """The largest absolute value, () each, of every gradient and parameter; not finite where one of its is not."""
-        named = {f"gradient of {name}": parameter.grad for name, parameter in self._learned()}
-        named |= {name: parameter.detach() for name, parameter in self._learned()}
+        named = {
+            f"gradient of {name}": parameter.grad for name, parameter in self.model.named_parameters().items()
+        }
+        named |= {name: parameter.detach() for name, parameter in self.model.named_parameters().items()}
         present = {name: value for name, value in named.items() if value is not None and value.numel()}
         return dict(zip(present, torch._foreach_norm(list(present.values()), torch.inf), strict=True))
 
@@ -231,7 +260,7 @@ class Training:
         """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the parameters,
         where an earlier iteration left its traces; with ``moments`` also of the optimizer's. Waits for the device."""
         named = dict(values) | self.magnitudes()
-        for name, parameter in self._learned() if moments else ():
+        for name, parameter in self.model.named_parameters().items() if moments else ():
             for key, moment in self.optimizer.state.get(parameter, {}).items():
                 if moment.numel():
                     named[f"{key} (of Adam) of {name}"] = moment.norm(torch.inf)
@@ -293,12 +322,13 @@ class Training:
     def save_point_cloud(self) -> None:
         self.check_finite({})
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
-        write_point_cloud(path, self.model.params, self.model.time_func)
+        write_point_cloud(path, self.shown.params, self.shown.time_func)
 
     def save_checkpoint(self) -> None:
         """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` less one stay.
 
         The iteration's `update` is still to come: the gradients are saved too, and a run that goes on begins with it.
+        Where what is shown are averages, the parameters that go on being trained are saved beside them.
         Raises `UserError`, and writes nothing, where something of the run is not finite.
         """
         self.check_finite({}, moments=True)
@@ -314,14 +344,20 @@ class Training:
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
             "gradients": {
-                name: parameter.grad for name, parameter in self._learned() if parameter.grad is not None
+                name: parameter.grad
+                for name, parameter in self.model.named_parameters().items()
+                if parameter.grad is not None
             },
         }
+        if self.averaged is not None:
+            extras["trained"] = {
+                name: parameter.detach() for name, parameter in self.model.named_parameters().items()
+            }
         checkpoint = Checkpoint(
             self.iteration,
-            {name: parameter.detach() for name, parameter in self.model.params.items()},
-            self.model.time_func.detach(),
-            self.model.active_sh_degree,
+            {name: parameter.detach() for name, parameter in self.shown.params.items()},
+            self.shown.time_func.detach(),
+            self.shown.active_sh_degree,
             self.extent,
             self.control.statistics,
             self.optimizer.state_dict(),

@@ -61,6 +61,7 @@ def make_checkpoint(channels=1, seg=False, dff=False):
             "options": {"lambda_l1": 2.0, "pipeline": "img", "test_iterations": [1, 2], "seg_source_path": None},
             "background": torch.rand(channels), "random": torch.Generator().manual_seed(3).get_state(),
             "gradients": {"xyz": torch.rand(N, 3), "f_dc": torch.rand(N, 1, channels)},
+            "trained": {name: torch.rand_like(value) for name, value in {**params, "time_func": time_func}.items()},
         },
     )  # fmt: skip
 
@@ -421,6 +422,8 @@ def test_moments_of_another_shape_are_named(path):
         ("gradients", {"xyz": torch.full((N, 3), torch.inf)}),
         ("gradients", {"abc": torch.zeros(N, 3)}),
         ("gradients", torch.zeros(N, 3)),
+        ("trained", {"xyz": torch.zeros(N, 3)}),  # without the others
+        ("trained", torch.zeros(N, 3)),
     ],
 )
 def test_the_extra_at_fault_is_named(path, key, value):

@@ -28,7 +28,7 @@ BASE = {
     "densification_interval": 5, "densify_until_iter": 22, "prune_scale_from_iter": 8, "opacity_reset_interval": 12,
     "prune_opacity": 0.005, "ibfr_from_iter": 3, "position_lr_max_steps": 40, "sigma_until_iter": 20,
     "sigma_high": 0.9, "sigma_low_views": 1.0, "use_dff": True, "opacity_reset_value": 0.09, "max_gaussians": 500,
-    "prune_scale": 0.05,
+    "prune_scale": 0.05, "average_from_iter": 21, "average_decay": 0.5,
 }  # fmt: skip
 
 # Option -> another value, after which the tensors at the end are others.
@@ -43,7 +43,8 @@ CHANGES_THE_MODEL = {
     "densification_interval": 7, "densify_from_iter": 12, "densify_until_iter": 9, "densify_grad_threshold": 1e-2,
     "percent_dense": 1.0, "split_sigma": 0.3, "split_children": 3, "split_shrink": 3.0, "prune_opacity": 0.088,
     "prune_scale": 0.02, "prune_scale_from_iter": 23, "max_gaussians": 160, "opacity_reset_interval": 9,
-    "opacity_reset_value": 0.05, "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
+    "opacity_reset_value": 0.05, "average_from_iter": 23, "average_decay": 0.9,
+    "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
     "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
     "antialiasing": True,
 }  # fmt: skip

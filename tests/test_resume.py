@@ -114,6 +114,20 @@ def test_a_run_that_was_over_goes_on_as_a_longer_one(data, tmp_path, case, stop)
     assert torch.equal(params["xyz"], whole.params["xyz"])
 
 
+def test_averages_go_on_too(data, tmp_path):
+    images, _ = data
+    flags = [*CONTROL, "--densify_until_iter", 13, "--average_from_iter", 11, "--average_decay", 0.7]
+    train_at(images, tmp_path / "whole", *flags, "--iterations", 21)
+    for stop in (11, 12, 14, 18):  # before there are any; one; a density step between them and the end; later
+        out = tmp_path / f"parts{stop}"
+        train_at(images, out, *flags, "--iterations", stop)
+        train_at(images, out, *flags, "--iterations", 21, *AUTO)
+        whole, parts = checkpoint(tmp_path / "whole", 21), checkpoint(out, 21)
+        assert_same_state(whole, parts)
+        for name, value in whole.extras["trained"].items():
+            assert torch.equal(parts.extras["trained"][name], value), name
+
+
 def test_it_goes_on_from_any_iteration(data, tmp_path):
     flags = (*CONTROL, "--iterations", 16)
     train_at(data[0], tmp_path / "whole", *flags, "--checkpoint_interval", 1)

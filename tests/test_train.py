@@ -430,6 +430,27 @@ def test_what_is_scored_is_what_is_saved(tmp_path):
         assert psnr(images, frames(range(len(frames)))).mean() == pytest.approx(scored["psnr"], abs=1e-3)
 
 
+def test_the_last_parameters_are_averaged(tmp_path):
+    # From the update of iteration 15 on; a reset of the opacities at 17 begins anew.
+    flags = ("--average_from_iter", 15, "--average_decay", 0.75, "--opacity_reset_interval", 17, "--use_dff")
+    root, stills = write(tmp_path / "data", blobs()), range(14, 21)
+    train_at(root, tmp_path / "a", *flags, "--iterations", 21, "--checkpoint_iterations", *stills)
+    train_at(root, tmp_path / "raw", *flags[4:], "--iterations", 21, "--checkpoint_iterations", *stills)
+    saved = {i: checkpoint(tmp_path / "a", i) for i in range(14, 22)}
+    raw = {i: checkpoint(tmp_path / "raw", i) for i in range(14, 22)}
+    assert [i for i in saved if "trained" in saved[i].extras] == [16, 17, 18, 19, 20, 21]
+    for name, last in raw[21].params.items():
+        assert torch.equal(saved[15].params[name], raw[15].params[name])
+        assert torch.equal(saved[21].extras["trained"][name], last), (
+            name
+        )  # averages change nothing of the training
+        mean = raw[18].params[name]  # after the reset
+        for i in (19, 20, 21):
+            mean = 0.75 * mean + 0.25 * raw[i].params[name]
+        torch.testing.assert_close(saved[21].params[name], mean)
+    assert not torch.equal(saved[21].time_func, raw[21].time_func)
+
+
 def test_rates_decay_over_the_run(tmp_path):
     flags = ("--iterations", 4, "--position_lr_max_steps", 4, "--distance", 2, "--checkpoint_iterations", 2)
     train_at(write(tmp_path / "data", blobs()), tmp_path / "out", *flags)

@@ -89,7 +89,7 @@ def rounded(images: Tensor, bits: int) -> Tensor:
 
 def _render(training: Training, task: Task, positions: list[float]) -> Tensor:
     return render_frames(
-        training.model,
+        training.shown,
         training.camera,
         positions,
         training.background,
