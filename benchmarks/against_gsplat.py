@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from common import table
+from common import ratios, table, times_headers, times_rows
 from scenes import (
     DEGREE,
     Bench,
@@ -48,18 +48,24 @@ def against_gsplat(bench: Bench) -> dict[str, Any]:
 
 def scenes_table(section: Mapping[str, Any]) -> str:
     """A row for each way to draw each scene; ratios to ours."""
-    headers = [f"forward and backward; gsplat {section['version']}", "drawn by", "ms", "ratio"]
-    rows = [
-        [scene["scene"], name, 1e3 * s, s / scene["seconds"][scene["ours"]]]
-        for scene in section["scenes"]
-        for name, s in scene["seconds"].items()
+    scenes = section["scenes"]
+    headers = [f"forward and backward; gsplat {section['version']}", "drawn by", *times_headers(scenes[0])]
+    rows = [[scene["scene"], *row] for scene in scenes for row in times_rows(scene, scene["ours"])]
+    fastest = [
+        f"- {scene['scene']}: the faster way of gsplat takes "
+        + ", ".join(
+            f"{scene[key]:.3g} times ours on the {where}"
+            for key, where in (("ratio", "clock"), ("device_ratio", "device"))
+            if key in scene
+        )
+        for scene in scenes
     ]
     differences = [
         f"- {scene['scene']}, ours against gsplat: "
         + ", ".join(f"{name} {value:.1e}" for name, value in scene["differences"].items())
-        for scene in section["scenes"]
+        for scene in scenes
     ]
-    return "\n".join([table(headers, rows), "", *differences])
+    return "\n".join([table(headers, rows), "", *fastest, *differences])
 
 
 def _importable(bench: Bench) -> ModuleType:
@@ -81,7 +87,7 @@ def drawer(
     """What draws Gaussians with gsplat as ``camera`` sees them, (C, H, W), or so many ``views`` in one call, each of
     Gaussians of its own, (views, C, H, W).
 
-    Settings are ours: the same low-pass filter, near plane and tiles of 16 pixels. Its pixel centres lie at halves,
+    The low-pass filter and the near plane are ours, the tiles of 16 pixels its own. Its pixel centres lie at halves,
     ours at whole numbers: the same ray for half the width there.
     """
     batch = () if views is None else (views,)
@@ -170,10 +176,9 @@ def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
         torch.autograd.grad(ours(), leaves, coloured),
         torch.autograd.grad(draws["gsplat"](), leaves, coloured),
     )
-    seconds = bench.measure({name: _backward(draw, leaves, v_images) for name, draw in draws.items()})
-    return _scene(
-        f"{n} 3-D Gaussians, one view of {camera.width} x {camera.height}", "general", seconds, differences
-    )
+    times = bench.times({name: _backward(draw, leaves, v_images) for name, draw in draws.items()})
+    size = f"{n} 3-D Gaussians, one view of {camera.width} x {camera.height}"
+    return _scene(size, "general", times, differences)
 
 
 def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
@@ -236,7 +241,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         torch.autograd.grad(cut_and_drawn(), raw, v_images),
     )
     differences["pixel of general"] = largest_difference(folded.forward().images, one_by_one())
-    seconds = bench.measure(
+    times = bench.times(
         {
             "folded": folded.forward_backward,
             "cut and gsplat": _backward(cut_and_drawn, raw, v_images),
@@ -246,7 +251,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         }
     )
     size = f"{n} flat Gaussians, {VIEWS} views of {camera.width} x {camera.height}"
-    return _scene(size, "folded", seconds, differences)
+    return _scene(size, "folded", times, differences)
 
 
 def _backward(draw: Callable[[], Tensor], leaves: Sequence[Tensor], v_images: Tensor) -> Callable[[], object]:
@@ -276,13 +281,13 @@ def _compared(
 
 
 def _scene(
-    size: str, ours: str, seconds: Mapping[str, float], differences: Mapping[str, float]
+    size: str, ours: str, times: Mapping[str, Mapping[str, float]], differences: Mapping[str, float]
 ) -> dict[str, Any]:
-    theirs = min(s for name, s in seconds.items() if name.startswith("gsplat"))
+    theirs = [name for name in times["seconds"] if name.startswith("gsplat")]
     return {
         "scene": size,
         "ours": ours,
-        "seconds": dict(seconds),
+        **times,
         "differences": dict(differences),
-        "ratio": theirs / seconds[ours],
+        **ratios(times, theirs, ours),
     }

@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -47,6 +50,63 @@ def measure(
             if turn >= warmup:
                 spent[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in spent.items()}
+
+
+def start_trace() -> profile:
+    """Begins to note what CUDA devices do, until `kernels_of`."""
+    trace = profile(activities=[ProfilerActivity.CUDA])
+    with warnings.catch_warnings():  # that it forgets an earlier trace: there is none
+        warnings.filterwarnings("ignore", message=".*Profiler clears events")
+        trace.start()
+    return trace
+
+
+def kernels_of(trace: profile, device: torch.device) -> dict[str, float]:
+    """Ends a trace. Seconds on the device in each kernel, copy and fill, by the functions' names."""
+    synchronise(device)
+    trace.stop()
+    out: dict[str, float] = {}
+    for event in trace.events() or []:
+        if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
+            name = function_name(event.name)
+            out[name] = out.get(name, 0.0) + 1e-6 * event.time_range.elapsed_us()
+    return out
+
+
+def function_name(kernel: str) -> str:
+    """``void ns::(anonymous namespace)::name<float, 7>(Arguments)`` -> ``name``."""
+    plain = kernel.removeprefix("void ")
+    for unnamed in ("(anonymous namespace)", "<unnamed>"):
+        plain = plain.replace(unnamed, "")
+    return re.split(r"[<(]", plain, maxsplit=1)[0].split("::")[-1].strip()
+
+
+def kernel_seconds(
+    device: torch.device, function: Callable[[], object], repeats: int, warmup: int = 2
+) -> dict[str, float]:
+    """Mean seconds on the device of one call's kernels, copies and fills, by name. Empty on a CPU, and where torch's
+    profiler sees none."""
+    if device.type != "cuda":
+        return {}
+    for _ in range(warmup):
+        function()
+    synchronise(device)
+    trace = start_trace()
+    for _ in range(repeats):
+        function()
+    return {name: s / repeats for name, s in kernels_of(trace, device).items()}
+
+
+def measure_on_device(
+    device: torch.device, functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
+) -> dict[str, float]:
+    """Mean seconds for which one call of each function keeps the device at work: the sum of its kernels, without the
+    gaps in which the device waits for Python to launch the next. Empty where `kernel_seconds` is."""
+    out = {
+        name: sum(kernel_seconds(device, function, repeats, warmup).values())
+        for name, function in functions.items()
+    }
+    return out if all(out.values()) else {}
 
 
 # ---- the machine -----------------------------------------------------------------------------------------------------
@@ -127,6 +187,28 @@ def shown(value: object) -> str:
     if not isinstance(value, float):
         return str(value)
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
+
+def times_headers(times: Mapping[str, Any]) -> list[str]:
+    """Of `times_rows`, but for the name."""
+    return ["ms on the clock", "ratio", *(["ms on the device", "ratio"] if "device_seconds" in times else [])]
+
+
+def times_rows(times: Mapping[str, Any], ours: str) -> list[list[Any]]:
+    """A row for each thing measured by `Bench.times`: its name, milliseconds, and how often ``ours`` fits into them."""
+    kinds = [times[kind] for kind in ("seconds", "device_seconds") if kind in times]
+    return [
+        [name, *(value for s in kinds for value in (1e3 * s[name], s[name] / s[ours]))] for name in kinds[0]
+    ]
+
+
+def ratios(times: Mapping[str, Any], theirs: Sequence[str], ours: str) -> dict[str, float]:
+    """The least time of ``theirs`` over that of ``ours``: on the clock, "ratio", and on the device, "device_ratio"."""
+    return {
+        name: min(times[kind][other] for other in theirs) / times[kind][ours]
+        for name, kind in (("ratio", "seconds"), ("device_ratio", "device_seconds"))
+        if kind in times
+    }
 
 
 def surface_table(lines: Sequence[Mapping[str, Any]]) -> str:

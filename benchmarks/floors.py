@@ -18,7 +18,8 @@ from scene.cameras import Camera
 from scene.pipelines import Inputs, requested_renders
 
 ITERATIONS = 6050  # of the run whose state this is: half an interval behind a density step
-TIMED, TRACED = 20, 20
+# A whole interval with its density step and what is recorded anew after it; replayed iterations, without either.
+TIMED, TRACED = 100, 20
 
 
 def floors_on_cuda(bench: Bench) -> dict[str, Any]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import table
+from common import ratios, table, times_headers, times_rows
 from scenes import (
     CAMERA,
     DEGREE,
@@ -36,16 +37,27 @@ def oracle(bench: Bench) -> dict[str, Any]:
         name: Drawing(model, camera, neighbours(model, VIEWS), name) for name in ("compiled", "oracle")
     }
     # Not in turns: whoever follows the oracle pays for giving back its hundreds of megabytes.
-    s: dict[str, float] = {}
+    times: dict[str, dict[str, float]] = {}
     for name, drawing in drawings.items():
-        s |= bench.measure({name: drawing.forward_backward}, repeats=7)
+        for kind, s in bench.times({name: drawing.forward_backward}, repeats=7).items():
+            times.setdefault(kind, {}).update(s)
     difference = largest_difference(*(drawing.forward().images for drawing in drawings.values()))
-    ratio = s["oracle"] / s["compiled"]
+    return _compared(gaussians, camera, times, "oracle", "compiled", difference)
+
+
+def _compared(
+    gaussians: int,
+    camera: Camera,
+    times: dict[str, dict[str, float]],
+    theirs: str,
+    ours: str,
+    difference: float,
+) -> dict[str, Any]:
+    """Prints and returns what two ways to the same images take."""
     size = f"{gaussians} Gaussians, {VIEWS} views of {camera.width} x {camera.height}"
-    rows = [["compiled", 1e3 * s["compiled"], 1.0], ["oracle", 1e3 * s["oracle"], ratio]]
-    print(table([size, "ms", "ratio"], rows))
+    print(table([size, *times_headers(times)], times_rows(times, ours)))
     print(f"largest difference of a pixel: {difference:.1e}")
-    return {"scene": size, "seconds": s, "ratio": ratio, "largest_difference": difference}
+    return {"scene": size, **times, **ratios(times, [theirs], ours), "largest_difference": difference}
 
 
 def operators(bench: Bench) -> dict[str, Any]:
@@ -68,46 +80,63 @@ def operators(bench: Bench) -> dict[str, Any]:
         leaves = [p for p in model.params.values() if p.numel()]
         torch.autograd.grad(one_by_one(), leaves, folded.v_images, allow_unused=True)
 
-    s = bench.measure({"folded": folded.forward_backward, "general": one_by_one_backward})
+    times = bench.times({"folded": folded.forward_backward, "general": one_by_one_backward})
     difference = largest_difference(folded.forward().images, one_by_one())
-    ratio = s["general"] / s["folded"]
-    size = f"{len(model)} Gaussians, {VIEWS} views of {camera.width} x {camera.height}"
-    rows = [["folded, once", 1e3 * s["folded"], 1.0], ["general, once a view", 1e3 * s["general"], ratio]]
-    print(table([size, "ms", "ratio"], rows))
-    print(f"largest difference of a pixel: {difference:.1e}")
-    return {"scene": size, "seconds": s, "ratio": ratio, "largest_difference": difference}
+    return _compared(len(model), camera, times, "general", "folded", difference)
 
 
 def growth(bench: Bench) -> dict[str, Any]:
     """Forward and backward of one batch as one size grows and the others stay; the exponent is the last step's."""
+    others = {"Gaussians": GAUSSIANS, "pixels": CAMERA.width, "views": VIEWS, "P": DEGREE}
     sizes: dict[str, list[int]] = {
         "Gaussians": [3000, 6000, 12_000, 24_000, 48_000, 96_000],
         "pixels": [32, 64, 128, 256, 512],  # width of a frame of 4 : 3
         "views": [1, 2, 3, 5, 8, 16],
         "P": [0, 1, 2, 4, 7, 14, 28],
     }
-    if bench.device.type == "cuda":
-        sizes["Gaussians"] += [200_000, 400_000, 800_000]
-        sizes["pixels"] += [1024]
+    if bench.device.type == "cuda":  # milliseconds at the end of each, not what it takes to launch a kernel
+        others |= {"Gaussians": 400_000, "pixels": 256}
+        sizes["Gaussians"] += [200_000, 400_000, 800_000, 1_600_000, 3_200_000]
+        sizes["pixels"] += [1024, 2048]
+        sizes["views"] += [32, 64]
     if bench.quick:
+        others["Gaussians"] //= 8
         sizes = {name: values[:3] for name, values in sizes.items()}
     result: dict[str, Any] = {}
     for name, values in sizes.items():
         drawings, xs = {}, []
         for value in values:
-            gaussians = value if name == "Gaussians" else GAUSSIANS // (8 if bench.quick else 1)
-            width = value if name == "pixels" else CAMERA.width
-            camera = Camera(width, width * 3 // 4)
-            model = model_in_training(gaussians, camera, value if name == "P" else DEGREE, bench.device)
-            views = neighbours(model, value if name == "views" else VIEWS)
-            drawings[str(value)] = Drawing(model, camera, views).forward_backward
+            size = others | {name: value}
+            camera = Camera(size["pixels"], size["pixels"] * 3 // 4)
+            model = model_in_training(size["Gaussians"], camera, size["P"], bench.device)
+            drawings[str(value)] = Drawing(model, camera, neighbours(model, size["views"])).forward_backward
             xs.append(camera.width * camera.height if name == "pixels" else value)
-        seconds = list(bench.measure(drawings, repeats=9).values())
-        exponent = None
-        if xs[-2] > 0:
-            exponent = math.log(seconds[-1] / seconds[-2]) / math.log(xs[-1] / xs[-2])
-        result[name] = {"sizes": xs, "seconds": seconds, "exponent": exponent}
-        print(table([name, *map(str, xs), "exponent"], [["ms", *(1e3 * s for s in seconds), exponent]]))
+        times = {kind: list(s.values()) for kind, s in bench.times(drawings, repeats=9).items()}
+        del drawings
+        result[name] = {
+            "sizes": xs,
+            **times,
+            "exponent": last_exponent(xs, times.get("device_seconds", times["seconds"])),
+        }
+        print(growth_table(name, result[name]))
         print()
         settle(bench.device)
     return result
+
+
+def last_exponent(xs: Sequence[float], seconds: Sequence[float]) -> float | None:
+    """d log(time) / d log(size) of the last step."""
+    return math.log(seconds[-1] / seconds[-2]) / math.log(xs[-1] / xs[-2]) if xs[-2] > 0 else None
+
+
+def growth_table(name: str, curve: Mapping[str, Any]) -> str:
+    """One curve; the exponent is that of its last row."""
+    kinds = {"ms on the clock": curve["seconds"]}
+    if "device_seconds" in curve:
+        kinds["ms on the device"] = curve["device_seconds"]
+    exponents = [None] * (len(kinds) - 1) + [curve["exponent"]]
+    rows = [
+        [kind, *(1e3 * s for s in seconds), exponent]
+        for (kind, seconds), exponent in zip(kinds.items(), exponents, strict=True)
+    ]
+    return table([name, *map(str, curve["sizes"]), "exponent"], rows)

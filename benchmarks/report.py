@@ -79,12 +79,13 @@ def _throughput(section: dict[str, Any]) -> str:
 
 def _ratios(sections: dict[str, Any]) -> str:
     rows: list[list[object]] = []
-    if "oracle" in sections:
-        rows.append(["dense oracle / compiled", sections["oracle"]["scene"], sections["oracle"]["ratio"]])
-    if "operators" in sections:
-        operators = sections["operators"]
-        rows.append(["general, once a view / folded", operators["scene"], operators["ratio"]])
-    return table(["time of / time of", "scene", "ratio"], rows) if rows else ""
+    for name, what in (("oracle", "dense oracle / compiled"), ("operators", "general, once a view / folded")):
+        if name in sections:
+            section = sections[name]
+            on_device = [section["device_ratio"]] if "device_ratio" in section else []
+            rows.append([what, section["scene"], section["ratio"], *on_device])
+    headers = ["time of / time of", "scene", "ratio on the clock", "on the device"]
+    return table(headers[: len(rows[0])], rows) if rows else ""
 
 
 def _iteration(section: dict[str, Any]) -> str:
@@ -99,13 +100,15 @@ def _iteration(section: dict[str, Any]) -> str:
 
 
 def _growth(section: dict[str, Any]) -> str:
+    kind = "device_seconds" if all("device_seconds" in c for c in section.values()) else "seconds"
     rows = [
         [name, f"{curve['sizes'][0]} to {curve['sizes'][-1]}"]
-        + [1e3 * curve["seconds"][i] for i in (0, -1)]
+        + [1e3 * curve[kind][i] for i in (0, -1)]
         + [curve["exponent"]]
         for name, curve in section.items()
     ]
-    return table(["forward and backward over", "from, to", "ms", "to ms", "last exponent"], rows)
+    ms = "ms on the device" if kind == "device_seconds" else "ms"
+    return table(["forward and backward over", "from, to", ms, "to", "last exponent"], rows)
 
 
 def presets(path: Path) -> Iterator[str]:

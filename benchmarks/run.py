@@ -6,6 +6,7 @@ python benchmarks/run.py --device cuda --out output/benchmark/speed.json
 
 from __future__ import annotations
 
+import math
 import os
 import time
 import traceback
@@ -43,18 +44,18 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.ticker import NullFormatter
+    from matplotlib.ticker import NullFormatter, StrMethodFormatter
 
     sections = result["sections"]
-    curves: dict[str, tuple[Sequence[float], Sequence[float]]] = {
-        name: (curve["sizes"], curve["seconds"]) for name, curve in sections.get("growth", {}).items()
+    curves: dict[str, tuple[Sequence[float], dict[str, Sequence[float]]]] = {
+        name: (curve["sizes"], clock_and_device(curve)) for name, curve in sections.get("growth", {}).items()
     }
     if sizes := [
         run for run in sections.get("large", {}).get("runs", []) if run["options"]["data_device"] == "auto"
     ]:
         curves["pixels + Gaussians"] = (
             [run["width"] * run["height"] + run["gaussians"] for run in sizes],
-            [run["iteration_s"] for run in sizes],
+            {"on the clock": [run["iteration_s"] for run in sizes]},
         )
     bars = _bars(sections)
     panels = len(bars) + len(curves)
@@ -64,18 +65,26 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     figure = Figure(figsize=(3.9 * columns, 3.2 * -(-panels // columns)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = iter(figure.subplots(-(-panels // columns), columns, squeeze=False).flat)
-    for name, (xs, seconds) in curves.items():
+    for name, (xs, kinds) in curves.items():
         ax = next(axes)
-        ax.plot(xs, [1e3 * s for s in seconds], marker="o")
+        for kind, seconds in kinds.items():
+            ax.plot(xs, [1e3 * s for s in seconds], marker="o", label=kind)
+        ms = [1e3 * s for seconds in kinds.values() for s in seconds]
+        if len(kinds) > 1:
+            ax.legend()
         training = name == "pixels + Gaussians"
         ax.set(
             xlabel=name, ylabel=f"ms, {'an iteration of training' if training else 'forward and backward'}"
         )
-        if name in ("views", "P"):
-            ax.set_ylim(0, None)
+        if name == "P":  # begins at 0
+            ax.set_ylim(0, 1.1 * max(ms))
         else:
             ax.set(xscale="log", yscale="log")
-            ax.xaxis.set_minor_formatter(NullFormatter())
+            # Whole decades: each axis has a number that can be read, and noise does not fill the panel.
+            ax.set_ylim(10 ** math.floor(math.log10(min(ms))), 10 ** math.ceil(math.log10(max(ms))))
+            ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_minor_formatter(NullFormatter())
         ax.grid(alpha=0.3)
     for name, series in bars.items():
         ax = next(axes)
@@ -110,8 +119,16 @@ def _bars(sections: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]
             for label, key in (("measured", "measured_s"), ("floor", "floor_s"))
         }
     for scene in sections.get("gsplat", {}).get("scenes", []):
-        out[scene["scene"].replace(", ", ",\n")] = {"measured": scene["seconds"]}
+        for kind, seconds in clock_and_device(scene).items():
+            name = scene["scene"].replace(", ", ",\n")
+            out[f"{name}, {kind}"] = {"measured": seconds}
     return out
+
+
+def clock_and_device(times: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what `Bench.times` gave, what there is, by what it is."""
+    names = {"on the clock": "seconds", "on the device": "device_seconds"}
+    return {kind: times[key] for kind, key in names.items() if key in times}
 
 
 def main() -> int:
@@ -136,6 +153,8 @@ def main() -> int:
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # --deterministic asks for it, before any CUDA
     device = resolve_device(arguments.device)
+    if device.type == "cuda" and device.index is None:  # some of torch's functions want to know which
+        device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(available_cores())
     bench = Bench(device, arguments.quick, arguments.checkpoint, arguments.case)
     result: dict[str, Any] = {"about": describe(device) | {"quick": bench.quick}, "sections": {}}

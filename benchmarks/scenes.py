@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import measure, synchronise
+from common import kernel_seconds, measure, measure_on_device, synchronise
 from torch import Tensor
 
 from gaussian_renderer import ACTIVE, Render, Renders, render
@@ -50,7 +50,27 @@ class Bench:
 
     def measure(self, functions: Mapping[str, Callable[[], object]], repeats: int = 20) -> dict[str, float]:
         """Median seconds of each."""
-        return measure(self.device, functions, 2 if self.quick else repeats, 1 if self.quick else 3)
+        return measure(self.device, functions, *self._turns(repeats))
+
+    def times(
+        self, functions: Mapping[str, Callable[[], object]], repeats: int = 20
+    ) -> dict[str, dict[str, float]]:
+        """Of each: median "seconds" on the clock and, on a GPU, mean "device_seconds" of its kernels. On the clock a
+        small scene takes as long as Python takes to launch it, whatever the kernels do."""
+        out = {"seconds": self.measure(functions, repeats)}
+        on_device = measure_on_device(self.device, functions, *self._turns(repeats))
+        return out | ({"device_seconds": on_device} if on_device else {})
+
+    def kernels(self, function: Callable[[], object], repeats: int = 20) -> dict[str, float]:
+        """Mean seconds of one call's kernels, by name."""
+        seconds = kernel_seconds(self.device, function, *self._turns(repeats))
+        if not seconds:
+            raise Unavailable("torch's profiler saw no kernels")
+        return seconds
+
+    def _turns(self, repeats: int) -> tuple[int, int]:
+        """Calls that count, and those before."""
+        return (2, 1) if self.quick else (repeats, 3)
 
     def model(self) -> tuple[GaussianModel, Camera]:
         """The trained one, or one in the state of training."""
@@ -107,9 +127,12 @@ def trained_model(path: str, device: torch.device) -> tuple[GaussianModel, Camer
 
 
 def neighbours(model: GaussianModel, views: int) -> list[float]:
-    """Positions of ``views`` consecutive frames around the middle of the sequence, as a training batch has them."""
-    first = max(0, (model.num_frames - views) // 2)
-    return [float(min(first + v, model.num_frames - 1)) for v in range(views)]
+    """Positions of ``views`` consecutive frames around the middle of the sequence, as a training batch has them; of
+    more views than there are frames, spread over the whole of it."""
+    last = model.num_frames - 1
+    if views > model.num_frames:
+        return [last * v / (views - 1) for v in range(views)]
+    return [float((model.num_frames - views) // 2 + v) for v in range(views)]
 
 
 class Drawing:

@@ -10,7 +10,8 @@ import torch
 from common import table
 from scenes import VIEWS, Bench, neighbours
 from torch import Tensor
-from workload import CPU, Attainable, Recorder, count
+from training import by_phase
+from workload import CPU, CUDA, Attainable, Recorder, count
 
 from gaussian_renderer import ACTIVE, rasterizer
 from scene.cameras import Camera
@@ -20,22 +21,25 @@ from scene.gaussian_model import IMAGE, GaussianModel
 def throughput(bench: Bench) -> dict[str, Any]:
     """Pairs a second and the phases of the rasteriser, beside the least time that the arithmetic takes."""
     model, camera = bench.model()
+    on_cpu = bench.device.type == "cpu"
+    phases_of = Phases(model, camera, bench.device)
+    kernels = CPU if on_cpu else CUDA
     with Recorder() as recorder, torch.no_grad():
-        Phases(model, camera, torch.device("cpu")).draw()
-    work = count(recorder.calls["blend"], CPU)
+        phases_of.draw()
+    work = count(recorder.calls["blend"], kernels)
     evaluated = work.forward + work.backward
     print(
         f"{len(model)} Gaussians, {VIEWS} views of {camera.width} x {camera.height}: {work.listed} pairs of Gaussian "
-        f"and tile ({CPU.tile} x {CPU.tile} px), {work.listed - work.consumed} of them behind saturated pixels.\n"
+        f"and tile ({kernels.tile} x {kernels.tile} px), {work.listed - work.consumed} of them behind saturated "
+        "pixels.\n"
         f"Pairs of Gaussian and pixel: {work.forward} evaluated forward, {work.backward} backward; "
         f"{work.useful} useful ({200 * work.useful / evaluated:.0f} %)."
     )
-    on_cpu = bench.device.type == "cpu"
     threads = torch.get_num_threads()
     runs = []
     for used in sorted({1, threads}) if on_cpu else [threads]:
         torch.set_num_threads(used)
-        phases, operator = Phases(model, camera, bench.device).measure(bench)
+        phases, operator = phases_of.measure(bench) if on_cpu else phases_of.measure_on_gpu(bench)
         cores = used if on_cpu else 1
         row: dict[str, Any] = {
             "threads": used if on_cpu else None,
@@ -86,8 +90,9 @@ def _print_phases(row: dict[str, Any]) -> None:
 class Phases:
     """The operators of one batch, apart, on leaves of their own.
 
-    Binning, and the writing and summing of the backward pass's records, are isolated by an opaque sheet in front of
-    the same scene: all lists are made and all records summed, while every pixel is saturated at once.
+    On a CPU binning, and the writing and summing of the backward pass's records, are isolated by an opaque sheet in
+    front of the same scene: all lists are made and all records summed, while every pixel is saturated at once. On a GPU
+    the kernels have names.
     """
 
     def __init__(self, model: GaussianModel, camera: Camera, device: torch.device) -> None:
@@ -131,6 +136,21 @@ class Phases:
         size = self.camera.width, self.camera.height
         images, _ = self.ops.blend(*scene, backgrounds, *renders, *size, raw=True)
         return images
+
+    def measure_on_gpu(self, bench: Bench) -> tuple[dict[str, float], float]:
+        """Seconds on the device of each phase; and of blend and its backward, which hold four of them."""
+        means2d, conics, *_ = self.fold()
+        v_folded = torch.randn_like(means2d), torch.randn_like(conics)
+        images = self.draw()
+        v_images = torch.randn_like(images) / images.numel()
+        leaves = [t for t in self.scene if t.requires_grad]
+
+        def forward_backward() -> None:
+            torch.autograd.grad(self.fold()[:2], self.raw, v_folded)
+            torch.autograd.grad(self.draw(), leaves, v_images)
+
+        phases = by_phase(bench.kernels(forward_backward, repeats=50))
+        return phases, sum(phases[name] for name in ("binning", "blend", "blend backward", "records"))
 
     def measure(self, bench: Bench) -> tuple[dict[str, float], float]:
         """Seconds of each phase; and of blend and its backward, which hold four of them."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import math
-import re
 import statistics
 import tempfile
 import time
@@ -17,10 +16,10 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import synchronise, table
+from common import kernels_of, start_trace, synchronise, table
 from scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import profile
 
 import train
 from arguments import TrainOptions
@@ -81,7 +80,7 @@ class Stopwatch:
         self.spent: list[dict[str, float]] = []  # seconds of each stage, one entry an iteration
         self.kernels: dict[str, float] = {}  # seconds an iteration, by the functions' names
         self.last = 0  # the number of the run's last iteration
-        self._profile: profile | None = None
+        self._trace: profile | None = None
 
     def run(self, training: Training, before: int) -> None:
         """``before`` iterations that do not count, and those that do."""
@@ -99,9 +98,9 @@ class Stopwatch:
         ]
         self.last = before + self.timed + self.traced + 1
         if self.traced:  # the first use of the profiler takes seconds
-            with profile(activities=[ProfilerActivity.CUDA]):
-                torch.zeros(1, device=self.device).add_(1)
-                synchronise(self.device)
+            trace = start_trace()
+            torch.zeros(1, device=self.device).add_(1)
+            kernels_of(trace, self.device)
         with ExitStack() as patches:
             patches.enter_context(patch.object(train, "set_rates", self._iteration(train.set_rates)))
             patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
@@ -124,25 +123,14 @@ class Stopwatch:
             self.starts.append(time.perf_counter())
             self.spent.append(defaultdict(float))
             if self.traced and begun == over:
-                self._profile = profile(activities=[ProfilerActivity.CUDA])
-                self._profile.start()
-            if self._profile is not None and begun == self.last - 1:
-                self._read_profile()
+                self._trace = start_trace()
+            if self._trace is not None and begun == self.last - 1:
+                kernels = kernels_of(self._trace, self.device)
+                self.kernels = {name: s / self.traced for name, s in kernels.items()}
+                self._trace = None
             return function(*args, **kwargs)
 
         return wrapped
-
-    def _read_profile(self) -> None:
-        assert self._profile is not None
-        synchronise(self.device)
-        self._profile.stop()
-        for event in self._profile.events() or []:
-            if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-                name = function_name(event.name)
-                self.kernels[name] = (
-                    self.kernels.get(name, 0.0) + 1e-6 * event.time_range.elapsed_us() / self.traced
-                )
-        self._profile = None
 
     def _stage(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
@@ -182,11 +170,7 @@ class Stopwatch:
 
     def phases(self) -> dict[str, float]:
         """Seconds an iteration that the device spends in each phase; empty where nothing was traced."""
-        out: dict[str, float] = {}
-        for name, seconds in self.kernels.items():
-            phase = next((phase for phase, names in PHASES.items() if name.startswith(names)), OTHER)
-            out[phase] = out.get(phase, 0.0) + seconds
-        return {phase: out[phase] for phase in [*PHASES, OTHER] if phase in out}
+        return by_phase(self.kernels)
 
 
 PHASES: dict[str, tuple[str, ...]] = {
@@ -212,12 +196,13 @@ PHASES: dict[str, tuple[str, ...]] = {
 OTHER = "PyTorch's kernels and copies"
 
 
-def function_name(kernel: str) -> str:
-    """``void ns::(anonymous namespace)::name<float, 7>(Arguments)`` -> ``name``."""
-    plain = kernel.removeprefix("void ")
-    for unnamed in ("(anonymous namespace)", "<unnamed>"):
-        plain = plain.replace(unnamed, "")
-    return re.split(r"[<(]", plain, maxsplit=1)[0].split("::")[-1].strip()
+def by_phase(kernels: Mapping[str, float]) -> dict[str, float]:
+    """Seconds of the kernels by name, summed for each phase that there is."""
+    out: dict[str, float] = {}
+    for name, seconds in kernels.items():
+        phase = next((phase for phase, names in PHASES.items() if name.startswith(names)), OTHER)
+        out[phase] = out.get(phase, 0.0) + seconds
+    return {phase: out[phase] for phase in [*PHASES, OTHER] if phase in out}
 
 
 # ---- sections --------------------------------------------------------------------------------------------------------
@@ -302,7 +287,8 @@ def runs(bench: Bench) -> dict[str, Any]:
     if bench.device.type != "cuda":
         raise Unavailable("it needs a CUDA device (iteration has the stages of a run on this one)")
     sizes = [(GAUSSIANS, CAMERA), (100_000, Camera(197, 233)), (430_000, Camera(197, 233))]
-    timed = 20 if bench.quick else 200
+    # Every kind of batch is recorded by then: the first one at an end of the sequence has all recorded anew.
+    before, timed = (50, 20) if bench.quick else (300, 1000)
     kinds = [
         (gaussians, camera, {"ibfr_from_iter": ibfr_from})
         for gaussians, camera in (sizes[:1] if bench.quick else sizes)
@@ -311,7 +297,7 @@ def runs(bench: Bench) -> dict[str, Any]:
     kinds.append((*kinds[-1][:2], {"ibfr_from_iter": 0, "deterministic": True}))
     result = [
         # Without density steps the number of Gaussians stays.
-        measured_run(bench, camera, 50, timed, 50, num_pts=gaussians, densify_from_iter=NEVER, **options)
+        measured_run(bench, camera, before, timed, 50, num_pts=gaussians, densify_from_iter=NEVER, **options)
         for gaussians, camera, options in kinds
     ]
     print(runs_table(result))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import measure, output
+from common import measure, measure_on_device, output
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -278,7 +278,8 @@ class Attainable:
         source = torch.rand(1 << (20 if quick else 28 if on_gpu else 25), device=device)
         target = torch.empty_like(source)
         functions = {"product": lambda: left @ right, "copy": lambda: target.copy_(source)}
-        seconds = measure(device, functions, 3 if quick else 9)
+        repeats = 3 if quick else 9
+        seconds = measure_on_device(device, functions, repeats) or measure(device, functions, repeats)
         product = size**3 / seconds["product"]
         copied = 2 * source.numel() * source.element_size() / seconds["copy"]
         peak, peak_from = (

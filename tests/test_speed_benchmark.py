@@ -64,6 +64,33 @@ sys.exit(run.main())
 
 
 @pytest.mark.slow
+def test_times_on_a_device_stand_beside_those_on_the_clock(tmp_path):
+    """A tenth and a hundredth of a second, in place of what a GPU's kernels would take."""
+    out = tmp_path / "speed.json"
+    program = f"""
+import sys
+sys.path.insert(0, {str(RUN.parent)!r})
+import run, scenes
+def on_device(device, functions, repeats, warmup):
+    return {{name: 0.01 if name == "folded" else 0.1 * 4**i for i, name in enumerate(functions)}}
+scenes.measure_on_device = on_device
+only = ["--only", "operators", "--only", "growth"]
+sys.argv[1:] = ["--device", "cpu", "--quick", *only, "--out", {str(out)!r}]
+sys.exit(run.main())
+"""
+    ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert ran.returncode == 0 and "ms on the device" in ran.stdout, ran.stderr
+    sections = json.loads(out.read_text())["sections"]
+    operators, growth = sections["operators"], sections["growth"]
+    assert operators["device_ratio"] == pytest.approx(40)
+    assert operators["ratio"] == pytest.approx(
+        operators["seconds"]["general"] / operators["seconds"]["folded"]
+    )
+    assert growth["Gaussians"]["exponent"] == pytest.approx(2)  # 4 times the time at twice the size
+    assert len(growth["views"]["seconds"]) == len(growth["views"]["device_seconds"]) == 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments, named", [(("--out", "speed.txt"), ".json"), (("--case", "none"), "none")]
 )
