@@ -301,8 +301,8 @@ class OptimisationOptions:
     )
     average_from_iter: int = _option(
         0,
-        "from this iteration on, score, save and render running averages of the parameters; a density step and a reset "
-        "of the opacities begin them anew (0: never)",
+        "score, save and render running averages of the parameters, which begin with the update of this iteration, "
+        "and anew with a density step or a reset of the opacities (0: never)",
         source=_RELEASE,
         low=0,
     )

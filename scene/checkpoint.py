@@ -72,7 +72,8 @@ _EXTRAS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(eq=False)
 class Checkpoint:
-    """All that a run is, at the end of an iteration.
+    """All that a run is, in an iteration before its update. Where ``extras`` has "trained", ``params`` and
+    ``time_func`` are running averages, and ``optimizer`` belongs to what is trained.
 
     params: raw values by name, float32: xyz (N, 3), f_dc (N, 1, C), f_rest (N, (D+1)^2-1, C), opacity (N, 1),
         scaling (N, 3), rotation (N, 1), m (N, 1), sigma (N, 1, 1), w1 (N, 2P); with a segmentation head also

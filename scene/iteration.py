@@ -229,10 +229,12 @@ class Replay:
         """A new recording of the kind, with room for the pairs that are expected and some more."""
         expected = self.share * inputs.views.shape[1] * len(self.training.model)
         capacity = min(int(_SPARE * expected) + 1024, _MOST_PAIRS)
-        try:
+        recording = None
+        with contextlib.suppress(torch.cuda.OutOfMemoryError):
             recording = self._capture(inputs, screen_gradients, capacity)
-        except torch.cuda.OutOfMemoryError:
-            # Torch cannot free what it keeps for reuse while it records.
+        if recording is None:  # torch cannot free what it keeps for reuse while it records
+            for parameter in self.training.model.named_parameters().values():
+                parameter.grad = None
             self.forget()
             recording = self._capture(inputs, screen_gradients, capacity)
         self.recordings[kind] = recording

@@ -149,7 +149,7 @@ class Training:
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters().items():
                     parameter.copy_(saved.extras["trained"][name])
-        if "gradients" in saved.extras:
+        if "gradients" in saved.extras and self.iteration < options.iterations:
             self._end_iteration(saved.extras["gradients"])
 
     def _end_iteration(self, gradients: Mapping[str, Tensor]) -> None:
@@ -357,7 +357,7 @@ class Training:
             self.iteration,
             {name: parameter.detach() for name, parameter in self.shown.params.items()},
             self.shown.time_func.detach(),
-            self.shown.active_sh_degree,
+            self.model.active_sh_degree,
             self.extent,
             self.control.statistics,
             self.optimizer.state_dict(),
@@ -377,7 +377,7 @@ class Training:
     def save_xyz(self) -> None:
         path = self.folder / "xyz" / f"{self.iteration}.pt"
         with atomic_write(path) as temporary, temporary.open("wb") as file:
-            torch.save(self.model.params["xyz"].detach().cpu(), file)
+            torch.save(self.shown.params["xyz"].detach().cpu(), file)
 
     def tidy(self) -> None:
         """Removes what an earlier run in the folder was writing, or about to remove, when it was killed."""
@@ -453,7 +453,7 @@ def _in_between(
             frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
         )  # --resolution changes pixels
     path = Path(options.model_path) / "in_between.pt"
-    kept = InBetween.load(path, images, truth, gap)
+    kept = InBetween.load(path, images, truth, gap, options.seed)
     if kept is not None:
         return kept
     start = time.perf_counter()

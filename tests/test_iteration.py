@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -81,6 +82,29 @@ def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
     monkeypatch.setattr(iteration.Replay, "_capture", record)
     assert_same(trained(data[0], tmp_path / "replayed"), eager)
     assert len(recorded) > 10 and max(recorded) > 40
+
+
+def test_where_memory_is_short_a_recording_is_made_with_what_the_others_had(data, tmp_path, monkeypatch):
+    original, failed = iteration.Replay._capture, []
+
+    def capture(self, *arguments):
+        large = torch.zeros(1000)  # of the attempt: gone when the next one begins
+        assert not failed or failed[-1]() is None
+        if len(failed) < 3:
+            failed.append(weakref.ref(large))
+            raise torch.cuda.OutOfMemoryError
+        return original(self, *arguments)
+
+    eager = trained(data[0], tmp_path / "eager", "--debug")
+    monkeypatch.setattr(iteration.Replay, "_capture", capture)
+    assert_same(trained(data[0], tmp_path / "replayed"), eager)
+
+
+def test_motion_is_found_deterministically(data, tmp_path):
+    options = ("--preset", "fast", "--deterministic", "--pipeline", "joint", "--seg_source_path", data[1])
+    first, second = (trained(data[0], tmp_path / name, *options) for name in ("first", "second"))
+    torch.use_deterministic_algorithms(False)
+    assert_same(first, second)
 
 
 def test_memory_of_a_recording_outlives_its_last_replay(tmp_path):

@@ -155,6 +155,22 @@ def test_paths_bend_where_motion_speeds_up(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found - truth).square().mean() < 0.7 * (plain - truth).square().mean()
 
 
+def test_two_frames_say_nothing_of_a_bend(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two discs that part: the flow differs from place to place, and there is no other pair to compare it with."""
+    monkeypatch.setattr(motion, "SHARE", 0.0)
+    monkeypatch.setattr(motion, "EXCESS", 0.0)
+    monkeypatch.setattr(motion, "TRAINING", 2)
+    monkeypatch.setattr(motion, "FLOWS", motion.FLOWS[:1])
+    frames = torch.cat([(walking(k) + walking(4 - k)) / 2 for k in (0, 1)])
+    between = InBetween(frames)
+    half = torch.tensor([0.5])
+    plain = blend_along(frames[:1], frames[1:], between.flow, half, "bilinear")
+    assert between.flow.abs().max() > 1
+    torch.testing.assert_close(
+        between.images(torch.tensor([0]), half), plain, atol=1e-3, rtol=0
+    )  # kept in half precision
+
+
 def test_what_both_find_beyond_the_blend_is_taken_farther(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(motion, "TRAINING", 5)
     frames = torch.cat([walking(t) for t in range(3)])

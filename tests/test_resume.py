@@ -117,6 +117,7 @@ def test_a_run_that_was_over_goes_on_as_a_longer_one(data, tmp_path, case, stop)
 def test_averages_go_on_too(data, tmp_path):
     images, _ = data
     flags = [*CONTROL, "--densify_until_iter", 13, "--average_from_iter", 11, "--average_decay", 0.7]
+    flags += ["--sh_degree", 2, "--sh_degree_interval", 14]  # raised in an iteration in which a run stops
     train_at(images, tmp_path / "whole", *flags, "--iterations", 21)
     for stop in (11, 12, 14, 18):  # before there are any; one; a density step between them and the end; later
         out = tmp_path / f"parts{stop}"

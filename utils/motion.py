@@ -30,6 +30,7 @@ from torch import Tensor, nn
 from utils import interpolation
 from utils.files import atomic_write
 
+_PREDICTION = 2  # raised when what is predicted becomes another: what earlier code kept is not taken for it
 STEPS = 4
 """Levels a gap is divided in: predictions are made at 1/4, 1/2 and 3/4."""
 
@@ -75,7 +76,7 @@ def _median(fields: Tensor) -> Tensor:
     height, width = fields.shape[-2:]
     p = F.pad(fields, (1, 1, 1, 1), mode="replicate")
     around = [p[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.stack(around).median(0).values
+    return torch.stack(around).sort(0).values[4]  # torch.median is not deterministic on a GPU
 
 
 # ---- flow ------------------------------------------------------------------------------------------------------------
@@ -197,8 +198,11 @@ def _paths(frames: Tensor, stride: int = 1, chunk: int = 32) -> list[_Paths]:
     for contrast, weight in FLOWS:
         flow = torch.cat([estimate_flow(a, b, contrast, weight) for a, b in pairs])
         # what moves here by flow is that much farther in the next pair's middle, and was as far behind before
-        later = carry(flow[torch.where(k + stride < len(k), k + stride, k)], flow, "bilinear")
-        earlier = carry(flow[torch.where(k >= stride, k - stride, k)], -flow, "bilinear")
+        later = carry(flow[(k + stride).clamp_max(len(k) - 1)], flow, "bilinear")
+        earlier = carry(flow[(k - stride).clamp_min(0)], -flow, "bilinear")
+        # where there is no such pair, nothing is known of a change
+        later = torch.where((k + stride < len(k)).view(-1, 1, 1, 1), later, flow)
+        earlier = torch.where((k >= stride).view(-1, 1, 1, 1), earlier, flow)
         found.append(_Paths(flow, blur(later - earlier, BEND_BLUR)))
     return found
 
@@ -235,11 +239,19 @@ def _trained(
     return network.requires_grad_(False)
 
 
+class _ContinuedEdges(nn.Module):
+    """A pixel more on each side, as the outermost one: torch's own has no deterministic gradient on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x[..., :1], x, x[..., -1:]], -1)
+        return torch.cat([x[..., :1, :], x, x[..., -1:, :]], -2)
+
+
 def _convolutions(inputs: int, width: int, depth: int, last: nn.Conv2d) -> nn.Sequential:
     """depth - 1 convolutions of 3 x 3, and `last`, which starts as the zero function."""
     layers: list[nn.Module] = []
     for channels in [inputs] + [width] * (depth - 2):
-        layers += [nn.Conv2d(channels, width, 3, padding=1, padding_mode="replicate"), nn.LeakyReLU(0.1)]
+        layers += [_ContinuedEdges(), nn.Conv2d(channels, width, 3), nn.LeakyReLU(0.1)]
     assert last.bias is not None
     nn.init.zeros_(last.weight)
     nn.init.zeros_(last.bias)
@@ -404,8 +416,9 @@ class _Contours(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        last = nn.Conv2d(MASK_WIDTH, 1, 3, padding=1, padding_mode="replicate")
-        self.layers = _convolutions(2 + channels, MASK_WIDTH, MASK_DEPTH, last)
+        last = nn.Conv2d(MASK_WIDTH, 1, 3)
+        *layers, last = _convolutions(2 + channels, MASK_WIDTH, MASK_DEPTH, last)
+        self.layers = nn.Sequential(*layers, _ContinuedEdges(), last)
 
     def forward(self, moved: Tensor, still: Tensor, images: Tensor) -> Tensor:
         seen = [moved.clamp(-8, 8) / 4, still.clamp(-8, 8) / 4, 4 * (images - 0.3)]
@@ -464,6 +477,7 @@ class InBetween:
             raise ValueError(
                 f"masks of shape {tuple(masks.shape)} do not belong to frames of {tuple(frames.shape)}"
             )
+        self.seed = seed
         generator = torch.Generator().manual_seed(seed)
         frames = frames.float()
         with torch.no_grad():
@@ -522,7 +536,7 @@ class InBetween:
     def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
         """Keeps what was computed of ``frames`` and ``masks``, for `load`."""
         contents = {
-            "key": _digest(frames, masks),
+            "key": _digest(frames, masks, self.seed),
             "gap": self.gap,
             "flow": self.flow.cpu(),
             "images": self._images.cpu(),
@@ -533,12 +547,12 @@ class InBetween:
 
     @classmethod
     def load(
-        cls, path: Path, frames: Tensor, masks: Tensor | None = None, gap: float | None = None
+        cls, path: Path, frames: Tensor, masks: Tensor | None = None, gap: float | None = None, seed: int = 0
     ) -> InBetween | None:
-        """What `save` kept of the same frames, masks and gap; None where there is no such thing."""
+        """What `save` kept of the same frames, masks, gap and seed; None where there is no such thing."""
         try:
             contents = torch.load(path, map_location=frames.device, weights_only=True)
-            same = contents["key"] == _digest(frames, masks) and gap in (None, contents["gap"])
+            same = contents["key"] == _digest(frames, masks, seed) and gap in (None, contents["gap"])
             kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
         except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
             return None  # absent or torn: it can be computed again
@@ -546,6 +560,7 @@ class InBetween:
             return None
         made = cls.__new__(cls)
         made.gap, made.flow, made._images, made._distances = kept
+        made.seed = seed
         return made
 
     def images(self, k: Tensor, alpha: Tensor) -> Tensor:
@@ -566,8 +581,8 @@ class InBetween:
         return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
 
 
-def _digest(frames: Tensor, masks: Tensor | None) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+def _digest(frames: Tensor, masks: Tensor | None, seed: int) -> str:
+    digest = hashlib.blake2b(f"{_PREDICTION} {seed}".encode(), digest_size=16)
     for values in (frames, masks):
         if values is not None:
             digest.update(str(tuple(values.shape)).encode())
