@@ -595,8 +595,6 @@ def resolve_device(name: str) -> torch.device:
             raise UserError(
                 f"device {name}: PyTorch sees {count} CUDA devices here; take another, or --device cpu"
             )
-        # Tensors grow with every density step: in blocks of fixed sizes, what is freed would fit none that follows.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     return device
 
 

@@ -167,7 +167,7 @@ class Replay:
         for parameter in self.training.model.named_parameters().values():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
-        # Expandable segments are unmapped at once, under the hands of a recording that is still being replayed.
+        # Memory may go at once (expandable segments do), under the hands of a recording that is still being replayed.
         torch.cuda.current_stream().synchronize()
         self.recordings.clear()
         self._anchor = self._held = None

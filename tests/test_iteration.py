@@ -85,13 +85,13 @@ def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
 
 
 def test_where_memory_is_short_a_recording_is_made_with_what_the_others_had(data, tmp_path, monkeypatch):
-    original, failed = iteration.Replay._capture, []
+    original, attempts = iteration.Replay._capture, []
 
     def capture(self, *arguments):
         large = torch.zeros(1000)  # of the attempt: gone when the next one begins
-        assert not failed or failed[-1]() is None
-        if len(failed) < 3:
-            failed.append(weakref.ref(large))
+        assert not attempts or attempts[-1]() is None
+        attempts.append(weakref.ref(large))
+        if len(attempts) in (1, 3, 7):
             raise torch.cuda.OutOfMemoryError
         return original(self, *arguments)
 

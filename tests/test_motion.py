@@ -166,9 +166,8 @@ def test_two_frames_say_nothing_of_a_bend(monkeypatch: pytest.MonkeyPatch) -> No
     half = torch.tensor([0.5])
     plain = blend_along(frames[:1], frames[1:], between.flow, half, "bilinear")
     assert between.flow.abs().max() > 1
-    torch.testing.assert_close(
-        between.images(torch.tensor([0]), half), plain, atol=1e-3, rtol=0
-    )  # kept in half precision
+    # in half precision
+    torch.testing.assert_close(between.images(torch.tensor([0]), half), plain, atol=1e-3, rtol=0)
 
 
 def test_what_both_find_beyond_the_blend_is_taken_farther(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,5 +258,9 @@ def test_kept_and_taken_up_again(tmp_path, monkeypatch):
     assert InBetween.load(path, frames.flip(0), masks) is None, "of other frames"
     assert InBetween.load(path, frames) is None, "of masks too"
     assert InBetween.load(path, frames, masks, gap=made.gap + 1) is None, "of another gap"
+    assert InBetween.load(path, frames, masks, seed=1) is None, "of another seed"
+    with monkeypatch.context() as patch:
+        patch.setattr(motion, "_PREDICTION", 3)
+        assert InBetween.load(path, frames, masks) is None, "of other code"
     path.write_bytes(path.read_bytes()[:100])
     assert InBetween.load(path, frames, masks) is None, "torn"

@@ -416,8 +416,7 @@ class _Contours(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        last = nn.Conv2d(MASK_WIDTH, 1, 3)
-        *layers, last = _convolutions(2 + channels, MASK_WIDTH, MASK_DEPTH, last)
+        *layers, last = _convolutions(2 + channels, MASK_WIDTH, MASK_DEPTH, nn.Conv2d(MASK_WIDTH, 1, 3))
         self.layers = nn.Sequential(*layers, _ContinuedEdges(), last)
 
     def forward(self, moved: Tensor, still: Tensor, images: Tensor) -> Tensor:
