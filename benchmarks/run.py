@@ -62,7 +62,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
     if not panels:
         return
     columns = min(4, panels)
-    figure = Figure(figsize=(3.9 * columns, 3.2 * -(-panels // columns)), layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.2 * -(-panels // columns)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = iter(figure.subplots(-(-panels // columns), columns, squeeze=False).flat)
     for name, (xs, kinds) in curves.items():
@@ -93,7 +93,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
             ax.barh(places, [1e3 * s for s in phases.values()], 0.8 / len(series), label=label)
         ax.set_yticks([place + 0.2 * (len(series) - 1) for place in range(len(phases))], list(phases))
         ax.invert_yaxis()
-        ax.set_title(name, fontsize=10)
+        ax.set_title(name, fontsize=9, wrap=True)
         ax.set_xlabel("ms")
         if len(series) > 1:
             ax.legend()
