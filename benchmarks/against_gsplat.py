@@ -128,7 +128,7 @@ def drawer(
 
 def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
     """A cloud of 3-D Gaussians of all depths and orientations, one view: three colours and a depth (inverse depth)."""
-    from diff_gaussian_rasterization import GaussianRasterizationSettings, rasterize_gaussians
+    from diff_gaussian_rasterization import rasterize_gaussians
 
     n, camera = (5000, Camera(128, 128)) if bench.quick else (200_000, Camera(512, 512))
     device, generator = bench.device, torch.Generator().manual_seed(0)
@@ -138,20 +138,7 @@ def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
     opacities = torch.sigmoid(-1.6 + 2.3 * torch.randn(n, generator=generator)).clamp_max(MOST_OPACITY)
     colours = torch.rand(n, 3, generator=generator)
     leaves = [t.to(device).requires_grad_() for t in (means, quaternions, scales, opacities, colours)]
-    settings = GaussianRasterizationSettings(
-        image_height=camera.height,
-        image_width=camera.width,
-        tanfovx=camera.tan_fov_x,
-        tanfovy=camera.tan_fov_y,
-        bg=torch.zeros(3, device=device),
-        scale_modifier=1.0,
-        viewmatrix=camera.view_matrix(device=device),
-        projmatrix=camera.projection_matrix(device=device),
-        sh_degree=0,
-        campos=camera.position(device=device),
-        prefiltered=False,
-        debug=False,
-    )
+    settings = editing.general_settings(camera, torch.zeros(3, device=device))
     offsets = torch.zeros(n, 3, device=device)
 
     def ours() -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from scene.gaussian_model import GaussianModel
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.images import natural_order
+
+if TYPE_CHECKING:
+    from diff_gaussian_rasterization import GaussianRasterizationSettings
 
 THICKNESS = 1e-8  # scale along y, plane units
 POINTS_FOLDER = "means3Dmasked"  # under the folder that the user gives
@@ -75,6 +78,30 @@ def cut(model: GaussianModel, position: float) -> Cut:
     )
 
 
+def general_settings(
+    camera: Camera, background: Tensor, antialiasing: bool = False
+) -> GaussianRasterizationSettings:
+    """What the general rasteriser has to know of ``camera``; background: (3,), on the device that draws."""
+    from diff_gaussian_rasterization import GaussianRasterizationSettings
+
+    device = background.device
+    return GaussianRasterizationSettings(
+        image_height=camera.height,
+        image_width=camera.width,
+        tanfovx=camera.tan_fov_x,
+        tanfovy=camera.tan_fov_y,
+        bg=background,
+        scale_modifier=1.0,
+        viewmatrix=camera.view_matrix(device=device),
+        projmatrix=camera.projection_matrix(device=device),
+        sh_degree=0,
+        campos=camera.position(device=device),
+        prefiltered=False,
+        debug=False,
+        antialiasing=antialiasing,
+    )
+
+
 @torch.no_grad()
 def draw(
     cut: Cut,
@@ -86,7 +113,7 @@ def draw(
     antialiasing: bool = False,
 ) -> Tensor:
     """The image (C, H, W) of the Gaussians ``drawn``, by the general rasteriser: nearest first, then by index."""
-    from diff_gaussian_rasterization import GaussianRasterizationSettings, GaussianRasterizer
+    from diff_gaussian_rasterization import GaussianRasterizer
     from diff_gaussian_rasterization.general import NEAR_PLANE
 
     if camera.distance <= NEAR_PLANE:
@@ -94,24 +121,7 @@ def draw(
             f"--modify draws what is more than {NEAR_PLANE} plane units from the camera, which stands at "
             f"{camera.distance:g}: train with a greater --distance"
         )
-    device = cut.means.device
-    rasterise = GaussianRasterizer(
-        GaussianRasterizationSettings(
-            image_height=camera.height,
-            image_width=camera.width,
-            tanfovx=camera.tan_fov_x,
-            tanfovy=camera.tan_fov_y,
-            bg=background.expand(3),
-            scale_modifier=1.0,
-            viewmatrix=camera.view_matrix(device=device),
-            projmatrix=camera.projection_matrix(device=device),
-            sh_degree=0,
-            campos=camera.position(device=device),
-            prefiltered=False,
-            debug=False,
-            antialiasing=antialiasing,
-        )
-    )
+    rasterise = GaussianRasterizer(general_settings(camera, background.expand(3), antialiasing))
     means = cut.means[drawn]
     image, _, _ = rasterise(
         means3D=means,

@@ -214,7 +214,7 @@ class Training:
     @property
     def shown(self) -> GaussianModel:
         """The model that is scored and saved: the averages, where there are any."""
-        return self.averaged or self.model
+        return self.model if self.averaged is None else self.averaged
 
     def _control_density(self) -> None:
         options, model, iteration = self.options, self.model, self.iteration
