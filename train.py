@@ -42,8 +42,7 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
         last = iteration == options.iterations
         set_rates(training.model, training.optimizer, iteration, options, training.extent)
 
-        regularised = iteration >= options.ibfr_from_iter and any(task.in_betweens for task in training.tasks)
-        batch = training.sampler.draw(in_between=regularised)
+        batch = training.sampler.draw(in_between=training.regularised)
         outcome = step(Inputs.of(batch, training.model.device), training.controlled)
         if options.debug or 0 <= options.debug_from <= iteration:
             training.check_finite(outcome.losses(training.tasks))

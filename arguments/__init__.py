@@ -220,6 +220,7 @@ class OptimisationOptions:
         source=_PAPER,
     )
     ibfr_from_iter: int = _option(10_000, "IBFR while iteration >= this", source=_PAPER, low=0)
+    ibfr_skip: int = _option(0, "every so many iterations one is without IBFR (0: none)", source=_OURS, low=0)
     ibfr_alpha_min: float = _option(
         0.2, "IBFR: least position between two frames", source=_PAPER, low=0, high=1
     )
@@ -494,21 +495,24 @@ _IGNORED_BY_RENDER = (
 _SHORT_IGNORED = {"depths": "d"}
 
 
-_BEST = {
+_IN_BETWEEN = {
     "poly_degree": 2,
     "ibfr_target": "motion",
     "ibfr_from_iter": 1,
-    "ibfr_alpha_min": 0.0,
-    "ibfr_alpha_max": 1.0,
-    "lambda_ibfr": 3.5,
-    "lambda_ibfr_dssim": 0.4,
     "lambda_ibfr_seg": 2.0,
-    "average_from_iter": 27_000,
 }
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
-    "best": _BEST,
-    "fast": _BEST
+    "best": _IN_BETWEEN
+    | {
+        "lambda_ibfr": 3.5,
+        "lambda_ibfr_dssim": 0.4,
+        "ibfr_skip": 3,
+        "sigma_low_views": 0.5,
+        "densify_grad_threshold": 1.7e-4,
+        "average_from_iter": 27_000,
+    },
+    "fast": _IN_BETWEEN
     | {
         "iterations": 3000,
         "position_lr_max_steps": 3000,
@@ -517,6 +521,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "opacity_reset_interval": 100_000,
         "lambda_ibfr": 5.0,
         "lambda_ibfr_dssim": 0.6,
+        "ibfr_alpha_min": 0.0,
+        "ibfr_alpha_max": 1.0,
         "average_from_iter": 2500,
         "average_decay": 0.99,
         # More frames an iteration, each with a smaller share of the loss; and twice the rates.

@@ -48,17 +48,20 @@ SCHEDULE = (
     "sigma_until_iter",
     "ibfr_from_iter",
     "average_from_iter",
-)  # go with iterations
+)  # go with iterations; 0 stays 0
 ABLATION: dict[str, dict[str, Any]] = {
     "all ingredients": {},
     "taught linear blends": {"ibfr_target": "linear"},
     "taught from iteration 10 000 of 30 000 on": {"ibfr_from_iter": 10_000},
-    "taught from 0.2 to 0.8 of the way only": {"ibfr_alpha_min": 0.2, "ibfr_alpha_max": 0.8},
+    "taught at all times between frames": {"ibfr_alpha_min": 0.0, "ibfr_alpha_max": 1.0},
+    "taught in every iteration": {"ibfr_skip": 0},
     "a tenth of the weight": {"lambda_ibfr": 0.35, "lambda_ibfr_dssim": 0.04},
     "four times the weight": {"lambda_ibfr": 14.0, "lambda_ibfr_dssim": 1.6},
-    "parameters not averaged": {"average_from_iter": 0},
     "without SSIM of in-betweens": {"lambda_ibfr_dssim": 0.0},
     "masks not taught in between": {"lambda_ibfr_seg": 0.0},
+    "sigma at least a frame": {"sigma_low_views": 2.0},
+    "density threshold 2e-4": {"densify_grad_threshold": 2e-4},
+    "parameters not averaged": {"average_from_iter": 0},
     "paths of degree 7 instead of 2": {"poly_degree": 7},
 }
 """Ingredients of --preset best taken away or changed one by one. Iterations are those of a run of 30 000."""
@@ -121,12 +124,16 @@ def train_options(
     """Options of train.py: the preset's, but for ``changes``; with ``iterations``, its schedule shrinks alike."""
     defaults = {name: getattr(TrainOptions, name) for name in ("iterations", *SCHEDULE)} | PRESETS[preset]
     length = defaults["iterations"]
+
+    def scaled(iteration: int, of: int, to: int) -> int:
+        return max(min(iteration, 1), iteration * to // of)
+
     values = {} if pipeline != "seg" else {"poly_degree": 2}  # the published choice for masks
     for name, value in changes.items():
-        values[name] = max(1, value * length // FULL) if name in SCHEDULE else value
+        values[name] = scaled(value, FULL, length) if name in SCHEDULE else value
     if iterations is not None:
         for name in SCHEDULE:
-            values[name] = max(1, values.get(name, defaults[name]) * iterations // length)
+            values[name] = scaled(values.get(name, defaults[name]), length, iterations)
         values["iterations"] = iterations
     return [
         "--preset",

@@ -163,6 +163,14 @@ class Training:
         self.update()
 
     @property
+    def regularised(self) -> bool:
+        """Whether this iteration looks at times between frames too (IBFR)."""
+        options = self.options
+        skipped = options.ibfr_skip and self.iteration % options.ibfr_skip == 1 % options.ibfr_skip
+        begun = self.iteration >= options.ibfr_from_iter
+        return begun and not skipped and any(task.in_betweens for task in self.tasks)
+
+    @property
     def controlled(self) -> bool:
         """Whether density control goes on in this iteration."""
         return self.iteration < self.options.densify_until_iter and not self.options.seg_head_only

@@ -264,3 +264,20 @@ def test_kept_and_taken_up_again(tmp_path, monkeypatch):
         assert InBetween.load(path, frames, masks) is None, "of other code"
     path.write_bytes(path.read_bytes()[:100])
     assert InBetween.load(path, frames, masks) is None, "torn"
+
+
+@pytest.mark.cuda
+def test_a_gpu_predicts_the_same_each_time_and_what_a_cpu_does(
+    between: InBetween, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(motion, "TRAINING", 40)
+    monkeypatch.setattr(motion, "MASK_TRAINING", 40)
+    frames, masks = (values.cuda() for values in stack(range(7)))
+    first, again = InBetween(frames, masks), InBetween(frames, masks)
+    k, alpha = torch.arange(6).cuda(), torch.full((6,), 0.4).cuda()
+    for look_up in ("images", "masks"):
+        found = getattr(first, look_up)(k, alpha)
+        assert torch.equal(found, getattr(again, look_up)(k, alpha))
+        expected = getattr(between, look_up)(k.cpu(), alpha.cpu())
+        # rounding of one sets the networks' training on another path; an edge of masks is one pixel wide
+        assert (found.cpu() - expected).abs().mean() < 0.005

@@ -501,6 +501,18 @@ def test_resumed_in_betweens_start_at_once(data, tmp_path):
     assert torch.equal(checkpoint(tmp_path / "off", 4).params["f_dc"], before.params["f_dc"])
 
 
+def test_in_betweens_begin_and_pause(data, tmp_path, monkeypatch):
+    drawn, draw = [], Sampler.draw
+
+    def watched(sampler, in_between):
+        drawn.append(in_between)
+        return draw(sampler, in_between)
+
+    monkeypatch.setattr(Sampler, "draw", watched)
+    train_at(data[0], tmp_path, "--iterations", 7, *NO_CONTROL, "--ibfr_from_iter", 2, "--ibfr_skip", 3)
+    assert drawn == [False, True, True, False, True, True, False]
+
+
 def test_in_betweens_count_for_m_alone(data, tmp_path):
     # Nothing but IBFR in the loss: no screen gradient is counted, the gradient of m is.
     images, _ = data

@@ -117,6 +117,8 @@ def test_schedules_shrink_with_the_iterations():
     assert parsed(presets.train_options("img", "published", {})).iterations == 30_000
     fast = parsed(presets.train_options("joint", "fast", {"ibfr_from_iter": 10_000}))  # of 30 000
     assert fast.ibfr_from_iter == fast.iterations // 3
+    best = parsed(presets.train_options("img", "best", {"average_from_iter": 0}, 1500))
+    assert best.average_from_iter == 0  # 0 is never
 
 
 @pytest.mark.parametrize("preset", PRESETS)

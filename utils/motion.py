@@ -18,9 +18,10 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar, cast
 
 import numpy as np
 import torch
@@ -84,6 +85,8 @@ def _median(fields: Tensor) -> Tensor:
 WARPS, ITERATIONS, SHRINK, SMALLEST = 5, 10, 0.6, 14
 FLOWS = ((True, 20.0), (False, 5.0))
 """How motion is estimated: by contrast or by brightness, and the weight of the images against smoothness."""
+PIXELS_AT_ONCE = 2_000_000
+"""Of all pairs whose motion is estimated together; it takes some 700 bytes for each."""
 BEND_BLUR = 2.0
 """Pixels; how a path bends is the difference of two estimates, and noisy."""
 
@@ -189,9 +192,10 @@ class _Paths(NamedTuple):
         return blend_along(before, after, seen, times, "bilinear", alpha * (1 - alpha) / 4 * bend)
 
 
-def _paths(frames: Tensor, stride: int = 1, chunk: int = 32) -> list[_Paths]:
+def _paths(frames: Tensor, stride: int = 1) -> list[_Paths]:
     """By each of FLOWS, of all pairs of frames (k, k + stride)."""
     grey = frames.mean(1, keepdim=True)
+    chunk = max(1, PIXELS_AT_ONCE // grey[0].numel())
     pairs = torch.stack([grey[:-stride], grey[stride:]]).split(chunk, 1)
     k = torch.arange(len(frames) - stride, device=frames.device)
     found = []
@@ -221,22 +225,30 @@ Network = TypeVar("Network", bound=nn.Module)
 def _trained(
     make: Callable[[], Network],
     loss: Callable[[Network, int], Tensor],
+    shapes: Sequence[tuple[int, ...]],
     iterations: int,
     device: torch.device,
     generator: torch.Generator,
 ) -> Network:
-    """`make`'s network after AdamW on `loss(network, i)`; all that is random comes from `generator`."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    """`make`'s network after AdamW on `loss(network, i)`, which calls it once with tensors of `shapes`; all that is
+    random comes from `generator`."""
+    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+        # Gradients are summed on another stream than recorded on: torch waits where it must, and says so.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         network = make().to(device)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4)
+        on_gpu = device.type == "cuda"
+        if on_gpu:  # small kernels: started one by one, they would wait for Python
+            examples = tuple(torch.zeros(shape, device=device) for shape in shapes)
+            network = cast(Network, torch.cuda.make_graphed_callables(network, examples))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4, fused=on_gpu)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=iterations)
         for i in range(iterations):
             optimizer.zero_grad()
             loss(network, i).backward()
             optimizer.step()
             schedule.step()
-    return network.requires_grad_(False)
+    return network.eval().requires_grad_(False)  # eval: as it is, for inputs of any shape
 
 
 class _ContinuedEdges(nn.Module):
@@ -347,7 +359,7 @@ def _learn_rows(frames: Tensor, gap: int, generator: torch.Generator) -> _RowsBe
         truth = torch.einsum("srl,blw->bsrw", matrix, patch)
         return 1000 * (network(patch[:, None, ::gap]) - truth).square().mean()
 
-    return _trained(_RowsBetween, loss, TRAINING, frames.device, generator)
+    return _trained(_RowsBetween, loss, [(BATCH, 1, count, columns)], TRAINING, frames.device, generator)
 
 
 def _between_matrix(count: int, gap: int) -> Tensor:
@@ -446,7 +458,8 @@ def _learn_contours(
         logits = 4 * (moved + network(moved, still, seen))
         return F.binary_cross_entropy_with_logits(logits, truth)
 
-    return _trained(lambda: _Contours(channels), loss, MASK_TRAINING, images.device, generator)
+    shapes = [(BATCH, c, size, size) for c in (1, 1, channels)]
+    return _trained(lambda: _Contours(channels), loss, shapes, MASK_TRAINING, images.device, generator)
 
 
 # ---- in between ------------------------------------------------------------------------------------------------------
