@@ -14,7 +14,6 @@ import sys
 import torch
 
 from arguments import AUTO, train_options
-from scene.gaussian_model import set_rates
 from scene.iteration import on_side_stream
 from scene.pipelines import Inputs
 from scene.training import Training
@@ -40,7 +39,7 @@ def train(training: Training, stop: StopRequest | None = None) -> None:
     for iteration in range(training.iteration + 1, options.iterations + 1):
         training.iteration = iteration
         last = iteration == options.iterations
-        set_rates(training.model, training.optimizer, iteration, options, training.extent)
+        training.set_rates()
 
         batch = training.sampler.draw(in_between=training.regularised)
         outcome = step(Inputs.of(batch, training.model.device), training.controlled)

@@ -205,7 +205,10 @@ class OptimisationOptions:
     )
     sigma_until_iter: int = _option(20_000, "regularise sigma while iteration < this", source=_RELEASE, low=0)
     sigma_low_views: float = _option(
-        2.0, "lower bound of sigma, over the number of training views", source=_RELEASE, low=0
+        2.0,
+        "lower bound of sigma, over the number of training views (flipped copies are views)",
+        source=_RELEASE,
+        low=0,
     )
     sigma_high: float = _option(1.0, "upper bound of sigma", source=_RELEASE, above=0)
     lambda_ibfr_dssim: float = _option(
@@ -220,7 +223,9 @@ class OptimisationOptions:
         source=_PAPER,
     )
     ibfr_from_iter: int = _option(10_000, "IBFR while iteration >= this", source=_PAPER, low=0)
-    ibfr_skip: int = _option(0, "every so many iterations one is without IBFR (0: none)", source=_OURS, low=0)
+    ibfr_skip: int = _option(
+        0, "the first of every so many iterations is without IBFR (0: none is)", source=_OURS, low=0
+    )
     ibfr_alpha_min: float = _option(
         0.2, "IBFR: least position between two frames", source=_PAPER, low=0, high=1
     )

@@ -102,7 +102,7 @@ class Stopwatch:
             torch.zeros(1, device=self.device).add_(1)
             kernels_of(trace, self.device)
         with ExitStack() as patches:
-            patches.enter_context(patch.object(train, "set_rates", self._iteration(train.set_rates)))
+            patches.enter_context(patch.object(training, "set_rates", self._iteration(training.set_rates)))
             patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
             if self.stages:
                 eager = functools.partial(

@@ -155,12 +155,16 @@ class Training:
     def _end_iteration(self, gradients: Mapping[str, Tensor]) -> None:
         """What the iteration of the checkpoint was to end with."""
         degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
-        set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
+        self.set_rates()
         self.model.active_sh_degree = degree
         for name, parameter in self.model.named_parameters().items():
             if name in gradients:
                 parameter.grad = gradients[name].to(parameter.device)
         self.update()
+
+    def set_rates(self) -> None:
+        """The learning rates of this iteration, and the degree of the harmonics."""
+        set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
 
     @property
     def regularised(self) -> bool:

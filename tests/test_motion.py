@@ -260,7 +260,7 @@ def test_kept_and_taken_up_again(tmp_path, monkeypatch):
     assert InBetween.load(path, frames, masks, gap=made.gap + 1) is None, "of another gap"
     assert InBetween.load(path, frames, masks, seed=1) is None, "of another seed"
     with monkeypatch.context() as patch:
-        patch.setattr(motion, "_PREDICTION", 3)
+        patch.setattr(motion, "_PREDICTION", motion._PREDICTION + 1)
         assert InBetween.load(path, frames, masks) is None, "of other code"
     path.write_bytes(path.read_bytes()[:100])
     assert InBetween.load(path, frames, masks) is None, "torn"
@@ -273,11 +273,12 @@ def test_a_gpu_predicts_the_same_each_time_and_what_a_cpu_does(
     monkeypatch.setattr(motion, "TRAINING", 40)
     monkeypatch.setattr(motion, "MASK_TRAINING", 40)
     frames, masks = (values.cuda() for values in stack(range(7)))
-    first, again = InBetween(frames, masks), InBetween(frames, masks)
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        first, again = InBetween(frames, masks), InBetween(frames, masks)
     k, alpha = torch.arange(6).cuda(), torch.full((6,), 0.4).cuda()
     for look_up in ("images", "masks"):
         found = getattr(first, look_up)(k, alpha)
         assert torch.equal(found, getattr(again, look_up)(k, alpha))
         expected = getattr(between, look_up)(k.cpu(), alpha.cpu())
-        # rounding of one sets the networks' training on another path; an edge of masks is one pixel wide
-        assert (found.cpu() - expected).abs().mean() < 0.005
+        # networks that learned nothing are off by 0.002 in the mean; frames changed by 1e-6 of their values, by 2e-6
+        assert (found.cpu() - expected).abs().mean() < 0.0005

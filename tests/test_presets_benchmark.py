@@ -15,7 +15,7 @@ from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from skimage.metrics import structural_similarity
 
-from arguments import PRESETS, TrainOptions, train_options
+from arguments import TrainOptions, train_options
 from utils.errors import UserError
 
 BENCHMARKS = Path(presets.__file__).parent
@@ -121,12 +121,9 @@ def test_schedules_shrink_with_the_iterations():
     assert best.average_from_iter == 0  # 0 is never
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_ablation_is_a_command_line_that_differs(preset):
-    every = [tuple(presets.train_options("joint", preset, change)) for change in presets.ABLATION.values()]
-    assert len(set(every)) == len(every)
-    for options in every:
-        parsed([*options])
+def test_every_ablation_differs():
+    every = [parsed(presets.train_options("joint", "best", change)) for change in presets.ABLATION.values()]
+    assert len({repr(options) for options in every}) == len(every)
 
 
 # ---- what is kept ----------------------------------------------------------------------------------------------------

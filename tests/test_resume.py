@@ -35,7 +35,7 @@ from utils.files import LOCK, own_folder
 # Density steps at 10, 15, 20, ... that add and prune; resets of the opacities at 12, 24, ...; in-betweens from 8 on.
 CONTROL = (
     "--densify_from_iter", 5, "--densification_interval", 5, "--densify_until_iter", 1000, "--ibfr_from_iter", 8,
-    "--opacity_reset_interval", 12, "--prune_opacity", 0.005, "--max_gaussians", 400,
+    "--ibfr_skip", 3, "--opacity_reset_interval", 12, "--prune_opacity", 0.005, "--max_gaussians", 400,
 )  # fmt: skip
 AUTO = ("--start_checkpoint", "auto")
 

@@ -15,13 +15,14 @@ the frames between two others, how contours follow the image.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from utils import interpolation
 from utils.files import atomic_write
 
-_PREDICTION = 2  # raised when what is predicted becomes another: what earlier code kept is not taken for it
+_PREDICTION = 3  # raised when what is predicted becomes another: what earlier code kept is not taken for it
 STEPS = 4
 """Levels a gap is divided in: predictions are made at 1/4, 1/2 and 3/4."""
 
@@ -86,7 +87,7 @@ WARPS, ITERATIONS, SHRINK, SMALLEST = 5, 10, 0.6, 14
 FLOWS = ((True, 20.0), (False, 5.0))
 """How motion is estimated: by contrast or by brightness, and the weight of the images against smoothness."""
 PIXELS_AT_ONCE = 2_000_000
-"""Of all pairs whose motion is estimated together; it takes some 700 bytes for each."""
+"""Of all pairs whose motion is estimated together, but one pair at least; it takes some 700 bytes for each."""
 BEND_BLUR = 2.0
 """Pixels; how a path bends is the difference of two estimates, and noisy."""
 
@@ -232,15 +233,17 @@ def _trained(
 ) -> Network:
     """`make`'s network after AdamW on `loss(network, i)`, which calls it once with tensors of `shapes`; all that is
     random comes from `generator`."""
-    with torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
+    on_gpu = device.type == "cuda"
+    # What records kernels does so on the current GPU, whichever the tensors are on.
+    here = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
+    with here, torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
         # Gradients are summed on another stream than recorded on: torch waits where it must, and says so.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         network = make().to(device)
-        on_gpu = device.type == "cuda"
         if on_gpu:  # small kernels: started one by one, they would wait for Python
             examples = tuple(torch.zeros(shape, device=device) for shape in shapes)
-            network = cast(Network, torch.cuda.make_graphed_callables(network, examples))
+            torch.cuda.make_graphed_callables(network, examples)
         optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4, fused=on_gpu)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=iterations)
         for i in range(iterations):
@@ -248,7 +251,12 @@ def _trained(
             loss(network, i).backward()
             optimizer.step()
             schedule.step()
-    return network.eval().requires_grad_(False)  # eval: as it is, for inputs of any shape
+        if (
+            on_gpu
+        ):  # the recording goes, which is for one shape, and its memory: not while it is being replayed
+            torch.cuda.synchronize()
+            del vars(network)["forward"]
+    return network.requires_grad_(False)
 
 
 class _ContinuedEdges(nn.Module):
