@@ -397,6 +397,10 @@ class TrainOptions(MachineOptions, OptimisationOptions, ModelOptions, DataOption
             raise UserError(
                 "--seg_head_only trains an existing model's head: add --pipeline seg --start_checkpoint FILE"
             )
+        if self.ibfr_skip == 1:
+            raise UserError(
+                "--ibfr_skip 1 leaves IBFR out of every iteration: give 2 or more, or 0 for all with it"
+            )
         if self.ibfr_alpha_min > self.ibfr_alpha_max:
             raise UserError("--ibfr_alpha_min is above --ibfr_alpha_max: swap them")
 

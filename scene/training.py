@@ -170,7 +170,7 @@ class Training:
     def regularised(self) -> bool:
         """Whether this iteration looks at times between frames too (IBFR)."""
         options = self.options
-        skipped = options.ibfr_skip and self.iteration % options.ibfr_skip == 1 % options.ibfr_skip
+        skipped = options.ibfr_skip and self.iteration % options.ibfr_skip == 1
         begun = self.iteration >= options.ibfr_from_iter
         return begun and not skipped and any(task.in_betweens for task in self.tasks)
 

@@ -175,6 +175,7 @@ def test_nothing_ignored_nothing_said(capsys):
         ("-s data --resolution 0", "--resolution is 0"),
         ("-s data --lambda_dssim -1", "--lambda_dssim"),
         ("-s data --ibfr_alpha_min 0.9", "--ibfr_alpha_min is above"),
+        ("-s data --ibfr_skip 1", "every iteration: give 2 or more"),
         ("-s data --camera two", "--camera"),
         ("-s data --pipeline joint", "--seg_source_path"),
         ("-s data --seg_head_only", "--start_checkpoint"),

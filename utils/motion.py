@@ -255,7 +255,7 @@ def _trained(
             on_gpu
         ):  # the recording goes, which is for one shape, and its memory: not while it is being replayed
             torch.cuda.synchronize()
-            del vars(network)["forward"]
+            vars(network).pop("forward", None)
     return network.requires_grad_(False)
 
 
