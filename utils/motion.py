@@ -20,7 +20,7 @@ import hashlib
 import math
 import pickle
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -223,6 +223,25 @@ BATCH, RATE = 16, 3e-3
 Network = TypeVar("Network", bound=nn.Module)
 
 
+@contextlib.contextmanager
+def _recorded(network: nn.Module, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[None]:
+    """On a GPU, `network`'s small kernels are recorded, and meanwhile replayed for calls with tensors of `shapes`:
+    started one by one, they would wait for Python."""
+    if device.type != "cuda":
+        yield
+        return
+    # What records kernels does so on the current GPU, whichever the tensors are on.
+    with torch.cuda.device(device), warnings.catch_warnings():
+        # Gradients are summed on another stream than recorded on: torch waits where it must, and says so.
+        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+        torch.cuda.make_graphed_callables(
+            network, tuple(torch.zeros(shape, device=device) for shape in shapes)
+        )
+        yield
+        torch.cuda.synchronize()  # a recording's memory must not go while it is being replayed
+        vars(network).pop("forward", None)
+
+
 def _trained(
     make: Callable[[], Network],
     loss: Callable[[Network, int], Tensor],
@@ -233,29 +252,18 @@ def _trained(
 ) -> Network:
     """`make`'s network after AdamW on `loss(network, i)`, which calls it once with tensors of `shapes`; all that is
     random comes from `generator`."""
-    on_gpu = device.type == "cuda"
-    # What records kernels does so on the current GPU, whichever the tensors are on.
-    here = torch.cuda.device(device) if on_gpu else contextlib.nullcontext()
-    with here, torch.random.fork_rng(devices=[]), torch.enable_grad(), warnings.catch_warnings():
-        # Gradients are summed on another stream than recorded on: torch waits where it must, and says so.
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         network = make().to(device)
-        if on_gpu:  # small kernels: started one by one, they would wait for Python
-            examples = tuple(torch.zeros(shape, device=device) for shape in shapes)
-            torch.cuda.make_graphed_callables(network, examples)
-        optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4, fused=on_gpu)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=iterations)
-        for i in range(iterations):
-            optimizer.zero_grad()
-            loss(network, i).backward()
-            optimizer.step()
-            schedule.step()
-        if (
-            on_gpu
-        ):  # the recording goes, which is for one shape, and its memory: not while it is being replayed
-            torch.cuda.synchronize()
-            vars(network).pop("forward", None)
+        with _recorded(network, shapes, device):
+            fused = device.type == "cuda"
+            optimizer = torch.optim.AdamW(network.parameters(), lr=RATE, weight_decay=1e-4, fused=fused)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=iterations)
+            for i in range(iterations):
+                optimizer.zero_grad()
+                loss(network, i).backward()
+                optimizer.step()
+                schedule.step()
     return network.requires_grad_(False)
 
 
