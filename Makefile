@@ -85,7 +85,7 @@ demo: setup  ## from a small MRI volume to interpolated frames, a mesh and a pre
 	$(BIN)/python demo.py --data $(DEMO)/data --model $(DEMO)/model --mesh $(DEMO)/mesh/model.ply --out $(DEMO)
 
 bench: setup  ## measure the speed on this machine
-	$(BIN)/python benchmarks/run.py
+	$(BIN)/python -m benchmarks.run
 
 # --- Developing it -----------------------------------------------------------------------------------------------------
 

@@ -16,12 +16,12 @@ import matplotlib
 import numpy as np
 from skimage.transform import resize
 
+from patient.geometry import Geometry
+from patient.meshes import in_space, read_mesh
+from pictures.shading import shade
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
-from utils.geometry import Geometry
 from utils.images import image_files, read_image, to_unit
-from utils.meshes import in_space, read_mesh
-from utils.shading import shade
 
 matplotlib.use("Agg")  # before pyplot, which else looks for a display
 import matplotlib.pyplot as plt

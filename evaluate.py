@@ -25,15 +25,15 @@ import numpy as np
 import torch
 from trimesh import Trimesh
 
+from patient.geometry import HELDOUT, Cut, Geometry
+from patient.meshes import FORMATS, in_space, read_mesh, surface
+from patient.stacks import INNER, case_geometry, read_stack, sub_frames
+from patient.surfaces import SAMPLES, rigid_alignment, surface_scores
+from patient.volumes import Volume, read_volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
-from utils.geometry import HELDOUT, Cut, Geometry
 from utils.images import MAX_PIXELS, READABLE, frame_number, image_files, limit_pixels, read_image, to_unit
-from utils.meshes import FORMATS, in_space, read_mesh, surface
 from utils.metrics import Scores
-from utils.stacks import INNER, case_geometry, read_stack, sub_frames
-from utils.surfaces import SAMPLES, rigid_alignment, surface_scores
-from utils.volumes import Volume, read_volume
 
 THRESHOLD = 0.5  # of masks, on the scale from 0 to 1
 RENDERS = {"frames": ("render_img", "render"), "masks": ("render_mask", "render_img", "render")}

@@ -4,7 +4,7 @@
     python train.py -s data/case/img --pipeline joint --seg_source_path data/case/seg
 
 writes data/case/img/original/0000.png ..., data/case/seg/original/0000.png ... (0 and 255) and data/case/frames.json,
-which records where the frames lie (`utils.geometry.Geometry`), so that meshes come out in patient millimetres. With
+which records where the frames lie (`patient.geometry.Geometry`), so that meshes come out in patient millimetres. With
 --keep_every, the frames left out between the others go to img/heldout and seg/heldout, named by their source slice.
 
 Frames show anatomy upright: columns and rows grow towards the patient's left, posterior or inferior. All is written
@@ -22,12 +22,12 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
+from patient.geometry import FILE_NAME, HELDOUT, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from patient.meshes import otsu
+from patient.volumes import READERS, Volume, read_volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
-from utils.geometry import FILE_NAME, HELDOUT, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from utils.images import MAX_PIXELS, limit_pixels, write_image
-from utils.meshes import otsu
-from utils.volumes import READERS, Volume, read_volume
 
 Say = Callable[[str], None]
 

@@ -23,16 +23,16 @@ from tqdm import tqdm
 
 from arguments import RenderOptions, render_options, resolve_device
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
+from patient.geometry import FILE_NAME, Geometry
+from patient.rendered_volume import Grid, Volume
+from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, find, load_checkpoint
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
-from utils.geometry import FILE_NAME, Geometry
 from utils.images import WRITABLE, limit_pixels, write_image, write_levels
-from utils.rendered_volume import Grid, Volume
 from utils.spherical_harmonics import to_colour
-from utils.video import Shot, video_format, write_video
 
 # What the views that are rendered at once may take, unless one alone takes more. A view takes what `fold` says of each
 # Gaussian, and the lists of the tiles, a few entries each; and the image, as floats, levels and bytes.

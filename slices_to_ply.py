@@ -28,10 +28,8 @@ from skimage.restoration import denoise_tv_chambolle
 from tqdm import tqdm
 from trimesh import Trimesh
 
-from utils.errors import ArgumentParser, UserError, positive, run
-from utils.geometry import HELDOUT
-from utils.images import MAX_PIXELS, limit_pixels
-from utils.meshes import (
+from patient.geometry import HELDOUT
+from patient.meshes import (
     FORMATS,
     decimate,
     in_space,
@@ -44,7 +42,7 @@ from utils.meshes import (
     surface_of_volume,
     write_mesh,
 )
-from utils.stacks import (
+from patient.stacks import (
     FRAME_FOLDERS,
     PUBLISHED_INTER,
     Stack,
@@ -53,6 +51,8 @@ from utils.stacks import (
     read_stack,
     rendered_paths,
 )
+from utils.errors import ArgumentParser, UserError, positive, run
+from utils.images import MAX_PIXELS, limit_pixels
 
 NOT_CASES = (
     "mirror",
@@ -323,7 +323,7 @@ def _write(
     lines.append(f"  {enclosed}, box {box} {unit}")
     lines.append(f"  {path}{f' ({options.space.upper()})' if unit == 'mm' else ''}")
     if options.preview:
-        from utils.shading import write_preview  # matplotlib takes a while to import
+        from pictures.shading import write_preview  # matplotlib takes a while to import
 
         write_preview(path.with_suffix(".png"), mesh, name)
         lines.append(f"  {path.with_suffix('.png')}")

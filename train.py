@@ -14,13 +14,13 @@ import sys
 import torch
 
 from arguments import AUTO, train_options
-from scene.iteration import on_side_stream
-from scene.pipelines import Inputs
-from scene.training import Training
+from training.iteration import on_side_stream
+from training.pipelines import Inputs
+from training.reports import Report
+from training.run import Training
 from utils.errors import StopRequest, UserError, run
 from utils.files import own_folder
 from utils.images import limit_pixels
-from utils.reports import Report
 
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 IF_OUT_OF_MEMORY = (

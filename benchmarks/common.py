@@ -1,4 +1,4 @@
-"""What the benchmarks share: the project on the import path, timing, a description of the machine, tables, files."""
+"""What the benchmarks share: timing, a description of the machine, tables, files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,6 @@ from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-sys.path.insert(0, str(ROOT))  # the scripts are run as files: benchmarks/run.py
 
 
 # ---- timing ----------------------------------------------------------------------------------------------------------

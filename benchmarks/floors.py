@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import table
-from scenes import Bench, Unavailable
-from training import OTHER, Stopwatch, training
-from workload import CUDA, Attainable, Recorder, count, floors
 
+from benchmarks.common import table
+from benchmarks.iterations import OTHER, Stopwatch, training_run
+from benchmarks.scenes import Bench, Unavailable
+from benchmarks.workload import CUDA, Attainable, Recorder, count, floors
 from gaussian_renderer import render
 from scene.cameras import Camera
-from scene.pipelines import Inputs, requested_renders
+from training.pipelines import Inputs, requested_renders
 
 ITERATIONS = 6050  # of the run whose state this is: half an interval behind a density step
 # A whole interval with its density step and what is recorded anew after it; replayed iterations, without either.
@@ -29,7 +29,7 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
     before = 50 if bench.quick else ITERATIONS - TIMED - TRACED - 1
     watch = Stopwatch(bench.device, TIMED, TRACED)
     data = Path(bench.case) if bench.case else Camera(197, 233)
-    with training(bench, data, ibfr_from_iter=0) as run_of_it:
+    with training_run(bench, data, ibfr_from_iter=0) as run_of_it:
         watch.run(run_of_it, before)
         draws = [run_of_it.sampler.draw(in_between=True) for _ in range(20)]
         batch = max(draws, key=lambda batch: len(batch.positions))  # one at an end has fewer views

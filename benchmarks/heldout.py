@@ -8,21 +8,20 @@ from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
-import common  # noqa: F401  (the project on the import path)
 import numpy as np
 import torch
 from skimage.registration import optical_flow_tvl1
 from skimage.transform import warp
 
 from evaluate import lpips_distance
+from in_between.classical import interpolate, interpolate_masks, signed_distances
+from patient.geometry import voxel_sizes
+from patient.stacks import case_geometry
+from patient.volumes import nifti_grid
 from scene.frames import frame_files
 from utils.errors import UserError
-from utils.geometry import voxel_sizes
 from utils.images import read_image, to_grey
-from utils.interpolation import interpolate, interpolate_masks, signed_distances
 from utils.metrics import Scores
-from utils.stacks import case_geometry
-from utils.volumes import nifti_grid
 
 KINDS = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}  # of frames, that a pipeline trains on
 Flow = tuple[np.ndarray, np.ndarray]  # down and right, (H, W) pixels each

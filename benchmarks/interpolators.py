@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Frames left out, put back without a model: `utils.motion` beside the usual interpolations.
+"""Frames left out, put back without a model: `in_between.motion` beside the usual interpolations.
 
-    python benchmarks/interpolators.py CASE [CASE ...] --keep 2 4
+    python -m benchmarks.interpolators CASE [CASE ...] --keep 2 4
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
 given, the others are compared. PSNR and SSIM of images, Dice of the masks' volume. TV-L1 is scikit-image's optical
@@ -15,14 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import describe, table
-from heldout import neighbours, read, scores_of, tvl1
 
 from arguments import resolve_device
+from benchmarks.common import describe, table
+from benchmarks.heldout import neighbours, read, scores_of, tvl1
+from in_between.classical import interpolate, interpolate_masks
+from in_between.motion import InBetween, blend_along, flow_at, signed_distances
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
-from utils.interpolation import interpolate, interpolate_masks
-from utils.motion import InBetween, blend_along, flow_at, signed_distances
 
 
 def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Meshes from every N-th slice, against the surface of all of them, in mm.
 
-    python benchmarks/meshes.py CASE --keep 2 --interp 4 --model MODEL --out benchmarks/results/meshes.jsonl
+    python -m benchmarks.meshes CASE --keep 2 --interp 4 --model MODEL --out benchmarks/results/meshes.jsonl
 
 CASE/seg/original holds the masks of all slices, 0000.png ...; where they lie comes from CASE/frames.json or a NIfTI
 file in CASE (then frame k is volume[:, :, k].T). MODEL was trained on every N-th of them (0, N, 2N ...) and drawn with
@@ -24,19 +24,19 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from common import describe, surface_table
 from trimesh import Trimesh
 from trimesh.intersections import slice_faces_plane
 
 import slices_to_ply
+from benchmarks.common import describe, surface_table
+from in_between.classical import interpolate, signed_distances
+from patient.meshes import in_space, read_mesh, surface
+from patient.stacks import FRAME_FOLDERS, read_stack, sub_frames
+from patient.surfaces import SAMPLES, surface_scores
+from patient.volumes import nifti_grid
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
 from utils.images import image_files, read_image, to_grey, write_image
-from utils.interpolation import interpolate, signed_distances
-from utils.meshes import in_space, read_mesh, surface
-from utils.stacks import FRAME_FOLDERS, read_stack, sub_frames
-from utils.surfaces import SAMPLES, surface_scores
-from utils.volumes import nifti_grid
 
 SMOOTHING = {"none": ["--smoothing", "none"], "default": []}
 EDGE = 4.0  # pixels over which signed distances become grey levels: 16 bits then hold them to 1e-4 of a pixel

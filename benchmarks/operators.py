@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from common import ratios, table, times_headers, times_rows
-from scenes import (
+from torch import Tensor
+
+from benchmarks.common import ratios, table, times_headers, times_rows
+from benchmarks.scenes import (
     CAMERA,
     DEGREE,
     GAUSSIANS,
@@ -21,8 +23,6 @@ from scenes import (
     neighbours,
     settle,
 )
-from torch import Tensor
-
 from gaussian_renderer import ACTIVE, editing
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE

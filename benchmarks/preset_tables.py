@@ -6,8 +6,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from common import table
-from heldout import CLASSICAL
+from benchmarks.common import table
+from benchmarks.heldout import CLASSICAL
 
 Row = dict[str, Any]
 Place = tuple[str, int]  # case, keep

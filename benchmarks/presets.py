@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Frames left out: what the presets make of them, beside classical interpolation.
 
-    python benchmarks/presets.py CASE [CASE ...] --device cuda --out benchmarks/results/presets/NAME.json
+    python -m benchmarks.presets CASE [CASE ...] --device cuda --out benchmarks/results/presets/NAME.json
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
 trained on, those in between are compared, in 8 bits. What NAME.json has already is not measured again, so that it can
@@ -26,15 +26,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import ROOT, describe
-from heldout import CLASSICAL, KINDS, Case, Filled, fill, read, read_case, rounded, scores_of
-from preset_tables import Row, tables
 
 from arguments import PRESETS, TrainOptions, resolve_device
+from benchmarks.common import ROOT, describe
+from benchmarks.heldout import CLASSICAL, KINDS, Case, Filled, fill, read, read_case, rounded, scores_of
+from benchmarks.preset_tables import Row, tables
 from gaussian_renderer import rasterizer
+from pictures.figures import draw_montage
 from scene.checkpoint import load_checkpoint, newest
 from utils.errors import ArgumentParser, UserError, positive, run
-from utils.figures import draw_montage
 from utils.files import atomic_write
 from utils.images import write_image
 from utils.metrics import Scores

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How many images a second render.py writes.
 
-    python benchmarks/rendering.py                 # the writing alone, by 1, 2, 4, ... threads: images are ready
-    python benchmarks/rendering.py -m output/case  # all of it: render.py --interp 8 of a trained model
+    python -m benchmarks.rendering                 # the writing alone, by 1, 2, 4, ... threads: images are ready
+    python -m benchmarks.rendering -m output/case  # all of it: render.py --interp 8 of a trained model
 
 The ready images are 233 x 197, smooth with noise, as renders of an MRI are; they go to a temporary folder.
 """
@@ -21,8 +21,6 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import render
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes the tables of README.md here from what is recorded in results/.
 
-python benchmarks/report.py
+python -m benchmarks.report
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from against_gsplat import scenes_table
-from common import RESULTS, surface_table, table
-from floors import floors_note, floors_table
-from preset_tables import device, tables
-from presets import read_rows
-from training import growth_line, large_table, phases_table, runs_table
 
+from benchmarks.common import RESULTS, surface_table, table
+from benchmarks.floors import floors_note, floors_table
+from benchmarks.iterations import growth_line, large_table, phases_table, runs_table
+from benchmarks.preset_tables import device, tables
+from benchmarks.presets import read_rows
 from utils.errors import UserError, run
 
 README = Path(__file__).with_name("README.md")

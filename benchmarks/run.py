@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Measures the speed of the rasteriser and of training on this machine; README.md here says what each number means.
 
-python benchmarks/run.py --device cuda --out output/benchmark/speed.json
+python -m benchmarks.run --device cuda --out output/benchmark/speed.json
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from typing import Any
 
 import torch
 from against_gsplat import against_gsplat
-from common import available_cores, describe, write_json
-from floors import floors_on_cuda
-from operators import growth, operators, oracle
-from scenes import Bench, Unavailable, settle
-from throughput import throughput
-from training import iteration, large, runs
 
 from arguments import resolve_device
+from benchmarks.common import available_cores, describe, write_json
+from benchmarks.floors import floors_on_cuda
+from benchmarks.iterations import iteration, large, runs
+from benchmarks.operators import growth, operators, oracle
+from benchmarks.scenes import Bench, Unavailable, settle
+from benchmarks.throughput import throughput
 from utils.errors import ArgumentParser, UserError, run
 
 SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {

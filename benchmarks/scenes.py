@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import kernel_seconds, measure, measure_on_device, synchronise
 from torch import Tensor
 
+from benchmarks.common import kernel_seconds, measure, measure_on_device, synchronise
 from gaussian_renderer import ACTIVE, Render, Renders, render
 from scene.cameras import Camera
 from scene.checkpoint import load_checkpoint

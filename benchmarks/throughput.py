@@ -7,12 +7,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from common import table
-from scenes import VIEWS, Bench, neighbours
 from torch import Tensor
-from training import by_phase
-from workload import CPU, CUDA, Attainable, Recorder, count
 
+from benchmarks.common import table
+from benchmarks.iterations import by_phase
+from benchmarks.scenes import VIEWS, Bench, neighbours
+from benchmarks.workload import CPU, CUDA, Attainable, Recorder, count
 from gaussian_renderer import ACTIVE, rasterizer
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, GaussianModel

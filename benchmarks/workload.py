@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import measure, measure_on_device, output
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.common import measure, measure_on_device, output
 from gaussian_renderer.oracle import MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE
 
 

@@ -11,10 +11,10 @@ import numpy as np
 from torch import Tensor
 
 from arguments import TrainOptions
+from in_between.classical import interpolate, interpolate_masks
+from patient.geometry import HELDOUT, Geometry
 from scene.frames import Frames
 from utils.errors import UserError
-from utils.geometry import HELDOUT, Geometry
-from utils.interpolation import interpolate, interpolate_masks
 
 
 @dataclass(frozen=True, eq=False)

@@ -23,9 +23,9 @@ from gaussian_renderer import (
 )
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
-from scene.training import Training
+from training.reports import evaluate
+from training.run import Training
 from utils.images import read_image
-from utils.reports import evaluate
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 CAMERA = Camera(45, 31, distance=1.5)
@@ -373,7 +373,7 @@ def test_recordings_count_the_pairs_of_one_blend(trained, tmp_path, monkeypatch)
     """So iterations are not recorded, on a GPU either."""
     images, _, _ = trained
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr("scene.training.Replay", lambda _: "recorded")
+    monkeypatch.setattr("training.run.Replay", lambda _: "recorded")
     for antialiasing in (False, True):
         training = begin(images, tmp_path, antialiasing=antialiasing)
         model, training.model = training.model, on_gpu

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from demo import main
+from patient.meshes import surface, write_mesh
+from pictures.shading import shade
 from utils.errors import UserError
 from utils.images import read_image, write_image
-from utils.meshes import surface, write_mesh
-from utils.shading import shade
 
 
 @pytest.fixture

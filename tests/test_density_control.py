@@ -10,10 +10,10 @@ from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
 from gaussian_renderer.oracle import LOW_PASS, fold
 from scene.cameras import Camera
-from scene.density_control import DensityControl, reset_opacity
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer
-from scene.iteration import Outcome
-from scene.training import Training
+from training.density_control import DensityControl, reset_opacity
+from training.iteration import Outcome
+from training.run import Training
 
 OPTIONS = OptimisationOptions()
 OPTIONS_OF_A_RUN = TrainOptions(source_path="none")

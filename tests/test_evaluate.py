@@ -16,9 +16,9 @@ import trimesh
 import evaluate
 import prepare
 from evaluate import main
+from patient.meshes import in_space, surface, write_mesh
 from utils.errors import UserError
 from utils.images import image_files, read_image, write_image
-from utils.meshes import in_space, surface, write_mesh
 
 ROOT = Path(__file__).resolve().parent.parent
 AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1.0, 0, 20], [0, 0, 2.5, -10], [0, 0, 0, 1]])

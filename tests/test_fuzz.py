@@ -27,11 +27,11 @@ import render
 import slices_to_ply
 import train
 from arguments import read_cfg_args, render_options, train_options, train_parser
+from patient.geometry import FILE_NAME, Geometry
 from scene.checkpoint import load_checkpoint, save_checkpoint
 from scene.frames import Frames
 from scene.point_cloud import read_point_cloud, write_point_cloud
 from utils.errors import UserError, run
-from utils.geometry import FILE_NAME, Geometry
 from utils.images import MAX_PIXELS, limit_pixels, read_image, write_image
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -9,8 +9,8 @@ import pytest
 from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 
+from patient.geometry import Geometry, check_affine, cut_geometry, swap_ras_lps, upright_cut
 from utils.errors import UserError
-from utils.geometry import Geometry, check_affine, cut_geometry, swap_ras_lps, upright_cut
 
 SHAPE = (5, 6, 7)
 ORIENTATIONS = [

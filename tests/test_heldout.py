@@ -15,8 +15,8 @@ from skimage.metrics import structural_similarity
 
 import train
 from arguments import TrainOptions
-from scene.training import Training
-from utils.geometry import Cut, Geometry, cut_geometry
+from patient.geometry import Cut, Geometry, cut_geometry
+from training.run import Training
 from utils.images import read_image
 
 COUNT = 9  # frames of a source, of which every second is held out: 0 2 4 6 8 are kept

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import utils.interpolation
-from utils.interpolation import interpolate, interpolate_masks, signed_distances
+import in_between.classical
+from in_between.classical import interpolate, interpolate_masks, signed_distances
 
 POSITIONS = np.array([0.0, 1.0, 3.0, 4.0, 7.5])
 AT = np.array([0.25, 2.0, 3.5, 7.0])
@@ -34,7 +34,7 @@ def test_polynomials_come_back(method, degree):
 def test_pixels_in_blocks_are_the_same_pixels(method, monkeypatch):
     values = np.random.default_rng(0).random((5, 6, 7))
     whole = interpolate(values, POSITIONS, AT, method)
-    monkeypatch.setattr(utils.interpolation, "_VALUES_AT_ONCE", 20)  # 4 pixels of 42
+    monkeypatch.setattr(in_between.classical, "_VALUES_AT_ONCE", 20)  # 4 pixels of 42
     assert np.array_equal(interpolate(values, POSITIONS, AT, method), whole)
 
 

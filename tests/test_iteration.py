@@ -11,8 +11,8 @@ import torch
 from sequences import arguments, blobs, masks, train_at, write
 
 import train
-from scene import iteration
 from scene.checkpoint import load_checkpoint
+from training import iteration
 
 pytestmark = pytest.mark.cuda
 

@@ -10,7 +10,7 @@ from skimage.metrics import structural_similarity
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
-from scene.pipelines import loss_terms, tasks, total_loss
+from training.pipelines import loss_terms, tasks, total_loss
 from utils.losses import l1, sigma_outside, ssim, ssim_map
 
 C1, C2 = 0.0001, 0.0009

@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter
 from skimage.filters import threshold_otsu
 
-from utils.errors import UserError
-from utils.meshes import (
+from patient.meshes import (
     FORMATS,
     decimate,
     in_space,
@@ -23,6 +22,7 @@ from utils.meshes import (
     surface_of_volume,
     write_mesh,
 )
+from utils.errors import UserError
 
 
 def _ball(side=20, radius=7.0):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from utils import motion
-from utils.motion import InBetween, blend_along, estimate_flow, flow_at, matching_gap, signed_distances
+from in_between import motion
+from in_between.motion import InBetween, blend_along, estimate_flow, flow_at, matching_gap, signed_distances
 
 HEIGHT, WIDTH = 40, 48
 

@@ -18,7 +18,7 @@ import evaluate
 import prepare
 import slices_to_ply
 from arguments import OptimisationOptions, render_parser, train_parser
-from utils import motion
+from in_between import motion
 
 TESTS = Path(__file__).resolve().parent
 

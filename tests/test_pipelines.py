@@ -22,15 +22,15 @@ from sequences import (
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
+from in_between import motion
+from in_between.motion import InBetween
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
-from scene.pipelines import Batch, Inputs, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
-from scene.training import Training
 from train import train
-from utils import motion
+from training.pipelines import Batch, Inputs, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
+from training.reports import evaluate
+from training.run import Training
 from utils.losses import ssim
-from utils.motion import InBetween
-from utils.reports import evaluate
 
 OPTIONS = OptimisationOptions()
 

@@ -12,10 +12,10 @@ import pytest
 from nibabel.affines import apply_affine
 
 import slices_to_ply
+from patient.geometry import Geometry
 from prepare import main
 from scene.frames import write_mirror
 from utils.errors import UserError
-from utils.geometry import Geometry
 from utils.images import image_files, read_image, write_image
 
 ROOT = Path(__file__).resolve().parent.parent

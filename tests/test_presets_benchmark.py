@@ -6,19 +6,17 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-import heldout
 import numpy as np
-import preset_tables
-import presets
 import pytest
 from PIL import Image
 from scipy.ndimage import distance_transform_edt, gaussian_filter
 from skimage.metrics import structural_similarity
 
 from arguments import TrainOptions, train_options
+from benchmarks import heldout, preset_tables, presets
 from utils.errors import UserError
 
-BENCHMARKS = Path(presets.__file__).parent
+ROOT = Path(presets.__file__).parents[1]
 
 
 def write(folder: Path, kind: str, frames: np.ndarray) -> None:
@@ -304,7 +302,7 @@ def test_the_whole_command_on_a_made_up_case(tmp_path):
         str(montages),
     )
     done = subprocess.run(
-        [sys.executable, str(BENCHMARKS / "presets.py"), *words], capture_output=True, text=True
+        [sys.executable, "-m", "benchmarks.presets", *words], capture_output=True, text=True, cwd=ROOT
     )
     assert done.returncode == 0, done.stderr
     rows = {row["method"]: row for row in json.loads(out.read_text())}

@@ -21,11 +21,11 @@ from scipy.sparse.csgraph import connected_components
 import prepare
 import render
 from gaussian_renderer import ACTIVE, editing, oracle
+from patient.geometry import Cut, Geometry, cut_geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
 from utils.errors import UserError, run
-from utils.geometry import Cut, Geometry, cut_geometry
 from utils.images import read_image, to_unit, write_image
 from utils.spherical_harmonics import from_colour, to_colour
 

@@ -25,9 +25,9 @@ from sequences import (
     write,
 )
 
-import scene.iteration
-import scene.training
 import train
+import training.iteration
+import training.run
 from scene.checkpoint import all_of, load_checkpoint
 from scene.point_cloud import read_point_cloud
 from utils.files import LOCK, own_folder
@@ -370,14 +370,14 @@ def test_the_second_ctrl_c_stops_at_once(data, tmp_path, monkeypatch, capfd):
         time.sleep(5)
         raise AssertionError("it went on")
 
-    monkeypatch.setattr(scene.training, "save_checkpoint", slow)
-    step = scene.iteration.named_losses
+    monkeypatch.setattr(training.run, "save_checkpoint", slow)
+    step = training.iteration.named_losses
 
     def press_once(*things):
         os.kill(os.getpid(), signal.SIGINT)
         return step(*things)
 
-    monkeypatch.setattr(scene.iteration, "named_losses", press_once)
+    monkeypatch.setattr(training.iteration, "named_losses", press_once)
     before = signal.getsignal(signal.SIGINT)
     assert refused(data[0], tmp_path / "out", "--iterations", 30) == 130
     words = capfd.readouterr().err
@@ -555,7 +555,7 @@ def test_a_checkpoint_that_is_not_finite_is_not_written(data, tmp_path, capsys, 
 def test_the_term_that_went_wrong_is_named(data, tmp_path, capsys, monkeypatch, pipeline, term):
     if pipeline == "seg" and term in ("ssim", "ibfr"):
         pytest.skip("masks have no such term")
-    real = scene.iteration.loss_terms
+    real = training.iteration.loss_terms
 
     def spoiled(task, *things):
         terms = real(task, *things)
@@ -563,7 +563,7 @@ def test_the_term_that_went_wrong_is_named(data, tmp_path, capsys, monkeypatch, 
             terms[term] = terms[term] * float("nan")
         return terms
 
-    monkeypatch.setattr(scene.iteration, "loss_terms", spoiled)
+    monkeypatch.setattr(training.iteration, "loss_terms", spoiled)
     joint = ("--pipeline", "joint", "--seg_source_path", data[1], "--ibfr_from_iter", 1)
     assert refused(data[0], tmp_path / "out", *joint, "--iterations", 40) == 2
     assert f"iteration 20: the {term} loss of {pipeline} is not finite" in capsys.readouterr().err
@@ -593,17 +593,17 @@ def test_densification_stops_at_the_bound_and_says_so_once(data, tmp_path, capsy
 
 
 def test_the_bound_comes_from_the_free_memory_and_stays_the_runs(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(scene.training, "free_memory", lambda device: 4_000_000)
+    monkeypatch.setattr(training.run, "free_memory", lambda device: 4_000_000)
     out = tmp_path / "out"
     train_at(data[0], out, "--iterations", 2)
     bound = checkpoint(out, 2).extras["options"]["max_gaussians"]
     assert 150 < bound < 2000
-    monkeypatch.setattr(scene.training, "free_memory", lambda device: 400_000_000)
+    monkeypatch.setattr(training.run, "free_memory", lambda device: 400_000_000)
     train_at(data[0], out, *AUTO, "--iterations", 3)
     assert checkpoint(out, 3).extras["options"]["max_gaussians"] == bound
     train_at(data[0], out, *AUTO, "--iterations", 4, "--max_gaussians", 777)
     assert checkpoint(out, 4).extras["options"]["max_gaussians"] == 777
-    monkeypatch.setattr(scene.training, "free_memory", lambda device: 40_000)
+    monkeypatch.setattr(training.run, "free_memory", lambda device: 40_000)
     assert refused(data[0], tmp_path / "other", "--iterations", 1) == 2
     assert "--max_gaussians" in capsys.readouterr().err and not (tmp_path / "other").exists()
 
@@ -620,7 +620,7 @@ def test_out_of_memory_names_what_would_help(data, tmp_path, capsys, monkeypatch
     def fail(*_, **__):
         raise error
 
-    monkeypatch.setattr(scene.iteration, "render", fail)
+    monkeypatch.setattr(training.iteration, "render", fail)
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", arguments(data[0], tmp_path / "out", "--iterations", 1))
         train.run(train.main, train.IF_OUT_OF_MEMORY)

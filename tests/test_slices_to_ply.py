@@ -12,13 +12,13 @@ from nibabel.affines import apply_affine
 
 import prepare
 import slices_to_ply
+from patient.geometry import FILE_NAME, Geometry, voxel_sizes
+from patient.meshes import FORMATS, in_space, is_closed, read_mesh, surface
+from patient.stacks import read_stack
+from patient.surfaces import point_distances, surface_scores
 from slices_to_ply import main
 from utils.errors import UserError
-from utils.geometry import FILE_NAME, Geometry, voxel_sizes
 from utils.images import read_image, write_image
-from utils.meshes import FORMATS, in_space, is_closed, read_mesh, surface
-from utils.stacks import read_stack
-from utils.surfaces import point_distances, surface_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 RADIUS = 10.0  # mm, of the ball in most tests

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-RUN = Path(__file__).parents[1] / "benchmarks" / "run.py"
+ROOT = Path(__file__).parents[1]
 
 
 def benchmark(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, RUN, "--device", "cpu", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-m", "benchmarks.run", "--device", "cpu", *arguments]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, cwd=ROOT)
 
 
 @pytest.mark.slow
@@ -48,8 +48,8 @@ def test_a_section_that_fails_leaves_the_others(tmp_path):
     out = tmp_path / "speed.json"
     program = f"""
 import sys
-sys.path.insert(0, {str(RUN.parent)!r})
-import run
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import run
 def broken(bench):
     "Fails."
     return 1 / 0
@@ -69,8 +69,8 @@ def test_times_on_a_device_stand_beside_those_on_the_clock(tmp_path):
     out = tmp_path / "speed.json"
     program = f"""
 import sys
-sys.path.insert(0, {str(RUN.parent)!r})
-import run, scenes
+sys.path.insert(0, {str(ROOT)!r})
+from benchmarks import run, scenes
 def on_device(device, functions, repeats, warmup):
     return {{name: 0.01 if name == "folded" else 0.1 * 4**i for i, name in enumerate(functions)}}
 scenes.measure_on_device = on_device

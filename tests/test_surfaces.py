@@ -6,7 +6,7 @@ import trimesh
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from utils.surfaces import point_distances, rigid_alignment, surface_scores
+from patient.surfaces import point_distances, rigid_alignment, surface_scores
 
 
 def test_concentric_balls():

@@ -30,11 +30,11 @@ from sequences import (
 import train
 from arguments import OptimisationOptions, read_cfg_args
 from gaussian_renderer import render_frames
+from patient.geometry import Geometry
 from scene.cameras import Camera
 from scene.frames import Frames
 from scene.gaussian_model import GaussianModel
 from scene.point_cloud import read_point_cloud
-from utils.geometry import Geometry
 from utils.images import read_image
 from utils.metrics import psnr
 
@@ -271,9 +271,9 @@ def test_tensorboard(joint):
 def test_the_histogram_of_sigma(tmp_path, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    import utils.reports
+    import training.reports
 
-    monkeypatch.setattr(utils.reports, "_HISTOGRAM_INTERVAL", 10)
+    monkeypatch.setattr(training.reports, "_HISTOGRAM_INTERVAL", 10)
     train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--iterations", 10)
     events = EventAccumulator(str(tmp_path / "out"))
     events.Reload()

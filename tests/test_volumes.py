@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from nibabel.affines import apply_affine
 from PIL import Image
 
+from patient.geometry import Geometry
+from patient.volumes import read_volume
 from prepare import CT_WINDOWS, main
 from utils.errors import UserError
-from utils.geometry import Geometry
 from utils.images import image_files, read_image, write_image
-from utils.volumes import read_volume
 
 sitk = pytest.importorskip("SimpleITK")
 pydicom = pytest.importorskip("pydicom")

@@ -10,9 +10,9 @@ from functools import cached_property
 import nibabel
 import numpy as np
 
+from patient.geometry import Geometry
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.geometry import Geometry
 
 _MOST = 32767  # entries along an axis
 

@@ -16,23 +16,23 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from common import kernels_of, start_trace, synchronise, table
-from scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
 from torch import Tensor
 from torch.profiler import profile
 
 import train
 from arguments import TrainOptions
+from benchmarks.common import kernels_of, start_trace, synchronise, table
+from benchmarks.scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
 from gaussian_renderer import rasterizer
-from scene import iteration as scene_iteration
 from scene.cameras import Camera
-from scene.training import Training
+from training import iteration as training_iteration
+from training.run import Training
 
 NEVER = 10**6  # iterations
 
 
 @contextmanager
-def training(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[Training]:
+def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[Training]:
     """A run of train.py in a folder that goes with it: on made-up frames of a camera, or on those of a data root."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(data, Camera):
@@ -89,8 +89,8 @@ class Stopwatch:
         stages: list[tuple[Any, str, str]] = [
             (ops, "fold", "fold"),
             (ops, "blend", "blend"),
-            (scene_iteration, "loss_terms", "loss"),
-            (scene_iteration, "total_loss", "loss"),
+            (training_iteration, "loss_terms", "loss"),
+            (training_iteration, "total_loss", "loss"),
             (Tensor, "backward", "backward"),
             (Training, "observe", "statistics and density"),
             (Training, "_control_density", "statistics and density"),
@@ -106,7 +106,7 @@ class Stopwatch:
             patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
             if self.stages:
                 eager = functools.partial(
-                    scene_iteration.forward_backward, training
+                    training_iteration.forward_backward, training
                 )  # a recording has no stages
                 patches.enter_context(patch.object(training, "stepper", lambda: eager))
             for owner, name, stage in stages if self.stages else []:
@@ -218,7 +218,7 @@ def iteration(bench: Bench) -> dict[str, Any]:
         seconds = []
         for stages in (False, True):
             watch = Stopwatch(bench.device, timed, stages=stages)
-            with training(bench, CAMERA, **options) as run_of_it:
+            with training_run(bench, CAMERA, **options) as run_of_it:
                 watch.run(run_of_it, before)
             seconds.append(watch.seconds)
         medians = watch.medians()
@@ -246,7 +246,7 @@ def measured_run(
     """One run: sizes, iterations a second, phases on the device, peak memory."""
     settle(bench.device)
     watch = Stopwatch(bench.device, timed, traced)
-    with training(bench, data, **options) as run_of_it:
+    with training_run(bench, data, **options) as run_of_it:
         watch.run(run_of_it, before)
         camera = run_of_it.camera
         out = {

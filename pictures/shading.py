@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from scipy.ndimage import gaussian_filter
 from trimesh import Trimesh
 
+from patient.meshes import is_closed
 from utils.files import atomic_write
-from utils.meshes import is_closed
 
 SKIN = np.array([0.93, 0.67, 0.52])
 BACKGROUND, TEXT, FAINT, ACCENT = "#101317", "#e9edf1", "#8d98a5", "#ffb454"

@@ -22,9 +22,9 @@ from trimesh.exchange.ply import export_ply
 from trimesh.exchange.stl import export_stl
 from trimesh.intersections import slice_faces_plane
 
+from patient.geometry import swap_ras_lps
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.geometry import swap_ras_lps
 
 FORMATS = ("ply", "stl", "obj", "glb")
 UNITS = {"mm": "units are millimetres", "voxels": "units are voxels"}

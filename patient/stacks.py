@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
+from patient.geometry import HELDOUT, Cut, Geometry, cut_geometry, voxel_sizes
+from patient.volumes import nifti_grid
 from utils.errors import UserError
-from utils.geometry import HELDOUT, Cut, Geometry, cut_geometry, voxel_sizes
 from utils.images import image_files, read_image, to_grey
-from utils.volumes import nifti_grid
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 INNER = ("original", HELDOUT)  # folders of a data root

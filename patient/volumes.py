@@ -19,8 +19,8 @@ import numpy as np
 import tifffile
 from PIL import Image, ImageSequence
 
+from patient.geometry import check_affine, is_even, swap_ras_lps
 from utils.errors import UserError
-from utils.geometry import check_affine, is_even, swap_ras_lps
 from utils.images import check_pixels, image_files, read_image
 
 _MILLIMETRES = {"meter": 1000.0, "mm": 1.0, "micron": 0.001, "unknown": 1.0}  # NIfTI's units of length

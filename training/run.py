@@ -17,20 +17,20 @@ from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import MAX_RENDERS, rasterizer
+from in_between.motion import InBetween
+from patient.geometry import FILE_NAME, Geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
-from scene.density_control import DensityControl, reset_opacity
 from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
 from scene.heldout import HeldOut, hold_out
-from scene.iteration import Outcome, Replay, forward_backward
-from scene.pipelines import Inputs, Sampler, Task, tasks
 from scene.point_cloud import write_point_cloud, write_points
+from training.density_control import DensityControl, reset_opacity
+from training.iteration import Outcome, Replay, forward_backward
+from training.pipelines import Inputs, Sampler, Task, tasks
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
-from utils.geometry import FILE_NAME, Geometry
 from utils.memory import free_memory
-from utils.motion import InBetween
 from utils.spherical_harmonics import to_colour
 
 _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default

@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils import interpolation
+from in_between import classical
 from utils.files import atomic_write
 
 _PREDICTION = 3  # raised when what is predicted becomes another: what earlier code kept is not taken for it
@@ -429,9 +429,9 @@ FARTHEST = 16.0
 
 
 def signed_distances(masks: Tensor, gap: float = 1.0) -> Tensor:
-    """`utils.interpolation.signed_distances` in pixels, of masks (K, 1, H, W), inside where >= 0.5."""
+    """`in_between.classical.signed_distances` in pixels, of masks (K, 1, H, W), inside where >= 0.5."""
     inside = (masks[:, 0] >= 0.5).cpu().numpy()
-    return torch.from_numpy(interpolation.signed_distances(inside, gap=gap))[:, None].to(masks.device)
+    return torch.from_numpy(classical.signed_distances(inside, gap=gap))[:, None].to(masks.device)
 
 
 MASK_WIDTH, MASK_DEPTH, MASK_TRAINING, MASK_PATCH = 16, 4, 400, 32

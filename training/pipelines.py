@@ -11,10 +11,10 @@ from torch import Tensor
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, rasterizer
+from in_between.motion import InBetween
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION
 from utils import losses
-from utils.motion import InBetween
 
 
 @dataclass(frozen=True)

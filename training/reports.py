@@ -14,15 +14,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gaussian_renderer import render_frames
+from pictures.figures import draw_montage, montage_choice, plot_scores
 from utils.errors import UserError
-from utils.figures import draw_montage, montage_choice, plot_scores
 from utils.files import atomic_write
 from utils.metrics import Scores, psnr
 
 if TYPE_CHECKING:
-    from scene.iteration import Outcome
-    from scene.pipelines import Task
-    from scene.training import Training
+    from training.iteration import Outcome
+    from training.pipelines import Task
+    from training.run import Training
 
 EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from gaussian_renderer import render
-from scene.pipelines import Inputs, Task, loss_terms, named_losses, requested_renders, split, total_loss
+from training.pipelines import Inputs, Task, loss_terms, named_losses, requested_renders, split, total_loss
 
 if TYPE_CHECKING:
-    from scene.training import Training
+    from training.run import Training
 
 _SPARE = 1.2  # room for pairs of Gaussian and tile over those seen last; with too little, the recording is made again
 _MOST_PAIRS = 2**31 - 1  # the largest capacity ``blend`` looks at; it says what to do where that is too much

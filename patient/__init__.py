@@ -1,0 +1,1 @@
+"""The scene: frames, cameras, Gaussians, their files and their growth."""
