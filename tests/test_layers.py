@@ -1,0 +1,39 @@
+"""The house: which folder may import which. docs/architecture.md shows the same order."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FLOORS = (  # a folder may import from those before it, and from itself
+    "utils",
+    "arguments",
+    "patient",
+    "pictures",
+    "in_between",
+    "scene",
+    "gaussian_renderer",
+    "training",
+)
+MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of every module that a file imports, wherever it does so."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (name.name for name in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_import_runs_upward(path):
+    floor = FLOORS.index(path.relative_to(ROOT).parts[0])
+    programs = {"benchmarks", *(script.stem for script in ROOT.glob("*.py"))}
+    for name in imports(path):
+        top = name.split(".")[0]
+        assert top not in programs, f"{name}: a library imports a program"
+        assert top not in FLOORS or FLOORS.index(top) <= floor, f"{name} lies above"
