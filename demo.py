@@ -62,7 +62,7 @@ class Renders:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     data, model, out = Path(options.data), Path(options.model), Path(options.out)
     inputs = image_files(_original(data))
     renders, masks = Renders.find(model / "render_img"), Renders.find(model / "render_mask")
@@ -167,7 +167,8 @@ def _axes(figure: Figure, left: float, bottom: float, width: float, height: floa
     return figure.add_axes((left / across, bottom / up, width / across, height / up))
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(prog="demo.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", required=True, help="folder of prepare.py, or a data root with original/")
     parser.add_argument("--model", required=True, help="model folder, rendered with render.py --interp")

@@ -54,7 +54,7 @@ class Pair:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     limit_pixels(options.max_pixels)
     score, settings = _scorer(options)
     rows, failed = [], {}
@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
     kinds = parser.add_subparsers(dest="what", required=True, metavar="{frames,masks,meshes}")
     for what, text in (

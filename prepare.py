@@ -46,7 +46,7 @@ KINDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     say: Say = (lambda line: None) if options.quiet else print
     limit_pixels(options.max_pixels)
     out = Path(options.output)
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(prog="prepare.py", description=(__doc__ or "").split("\n")[0])
     kinds = ", ".join(READERS)
     parser.add_argument(

@@ -86,7 +86,7 @@ class Outcome:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     _check(options)
     cases = _cases(Path(options.input), options.extension)
 
@@ -106,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if failures else 0
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
     parser = ArgumentParser(prog="slices_to_ply.py", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "-i", "--input", required=True, help="parent folder of case folders, or one case folder"

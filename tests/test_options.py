@@ -141,9 +141,9 @@ SHOWN_BY = {
 PARSERS = {
     "train.py": train_parser,
     "render.py": render_parser,
-    "prepare.py": prepare._parser,
-    "slices_to_ply.py": slices_to_ply._parser,
-    "evaluate.py": evaluate._parser,
+    "prepare.py": prepare.parser,
+    "slices_to_ply.py": slices_to_ply.parser,
+    "evaluate.py": evaluate.parser,
 }
 
 

@@ -596,7 +596,7 @@ def test_a_killed_process_costs_its_case_alone(tmp_path, monkeypatch):
     """Process b is killed; its pool breaks, and cases that had not ended are done again alone."""
     for name in "abc":
         _write_frames(tmp_path / name, _round_frames())
-    options = slices_to_ply._parser().parse_args(["-i", "x", "-o", str(tmp_path / "out"), "--jobs", "2"])
+    options = slices_to_ply.parser().parse_args(["-i", "x", "-o", str(tmp_path / "out"), "--jobs", "2"])
     cases = [slices_to_ply.Case(name, tmp_path / name) for name in "abc"]
     monkeypatch.setattr(slices_to_ply, "_attempt", _die_on_b)
     outcomes = list(slices_to_ply._outcomes(cases, options))
