@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from trimesh import Trimesh
 
-from patient.geometry import HELDOUT, Cut, Geometry
+from patient.geometry import HELDOUT, FrameCut, Geometry
 from patient.meshes import FORMATS, in_space, read_mesh, surface
+from patient.readers import read_volume
 from patient.stacks import INNER, case_geometry, read_stack, sub_frames
 from patient.surfaces import SAMPLES, rigid_alignment, surface_scores
-from patient.volumes import Volume, read_volume
+from patient.volumes import Volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
 from utils.images import MAX_PIXELS, READABLE, frame_number, image_files, limit_pixels, read_image, to_unit
@@ -419,9 +420,9 @@ def _cut(inside: np.ndarray, geometry: Geometry | None) -> np.ndarray:
     """A label volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
     volume = inside.transpose(2, 1, 0)
     if geometry is None:
-        return Cut((0, 1, 2), (False, False)).frames(volume)
+        return FrameCut((0, 1, 2), (False, False)).frames(volume)
     (left, top), (columns, rows) = geometry.offset, geometry.size
-    frames = Cut(geometry.axes, geometry.flips).frames(volume)
+    frames = FrameCut(geometry.axes, geometry.flips).frames(volume)
     return frames[:, top : top + rows, left : left + columns]
 
 

@@ -22,9 +22,10 @@ from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
-from patient.geometry import FILE_NAME, HELDOUT, Cut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from patient.geometry import FILE_NAME, HELDOUT, FrameCut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from patient.meshes import otsu
-from patient.volumes import READERS, Volume, read_volume
+from patient.readers import READERS, read_volume
+from patient.volumes import Volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
 from utils.images import MAX_PIXELS, limit_pixels, write_image
@@ -264,7 +265,7 @@ def _window(
 
 
 def _box(
-    cut: Cut, volume: Volume, label: np.ndarray | None, window: tuple[float, float], margin: float
+    cut: FrameCut, volume: Volume, label: np.ndarray | None, window: tuple[float, float], margin: float
 ) -> tuple[slice, slice, slice]:
     """Columns, rows and slices that hold the label, or else what is not background, and the margin around it.
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from arguments import RenderOptions, render_options, resolve_device
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
 from patient.geometry import FILE_NAME, Geometry
-from patient.rendered_volume import Grid, Volume
+from patient.rendered_volume import Grid, RenderedVolume
 from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, find, load_checkpoint
@@ -215,7 +215,7 @@ def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
         say(f"the frames' place in the patient: {kept}")
 
 
-def volumes_of(renderer: Renderer, options: RenderOptions) -> list[Volume]:
+def volumes_of(renderer: Renderer, options: RenderOptions) -> list[RenderedVolume]:
     """For ``--nifti``: an empty volume for each output. Refuses what has no place in a patient, or no one intensity."""
     if not options.nifti:
         return []
@@ -234,7 +234,7 @@ def volumes_of(renderer: Renderer, options: RenderOptions) -> list[Volume]:
     if model.channels != 1:
         raise UserError("--nifti: a volume holds one intensity, and this is a colour model; leave it out")
     grid = Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
-    return [Volume(grid, mask=out.folder.name == "render_mask") for out in renderer.outputs]
+    return [RenderedVolume(grid, mask=out.folder.name == "render_mask") for out in renderer.outputs]
 
 
 def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
@@ -246,7 +246,7 @@ def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
 
 
 def write_images(
-    renderer: Renderer, bits: int, volumes: Sequence[Volume], options: RenderOptions, say: Say
+    renderer: Renderer, bits: int, volumes: Sequence[RenderedVolume], options: RenderOptions, say: Say
 ) -> list[str]:
     """Renders chunk after chunk, while threads write what is done; no more than two chunks are in memory, or one image
     a thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
@@ -304,7 +304,7 @@ def levels_of(images: Tensor, bits: int) -> Tensor:
     return levels.to(torch.uint8 if bits == 8 else torch.int32)
 
 
-def write_volumes(renderer: Renderer, volumes: Sequence[Volume], say: Say) -> None:
+def write_volumes(renderer: Renderer, volumes: Sequence[RenderedVolume], say: Say) -> None:
     for out, volume in zip(renderer.outputs, volumes, strict=bool(volumes)):
         path = out.folder.with_name(f"{out.folder.name}.nii.gz")
         volume.write(path)

@@ -16,8 +16,8 @@ from skimage.transform import warp
 from evaluate import lpips_distance
 from in_between.classical import interpolate, interpolate_masks, signed_distances
 from patient.geometry import voxel_sizes
+from patient.readers.nifti import nifti_grid
 from patient.stacks import case_geometry
-from patient.volumes import nifti_grid
 from scene.frames import frame_files
 from utils.errors import UserError
 from utils.images import read_image, to_grey

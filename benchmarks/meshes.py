@@ -31,9 +31,9 @@ import slices_to_ply
 from benchmarks.common import describe, surface_table
 from in_between.classical import interpolate, signed_distances
 from patient.meshes import in_space, read_mesh, surface
+from patient.readers.nifti import nifti_grid
 from patient.stacks import FRAME_FOLDERS, read_stack, sub_frames
 from patient.surfaces import SAMPLES, surface_scores
-from patient.volumes import nifti_grid
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
 from utils.images import image_files, read_image, to_grey, write_image

@@ -231,7 +231,7 @@ class Geometry:
 
 
 @dataclass(frozen=True)
-class Cut:
+class FrameCut:
     """Which way a volume is cut into frames."""
 
     axes: tuple[int, int, int]  # source axes of (column, row, frame)
@@ -254,7 +254,7 @@ class Cut:
         return to_voxels
 
 
-def upright_cut(affine: np.ndarray | None, axis: int) -> Cut:
+def upright_cut(affine: np.ndarray | None, axis: int) -> FrameCut:
     """Cut across source axis `axis` so that columns and rows grow towards left, posterior or inferior.
 
     Axial and coronal frames have left along the columns, sagittal ones posterior; the other direction goes down. Each
@@ -263,7 +263,7 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> Cut:
     """
     first, second = (other for other in range(3) if other != axis)
     if affine is None:
-        return Cut((first, second, axis), (False, False))
+        return FrameCut((first, second, axis), (False, False))
     patient = _patient_axes(
         affine
     )  # source axis -> 0 (left-right), 1 (posterior-anterior), 2 (inferior-superior)
@@ -271,11 +271,11 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> Cut:
     flips = tuple(
         bool(affine[patient[source], source] > 0) for source in (column, row)
     )  # R, A or S grow: turn round
-    return Cut((column, row, axis), (flips[0], flips[1]))
+    return FrameCut((column, row, axis), (flips[0], flips[1]))
 
 
 def cut_geometry(
-    cut: Cut,
+    cut: FrameCut,
     affine: np.ndarray | None,
     shape: tuple[int, ...],
     keep_every: int = 1,

@@ -62,7 +62,7 @@ class Grid:
 
     @property
     def affine(self) -> np.ndarray:
-        """(4, 4), voxels of `Volume.values` to RAS millimetres: the source's axes and directions."""
+        """(4, 4), voxels of `RenderedVolume.values` to RAS millimetres: the source's axes and directions."""
         geometry, count = self.geometry, len(self.positions)
         to_render = np.zeros((4, 4))  # voxel indices to (column, row, slice)
         to_render[3, 3] = 1
@@ -82,7 +82,7 @@ class Grid:
 
 
 @dataclass
-class Volume:
+class RenderedVolume:
     """Collects slices, two bytes a voxel (one of a mask), and writes them.
 
     mask: hold 1 where a value is 0.5 or more, else 0. Otherwise values in [0, 1] become intensities of the geometry's

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from patient.geometry import HELDOUT, Cut, Geometry, cut_geometry, voxel_sizes
-from patient.volumes import nifti_grid
+from patient.geometry import HELDOUT, FrameCut, Geometry, cut_geometry, voxel_sizes
+from patient.readers.nifti import nifti_grid
 from utils.errors import UserError
 from utils.images import image_files, read_image, to_grey
 
@@ -135,7 +135,7 @@ def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geome
     for path in candidates:
         if path.is_file():
             shape, affine = nifti_grid(path)
-            plain = Cut((0, 1, 2), (False, False))
+            plain = FrameCut((0, 1, 2), (False, False))
             geometry = cut_geometry(plain, affine, shape, window=(0.0, 1.0), bits=8, source=path.name)
             return geometry, f"place from {path}, as volume[:, :, k].T"
     missing = "no frames.json" if geometry is None else f"no millimetres in frames.json of {geometry.source}"

@@ -15,7 +15,7 @@ from skimage.metrics import structural_similarity
 
 import train
 from arguments import TrainOptions
-from patient.geometry import Cut, Geometry, cut_geometry
+from patient.geometry import FrameCut, Geometry, cut_geometry
 from training.run import Training
 from utils.images import read_image
 
@@ -38,7 +38,7 @@ def prepared(folder, image=None, mask=None, kept=range(0, COUNT, 2), depths=None
         for k in sorted(set(range(kept[-1])) - set(kept)):
             Image.fromarray(frames[k]).save(folder / kind / "heldout" / f"{k:04d}.png")
     geometry = cut_geometry(
-        Cut((0, 1, 2), (False, False)),
+        FrameCut((0, 1, 2), (False, False)),
         np.diag([1.0, 2.0, 3.0, 1.0]),
         (24, 20, COUNT),
         depths=depths,

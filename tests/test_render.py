@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 import prepare
 import render
 from gaussian_renderer import ACTIVE, editing, oracle
-from patient.geometry import Cut, Geometry, cut_geometry
+from patient.geometry import FrameCut, Geometry, cut_geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
@@ -353,7 +353,7 @@ def test_the_geometry_of_the_source_frames_is_kept_beside_the_renders(tmp_path, 
     as_published(folder)
     root = source_frames(tmp_path / "data" / "img")
     geometry = cut_geometry(
-        Cut((0, 1, 2), (False, False)),
+        FrameCut((0, 1, 2), (False, False)),
         np.eye(4),
         (WIDTH, HEIGHT, FRAMES),
         window=(0.0, 1.0),
@@ -722,7 +722,7 @@ def nifti_case(tmp_path, **changes):
     """A random model of 4 frames of a volume, its geometry changed."""
     folder = save(tmp_path / "model", with_head(random_gaussians()))
     affine = np.diag([0.5, 0.5, 2.0, 1.0])
-    cut = Cut((0, 1, 2), (True, True))
+    cut = FrameCut((0, 1, 2), (True, True))
     geometry = cut_geometry(
         cut, affine, (WIDTH, HEIGHT, FRAMES), window=(-100.0, 300.0), bits=8, source="scan"
     )

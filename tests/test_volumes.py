@@ -15,7 +15,7 @@ from nibabel.affines import apply_affine
 from PIL import Image
 
 from patient.geometry import Geometry
-from patient.volumes import read_volume
+from patient.readers import read_volume
 from prepare import CT_WINDOWS, main
 from utils.errors import UserError
 from utils.images import image_files, read_image, write_image
