@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from arguments import RenderOptions, render_options, resolve_device
+from arguments import RenderOptions, render_options
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
 from patient.geometry import FILE_NAME, Geometry
 from patient.rendered_volume import Grid, RenderedVolume
 from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
-from scene.checkpoint import Checkpoint, find, load_checkpoint
-from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.trained import Trained
 from utils.errors import UserError, run
 from utils.images import WRITABLE, limit_pixels, write_image, write_levels
 from utils.spherical_harmonics import to_colour
@@ -121,25 +120,26 @@ def main() -> None:
 
     kind = video_format(options.video_format) if options.video else None
     modify = editing.Modification(options.modify) if options.modify else None
-    path = find(options.model_path, options.iteration)
-    saved = load_checkpoint(path, resolve_device(options.device))
-    if options.poly_degree is not None and options.poly_degree != saved.poly_degree:
-        raise UserError(
-            f"--poly_degree {options.poly_degree}: {path} has degree {saved.poly_degree}; leave it out"
-        )
-    camera, bits = camera_of(saved, path, options, say)
-    mask = editing.PointMask(options.mask_path, saved.num_frames) if options.mask_path else None
-    model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+    trained = Trained.load(options, say)
+    model, path = trained.model, trained.path
+    mask = editing.PointMask(options.mask_path, model.num_frames) if options.mask_path else None
     outputs = outputs_of(options, model)
     if outputs[-1].test == ACTIVE_SEGMENTATION and SEGMENTATION not in model.heads:
         print(f"{path} has no segmentation head: masks come from its image head", flush=True)
-    keep_geometry(options, saved.num_frames, say)
+    keep_geometry(options, model.num_frames, say)
 
-    background = background_of(saved, options).to(model.device)
-    antialiasing = antialiasing_of(saved, options)
-    renderer = Renderer(model, camera, background, outputs, options.rasterizer, antialiasing, mask, modify)
+    renderer = Renderer(
+        model,
+        trained.camera,
+        trained.background,
+        outputs,
+        options.rasterizer,
+        trained.antialiasing,
+        mask,
+        modify,
+    )
     volumes = volumes_of(renderer, options)
-    names = write_images(renderer, bits, volumes, options, say)
+    names = write_images(renderer, trained.bits, volumes, options, say)
     write_volumes(renderer, volumes, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
@@ -154,46 +154,6 @@ def check(options: RenderOptions) -> None:
         raise UserError(f"--extension {options.extension}: images are written as {', '.join(WRITABLE)}")
     if options.modify and options.rasterizer == "oracle":
         raise UserError("--modify is drawn by the compiled rasteriser alone: leave out --rasterizer oracle")
-
-
-def camera_of(saved: Checkpoint, path: Path, options: RenderOptions, say: Say) -> tuple[Camera, int]:
-    """The camera, and the bits of the frames. Our checkpoints know both, published ones need the source frames."""
-    extras = saved.extras
-    if "width" in extras:
-        unused = sorted(options.given & {"source_path", "images", "resolution"})
-        if unused:
-            say(f"not needed: --{', --'.join(unused)} ({path} knows its frames)")
-        distance = options.distance if "distance" in options.given else extras["distance"]
-        return Camera(extras["width"], extras["height"], distance), extras["bits"]
-    if not options.source_path or not options.frames_folder.is_dir():
-        missing = (
-            f"{options.frames_folder} is not a folder" if options.source_path else "no data root is known"
-        )
-        raise UserError(
-            f"{path} does not hold the frames' size, and {missing}: give -s ROOT, with ROOT/original/"
-        )
-    frames = Frames.read(options.frames_folder, options.resolution, say=say)
-    if len(frames) != saved.num_frames:
-        raise UserError(
-            f"{options.frames_folder} has {len(frames)} frames, {path} was trained on {saved.num_frames}: "
-            "give -s the data root of this model"
-        )
-    return Camera(frames.width, frames.height, options.distance), frames.bits
-
-
-def background_of(saved: Checkpoint, options: RenderOptions) -> Tensor:
-    """(C,), what was behind the frames in training, unless the command line says otherwise."""
-    if "background" in saved.extras and "white_background" not in options.given:
-        return saved.extras["background"]
-    return torch.full((saved.channels,), 1.0 if options.white_background else 0.0)
-
-
-def antialiasing_of(saved: Checkpoint, options: RenderOptions) -> bool:
-    """As in training, which published checkpoints do not tell and ``cfg_args`` may, unless the command line says
-    otherwise."""
-    if saved.antialiasing is None or "antialiasing" in options.given:
-        return options.antialiasing
-    return saved.antialiasing
 
 
 def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:
