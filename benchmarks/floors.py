@@ -15,7 +15,7 @@ from benchmarks.scenes import Bench, Unavailable
 from benchmarks.workload import CUDA, Attainable, Recorder, count, floors
 from gaussian_renderer import render
 from scene.cameras import Camera
-from training.pipelines import Inputs, requested_renders
+from training.batches import Views, requested_renders
 
 ITERATIONS = 6050  # of the run whose state this is: half an interval behind a density step
 # A whole interval with its density step and what is recorded anew after it; replayed iterations, without either.
@@ -33,15 +33,16 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
         watch.run(run_of_it, before)
         draws = [run_of_it.sampler.draw(in_between=True) for _ in range(20)]
         batch = max(draws, key=lambda batch: len(batch.positions))  # one at an end has fewer views
-        inputs = Inputs.of(batch, bench.device)
+        views = Views.of(batch, bench.device)
         model, camera, (task,) = run_of_it.model, run_of_it.camera, run_of_it.tasks
-        (requested,) = requested_renders([task], inputs)
+        (requested,) = requested_renders([task], views)
         with Recorder() as recorder, torch.no_grad():
-            images = render(model, camera, *inputs.views, requested, run_of_it.background).images
+            at = views.positions, views.mirrored
+            images = render(model, camera, *at, requested, run_of_it.background).images
         work = count(recorder.calls["blend"], CUDA)
         learned = sum(state["exp_avg"].numel() for state in run_of_it.optimizer.state.values())
-        needed = floors(recorder.calls, work, images[: inputs.real].numel(), learned)
-        gaussians, views = len(model), len(images)
+        needed = floors(recorder.calls, work, images[: views.real].numel(), learned)
+        gaussians = len(model)
     can = Attainable.measured(bench.device, 1, bench.quick)
     measured = watch.phases()
     if not measured:
@@ -50,7 +51,7 @@ def floors_on_cuda(bench: Bench) -> dict[str, Any]:
         "scene": {
             "frames": bench.frames,
             "gaussians": gaussians,
-            "views": views,
+            "views": len(views),
             "width": camera.width,
             "height": camera.height,
         },

@@ -105,9 +105,8 @@ class Stopwatch:
             patches.enter_context(patch.object(training, "set_rates", self._iteration(training.set_rates)))
             patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
             if self.stages:
-                eager = functools.partial(
-                    training_iteration.forward_backward, training
-                )  # a recording has no stages
+                # A recording has no stages.
+                eager = functools.partial(training_iteration.forward_backward, training.objective)
                 patches.enter_context(patch.object(training, "stepper", lambda: eager))
             for owner, name, stage in stages if self.stages else []:
                 patches.enter_context(patch.object(owner, name, self._stage(stage, getattr(owner, name))))

@@ -23,7 +23,7 @@ from gaussian_renderer import (
 )
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
-from training.reports import evaluate
+from training.evaluation import evaluate
 from training.run import Training
 from utils.images import read_image
 
@@ -327,7 +327,7 @@ def test_evaluation_is_of_what_is_rendered(trained, tmp_path):
     training.model = GaussianModel(checkpoint(folder, 12).params, training.model.time_func)
     wanted = by_hand(folder, True)
     for task, kind in zip(training.tasks, ("img", "mask"), strict=True):
-        _, shown = evaluate(training, task, 2)
+        _, shown = evaluate(training.objective, task, 2)
         np.testing.assert_allclose(shown[0].numpy(), wanted[f"render_{kind}/00002_0.npy"], atol=5e-3)
 
 
@@ -373,7 +373,7 @@ def test_recordings_count_the_pairs_of_one_blend(trained, tmp_path, monkeypatch)
     """So iterations are not recorded, on a GPU either."""
     images, _, _ = trained
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
-    monkeypatch.setattr("training.run.Replay", lambda _: "recorded")
+    monkeypatch.setattr("training.run.RecordedStep", lambda _: "recorded")
     for antialiasing in (False, True):
         training = begin(images, tmp_path, antialiasing=antialiasing)
         model, training.model = training.model, on_gpu

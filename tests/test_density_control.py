@@ -12,7 +12,7 @@ from gaussian_renderer.oracle import LOW_PASS, fold
 from scene.cameras import Camera
 from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer
 from training.density_control import DensityControl, reset_opacity
-from training.iteration import Outcome
+from training.iteration import IterationResult
 from training.run import Training
 
 OPTIONS = OptimisationOptions()
@@ -156,13 +156,13 @@ def test_each_head_brings_its_own_gradients_and_visibility_and_in_betweens_bring
     active = torch.tensor([[3, 1], [3, 1], [3, 3]], dtype=torch.uint8)
     radii = torch.tensor([[4, 5], [6, 7], [90, 90]], dtype=torch.int32)
     nothing = torch.zeros(0)
-    outcome = Outcome(nothing, [], nothing, nothing, radii, active, screen)
+    result = IterationResult(nothing, [], nothing, nothing, radii, active, screen)
     control = DensityControl(case.model)
     training = SimpleNamespace(
         options=OPTIONS_OF_A_RUN, model=case.model, controlled=True, control=control, camera=CAMERA,
         tasks=[SimpleNamespace(test=1), SimpleNamespace(test=2)],
     )  # fmt: skip
-    Training.observe(training, outcome, 2)
+    Training.observe(training, result, 2)
     s = {name: value.flatten().tolist() for name, value in control.statistics.items()}
     assert s["max_radii2D"] == [6, 7]
     assert s["xyz_gradient_accum"] == pytest.approx([2.0 * 12 + 3.0 * 10, 0])

@@ -12,7 +12,7 @@ from sequences import arguments, blobs, masks, train_at, write
 
 import train
 from scene.checkpoint import load_checkpoint
-from training import iteration
+from training import recording
 
 pytestmark = pytest.mark.cuda
 
@@ -73,30 +73,30 @@ def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
     # Without spare room every recording is too small for some views, and must be made again.
     recorded = []
 
-    def record(self, inputs, screen_gradients, capacity):
+    def record(self, *more, capacity):
         recorded.append(capacity)
-        return original(self, inputs, screen_gradients, min(capacity, 40) if len(recorded) % 2 else capacity)
+        return original(self, *more, capacity=min(capacity, 40) if len(recorded) % 2 else capacity)
 
-    original = iteration.Replay._capture
+    original = recording.RecordedStep._capture
     eager = trained(data[0], tmp_path / "eager", "--debug")
-    monkeypatch.setattr(iteration.Replay, "_capture", record)
+    monkeypatch.setattr(recording.RecordedStep, "_capture", record)
     assert_same(trained(data[0], tmp_path / "replayed"), eager)
     assert len(recorded) > 10 and max(recorded) > 40
 
 
 def test_where_memory_is_short_a_recording_is_made_with_what_the_others_had(data, tmp_path, monkeypatch):
-    original, attempts = iteration.Replay._capture, []
+    original, attempts = recording.RecordedStep._capture, []
 
-    def capture(self, *arguments):
+    def capture(self, *arguments, capacity):
         large = torch.zeros(1000)  # of the attempt: gone when the next one begins
         assert not attempts or attempts[-1]() is None
         attempts.append(weakref.ref(large))
         if len(attempts) in (1, 3, 7):
             raise torch.cuda.OutOfMemoryError
-        return original(self, *arguments)
+        return original(self, *arguments, capacity=capacity)
 
     eager = trained(data[0], tmp_path / "eager", "--debug")
-    monkeypatch.setattr(iteration.Replay, "_capture", capture)
+    monkeypatch.setattr(recording.RecordedStep, "_capture", capture)
     assert_same(trained(data[0], tmp_path / "replayed"), eager)
 
 

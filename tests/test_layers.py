@@ -1,7 +1,8 @@
-"""The house: which folder may import which. docs/architecture.md shows the same order."""
+"""The house: which folder may import which, and no circles. docs/architecture.md shows the same order."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,12 +22,14 @@ MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.
 
 
 def imports(path: Path) -> Iterator[str]:
-    """Dotted names of every module that a file imports, wherever it does so."""
+    """Dotted names of everything that a file imports, wherever it does so, under TYPE_CHECKING too."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (name.name for name in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{path}: a relative import"
             yield node.module
+            yield from (f"{node.module}.{name.name}" for name in node.names)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -37,3 +40,14 @@ def test_no_import_runs_upward(path):
         top = name.split(".")[0]
         assert top not in programs, f"{name}: a library imports a program"
         assert top not in FLOORS or FLOORS.index(top) <= floor, f"{name} lies above"
+
+
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def test_no_modules_import_in_a_circle():
+    names = {dotted(path) for path in MODULES}
+    graph = {dotted(path): names & set(imports(path)) - {dotted(path)} for path in MODULES}
+    assert any(graph.values())
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the modules

@@ -174,7 +174,15 @@ def test_each_term_its_gradient_and_the_whole_in_plain_pytorch(pipeline, backend
         images, goals = (x.requires_grad_(i == 0) for i, x in enumerate(pair(5, 1, 20, 24, seed=seed)))
         between = 2 if name == "img" else 0  # masks have no in-betweens
         given = images[: 3 + between], goals[:3], goals[3 : 3 + between]
-        terms = loss_terms(task, *given, raw_sigma, VIEWS, 15_000, OptimisationOptions(), backend)
+        terms = loss_terms(
+            task,
+            *given,
+            raw_sigma=raw_sigma,
+            num_views=VIEWS,
+            iteration=15_000,
+            options=OptimisationOptions(),
+            backend=backend,
+        )
         plain = plain_terms(*given, raw_sigma)
         assert set(terms) == set(WEIGHTS[name])
         for key, value in terms.items():

@@ -27,8 +27,9 @@ from in_between.motion import InBetween
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
 from train import train
-from training.pipelines import Batch, Inputs, Sampler, Task, loss_terms, requested_renders, tasks, total_loss
-from training.reports import evaluate
+from training.batches import Batch, Sampler, Views, requested_renders
+from training.evaluation import evaluate
+from training.pipelines import Task, loss_terms, tasks, total_loss
 from training.run import Training
 from utils.losses import ssim
 
@@ -180,11 +181,11 @@ def test_positions_put_the_real_views_first():
 def test_only_terms_with_in_betweens_render_them():
     batch, two = Batch([0, 1], [(0, 0.5)], False), flat(0, 51)
     joint = tasks(run_options(pipeline="joint", seg_source_path="masks"), two, two)
-    image, seg = requested_renders(joint, Inputs.of(batch, torch.device("cpu")))
+    image, seg = requested_renders(joint, Views.of(batch, torch.device("cpu")))
     assert image == [Render(v, IMAGE, ACTIVE) for v in range(3)]
     assert seg == [Render(v, SEGMENTATION, ACTIVE_SEGMENTATION) for v in range(2)]
     without = tasks(run_options(lambda_ibfr=0.0), two)
-    assert len(requested_renders(without, Inputs.of(batch, torch.device("cpu")))[0]) == 2
+    assert len(requested_renders(without, Views.of(batch, torch.device("cpu")))[0]) == 2
 
 
 # ---- losses --------------------------------------------------------------------------------------------------------
@@ -203,8 +204,18 @@ def terms_of(
     options=OPTIONS,
     background=BACKGROUND,
 ):
-    targets, blends = Inputs.of(batch, background.device).shown(task, background)
-    terms = loss_terms(task, images, targets, blends, SPREADS.log(), views, iteration, options, backend)
+    targets, blends = Views.of(batch, background.device).shown(task, background)
+    terms = loss_terms(
+        task,
+        images,
+        targets,
+        blends,
+        raw_sigma=SPREADS.log(),
+        num_views=views,
+        iteration=iteration,
+        options=options,
+        backend=backend,
+    )
     return terms, targets
 
 
@@ -568,7 +579,7 @@ def test_the_oracle_trains_alike(data, tmp_path):
         options = {"iterations": 8, "densify_until_iter": 0, "ibfr_from_iter": 5, "rasterizer": name}
         training = start(images, tmp_path / name, **options)
         train(training)
-        scores.append(evaluate(training, training.tasks[0])[0])
+        scores.append(evaluate(training.objective, training.tasks[0])[0])
         models.append(training.model.params)
     # Where a gradient is nearly 0, Adam makes a whole step of its rounding: a few values differ, the images do not.
     assert scores[0].psnr == pytest.approx(scores[1].psnr, abs=0.02)
@@ -583,7 +594,7 @@ def test_evaluation_of_grey_masks_by_a_colour_model(tmp_path):
     training = start(images, tmp_path / "out", **options)
     train(training)
     for task in training.tasks:
-        scores, image = evaluate(training, task, 0)
+        scores, image = evaluate(training.objective, task, 0)
         assert image.shape == (3, 20, 24) and 0 <= scores.dice <= 1 and len(scores.psnr) == FRAMES
     train_at(seg, tmp_path / "reverse", *joint(images), "--iterations", 3)  # colour masks of grey images
 

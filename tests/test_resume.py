@@ -557,9 +557,9 @@ def test_the_term_that_went_wrong_is_named(data, tmp_path, capsys, monkeypatch, 
         pytest.skip("masks have no such term")
     real = training.iteration.loss_terms
 
-    def spoiled(task, *things):
-        terms = real(task, *things)
-        if task.name == pipeline and things[5] >= 14:
+    def spoiled(task, *images, iteration, **more):
+        terms = real(task, *images, iteration=iteration, **more)
+        if task.name == pipeline and iteration >= 14:
             terms[term] = terms[term] * float("nan")
         return terms
 

@@ -94,90 +94,12 @@ def tasks(
     ]
 
 
-@dataclass(frozen=True)
-class Batch:
-    """One iteration's views, all of one side: neighbouring real frames, and positions between two of them."""
-
-    frames: list[int]
-    between: list[tuple[int, float]]  # (k, alpha): at t_k + alpha (t_{k+1} - t_k)
-    mirrored: bool
-
-    @property
-    def positions(self) -> list[float]:
-        """Of all views: the real ones first."""
-        return [float(k) for k in self.frames] + [k + alpha for k, alpha in self.between]
-
-
-class Sampler:
-    """Draws batches from a random generator on the CPU; its state is all that a resumed run needs."""
-
-    def __init__(
-        self, num_frames: int, sides: int, options: OptimisationOptions, generator: torch.Generator
-    ) -> None:
-        self.num_frames, self.sides = num_frames, sides
-        self.options, self.generator = options, generator
-
-    @property
-    def num_views(self) -> int:
-        return self.num_frames * self.sides
-
-    def draw(self, in_between: bool) -> Batch:
-        """A view at random with its neighbours: B frames around it, the odd one out after it; and with
-        ``in_between`` a position between each two neighbours (IBFR)."""
-        view = int(torch.randint(self.num_views, (), generator=self.generator))
-        drawn, size = view % self.num_frames, self.options.batch_size
-        around = range(drawn - (size - 1) // 2, drawn + size // 2 + 1)
-        frames = [k for k in around if 0 <= k < self.num_frames]
-        between: list[tuple[int, float]] = []
-        if in_between:
-            first = frames if size > 1 else [drawn, drawn + 1]
-            low, high = self.options.ibfr_alpha_min, self.options.ibfr_alpha_max
-            for k in first[:-1]:
-                alpha = low + (high - low) * float(torch.rand((), generator=self.generator))
-                if k + 1 < self.num_frames:
-                    between.append((k, alpha))
-        return Batch(frames, between, mirrored=view >= self.num_frames)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A batch as a tensor on the model's device: all that an iteration reads besides the model and the frames."""
-
-    views: Tensor  # (2, V) float64: position in the sequence, real ones first, and 1 where the mirror side is shown
-    real: int  # B
-
-    @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Inputs:
-        mirrored = [float(batch.mirrored)] * len(batch.positions)
-        views = torch.tensor([batch.positions, mirrored], dtype=torch.float64)
-        return cls(views.to(device, non_blocking=True), len(batch.frames))
-
-    @property
-    def mirrored(self) -> Tensor:
-        return self.views[1, 0] > 0
-
-    def shown(self, task: Task, background: Tensor) -> tuple[Tensor, Tensor]:
-        """What the task's renders should show: (B, C, H, W) at the real views, and (V - B, C, H, W) at those between,
-        none where the task has no IBFR."""
-        targets = task.targets(self.views[0, : self.real].long(), background, self.mirrored)
-        if not task.in_betweens or self.views.shape[1] == self.real:
-            return targets, targets[:0]
-        return targets, task.expected(self.views[0, self.real :], background, self.mirrored)
-
-
-def requested_renders(tasks: Sequence[Task], inputs: Inputs) -> list[list[Render]]:
-    """For each task the renders it needs: of the real views, then, where it has IBFR, of those between."""
-    views = inputs.views.shape[1]
-    return [
-        [task.render(view) for view in range(views if task.in_betweens else inputs.real)] for task in tasks
-    ]
-
-
 def loss_terms(
     task: Task,
     images: Tensor,  # (views, C, H, W): the task's share of the renders
     targets: Tensor,  # (B, C, H, W): the frames of the real views, which come first
     blends: Tensor,  # (views - B, C, H, W): what the others should look like
+    *,
     raw_sigma: Tensor,  # (N,), logs of the spreads in time
     num_views: int,
     iteration: int,

@@ -5,119 +5,50 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from gaussian_renderer import render_frames
-from pictures.figures import draw_montage, montage_choice, plot_scores
+from pictures.figures import draw_montage, plot_scores
+from training.evaluation import Comparison, HeldOutScores, TaskScores
+from training.finite import not_finite
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.metrics import Scores, psnr
-
-if TYPE_CHECKING:
-    from training.iteration import Outcome
-    from training.pipelines import Task
-    from training.run import Training
+from utils.metrics import Scores
 
 EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device
-_EVALUATED_AT_ONCE = 4  # frames: as much memory as an iteration takes
 _HISTOGRAM_INTERVAL = 1000  # iterations
-
-
-CLASSICAL = {"img": ("linear", "cubic"), "seg": ("sdf", "cubic sdf", "linear")}
-"""What a task's held-out frames are interpolated with for comparison; the first is the one to beat."""
 
 NAMES = {"model": "ours", "linear": "linear", "cubic": "cubic spline", "sdf": "signed distance"}
 NAMES["cubic sdf"] = "cubic signed distance"
 
 
-@torch.no_grad()
-def evaluate(training: Training, task: Task, sample: int | None = None) -> tuple[Scores, Tensor | None]:
-    """Renders all frames of ``task`` and scores them; also returns the render (C, H, W) of frame ``sample``."""
-    scores, kept = Scores(), None
-    for index in _batches(len(task.frames)):
-        images = _render(training, task, [float(k) for k in index])
-        scores += Scores.of(images, task.targets(index, training.background))
-        if sample in index:
-            kept = images[index.index(sample)]
-    return scores, kept
+@dataclass(frozen=True)
+class Metrics:
+    """Numbers of one iteration, () each, on the device."""
+
+    losses: Mapping[str, Tensor]  # weighted, under readable names; their sum is "loss"
+    magnitudes: Mapping[str, Tensor]  # the largest absolute value of every gradient and parameter
+    psnr: Tensor  # dB, of the first task's renders
+    terms: Mapping[str, Tensor]  # unweighted, by TensorBoard tag
+    spreads: Tensor  # (N,), of the Gaussians in time
 
 
-@torch.no_grad()
-def evaluate_heldout(training: Training, task: Task) -> Scores:
-    """Renders what was held out of ``task`` and scores it, rounded to the frames' bits as in an image file."""
-    test = training.heldout[task.name]
-    scores = Scores()
-    for index in _batches(len(test)):
-        images = _render(training, task, [test.indices[k] for k in index])
-        scores += Scores.of(rounded(images, test.frames.bits), heldout_targets(training, task, index))
-    return scores
+class _PendingMetrics:
+    """Metrics of one iteration on their way from the device."""
 
-
-@torch.no_grad()
-def evaluate_classical(training: Training, task: Task) -> dict[str, Scores]:
-    """Scores of classical interpolation on what was held out of ``task``, method -> scores."""
-    test = training.heldout[task.name]
-    out = {}
-    for method in CLASSICAL[task.name]:
-        predicted = test.classical(method, training.background)  # (M, c, H, W)
-        out[method] = Scores()
-        for index in _batches(len(test)):
-            targets = heldout_targets(training, task, index).cpu()
-            images = torch.from_numpy(predicted[index]).expand_as(targets)
-            out[method] += Scores.of(images, targets)
-    return out
-
-
-def heldout_targets(training: Training, task: Task, indices: Sequence[int]) -> Tensor:
-    """Held-out frames ``indices`` (B, C, H, W) with the channels of the model."""
-    frames = training.heldout[task.name].frames(indices, background=training.background)
-    return frames.expand(-1, len(training.background), -1, -1)
-
-
-def rounded(images: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] on the levels of ``bits`` 8 or 16; floats (32) stay."""
-    top = 2**bits - 1 if bits <= 16 else 0
-    return (images.clamp(0, 1) * top).round() / top if top else images.clamp(0, 1)
-
-
-def _render(training: Training, task: Task, positions: list[float]) -> Tensor:
-    return render_frames(
-        training.shown,
-        training.camera,
-        positions,
-        training.background,
-        task.head,
-        task.test,
-        training.options.rasterizer,
-        training.options.antialiasing,
-    )
-
-
-def _batches(count: int) -> list[list[int]]:
-    indices = list(range(count))
-    return [indices[first : first + _EVALUATED_AT_ONCE] for first in range(0, count, _EVALUATED_AT_ONCE)]
-
-
-class _Look:
-    """Numbers of one iteration on their way from the device."""
-
-    def __init__(self, training: Training, outcome: Outcome) -> None:
-        self.iteration, self.time = training.iteration, time.perf_counter()
-        terms = {
-            f"{task.name}/{name}_loss": value
-            for task, values in zip(training.tasks, outcome.terms, strict=True)
-            for name, value in values.items()
-        }
-        quality = {"PSNR": psnr(outcome.images, outcome.targets).mean()}
-        named = outcome.losses(training.tasks) | training.magnitudes() | quality | terms
-        self.names, self.logged = list(named), ["loss", *terms]
+    def __init__(self, iteration: int, metrics: Metrics) -> None:
+        self.iteration, self.time = iteration, time.perf_counter()
+        named = {**metrics.losses, **metrics.magnitudes, "PSNR": metrics.psnr, **metrics.terms}
+        self.names, self.logged = list(named), ["loss", *metrics.terms]
+        self.points = len(metrics.spreads)
+        self.spreads = metrics.spreads.cpu() if iteration % _HISTOGRAM_INTERVAL == 0 else None
         values = torch.stack([value.detach().float() for value in named.values()])
         self.event = torch.cuda.Event() if values.is_cuda else None
         self.values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
@@ -136,105 +67,95 @@ class _Look:
 
 
 class Report:
-    """Follows a run: a bar that shows loss, PSNR and points, and what TensorBoard and the plots keep."""
+    """Follows a run: a bar with loss, PSNR and points, and what TensorBoard and the plots keep.
 
-    def __init__(self, training: Training) -> None:
-        options, first = training.options, training.iteration
-        self.training = training
-        self.folder, self.quiet = training.folder, options.quiet
+    folder: of the run's output. first, last: the iteration that the run starts after, and its last one.
+    """
+
+    def __init__(self, folder: Path, first: int, last: int, quiet: bool) -> None:
+        self.folder, self.last, self.quiet = folder, last, quiet
         self.started = time.perf_counter()
-        self.bar = tqdm(
-            total=options.iterations, initial=first, desc="training", unit="it", disable=self.quiet
-        )
-        self.writer = _tensorboard(self.folder, self.say)
+        self.bar = tqdm(total=last, initial=first, desc="training", unit="it", disable=quiet)
+        self.writer = _tensorboard(folder, self.say)
         self.smoothed: float | None = None
-        self.pending: _Look | None = None
+        self.pending: _PendingMetrics | None = None
         self.last_shown = self.started, first
-        self.rows = _earlier_rows(self.folder / EVALUATION_FILE, first)
-        self.classical: dict[str, dict[str, Scores]] = {}  # by task; computed once
+        self.rows = _earlier_rows(folder / EVALUATION_FILE, first)
 
     def say(self, message: str) -> None:
         """One line, above the bar."""
         if not self.quiet:
             tqdm.write(message)
 
-    def iteration(self, outcome: Outcome) -> None:
-        """Moves the bar, and looks at the numbers every BAR_INTERVAL iterations. What a GPU computes is shown at the
-        next look, so that nobody waits for it. Raises `UserError` where a loss, gradient or parameter is not finite."""
+    def advance(self, iteration: int) -> bool:
+        """Moves the bar; returns whether `metrics` should be called for this iteration, as every BAR_INTERVAL."""
         self.bar.update(1)
-        training = self.training
-        last = training.iteration == training.options.iterations
-        if training.iteration % BAR_INTERVAL and not last:
-            return
+        return iteration % BAR_INTERVAL == 0 or iteration == self.last
+
+    def metrics(self, iteration: int, metrics: Metrics) -> None:
+        """Shows and logs the metrics of an iteration, those from a GPU at the next call, so that nobody waits for it.
+        Raises `UserError` where a loss, gradient or parameter is not finite."""
         if self.pending:
             self._show(self.pending)
-        self.pending = _Look(training, outcome)
-        if last or training.model.device.type == "cpu":
+        self.pending = _PendingMetrics(iteration, metrics)
+        if iteration == self.last or self.pending.event is None:
             self._show(self.pending)
             self.pending = None
 
-    def _show(self, look: _Look) -> None:
-        numbers = look.numbers()
+    def _show(self, pending: _PendingMetrics) -> None:
+        numbers, iteration = pending.numbers(), pending.iteration
         for name, value in numbers.items():
             if not math.isfinite(value) and name != "PSNR":
-                raise self.training.not_finite(name, look.iteration)
+                raise not_finite(self.folder, name, iteration)
         loss = numbers["loss"]
         self.smoothed = loss if self.smoothed is None else 0.6 * self.smoothed + 0.4 * loss
         figures = {
             "loss": f"{self.smoothed:.5f}",
             "PSNR": f"{numbers['PSNR']:.2f}",
-            "points": len(self.training.model),
+            "points": pending.points,
         }
         self.bar.set_postfix(figures, refresh=False)
         if self.writer is None:
             return
         then, before = self.last_shown
-        self.last_shown = look.time, look.iteration
-        milliseconds = 1000 * (look.time - then) / max(look.iteration - before, 1)
-        for name, value in look.scalars(numbers).items():
-            self.writer.add_scalar(name, value, look.iteration)
-        self.writer.add_scalar("points", len(self.training.model), look.iteration)
-        self.writer.add_scalar("iteration_ms", milliseconds, look.iteration)
-        if look.iteration % _HISTOGRAM_INTERVAL == 0:
-            self.writer.add_histogram("sigma", self.training.model.spreads().detach().cpu(), look.iteration)
+        self.last_shown = pending.time, iteration
+        milliseconds = 1000 * (pending.time - then) / max(iteration - before, 1)
+        for name, value in pending.scalars(numbers).items():
+            self.writer.add_scalar(name, value, iteration)
+        self.writer.add_scalar("points", pending.points, iteration)
+        self.writer.add_scalar("iteration_ms", milliseconds, iteration)
+        if pending.spreads is not None:
+            self.writer.add_histogram("sigma", pending.spreads, iteration)
 
-    def evaluation(self) -> None:
-        """Scores every task on its frames and on those held out; prints, logs, plots and saves the scores."""
-        training = self.training
-        iteration = training.iteration
-        training.release()
-        for task in training.tasks:
-            middle = len(task.frames) // 2
-            scores, image = evaluate(training, task, middle)
-            also = f", Dice {scores.dice:.4f}" if task.name == "seg" else ""
+    def evaluation(self, iteration: int, tasks: Iterable[TaskScores]) -> None:
+        """Prints, logs, plots and saves the scores of an evaluation."""
+        for evaluated in tasks:
+            name, scores = evaluated.task, evaluated.scores
+            also = f", Dice {scores.dice:.4f}" if name == "seg" else ""
             self.say(
-                f"[{iteration}] {task.name}: L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, "
-                f"SSIM {scores.mean_ssim:.4f}{also} on {len(task.frames)} frames"
+                f"[{iteration}] {name}: L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, "
+                f"SSIM {scores.mean_ssim:.4f}{also} on {len(scores)} frames"
             )
-            self._record(iteration, task.name, "training", "model", scores)
+            self._record(iteration, name, "training", "model", scores)
             plot_scores(
-                self._plot(task.name, iteration),
-                f"{task.name}, iteration {iteration}",
+                self._plot(name, iteration),
+                f"{name}, iteration {iteration}",
                 range(len(scores)),
                 {"ours": scores.psnr},
             )
-            if self.writer is not None and image is not None:
-                self.writer.add_scalar(f"{task.name}/l1", scores.mean_l1, iteration)
-                target = task.targets([middle], training.background)[0]
-                pair = torch.stack([image.cpu(), target.cpu()])
-                self.writer.add_images(f"{task.name}/render_and_frame", pair, iteration)
-            if task.name in training.heldout:
-                self._heldout(training, task)
+            if self.writer is not None:
+                self.writer.add_scalar(f"{name}/l1", scores.mean_l1, iteration)
+                pair = torch.stack([evaluated.rendered.cpu(), evaluated.frame.cpu()])
+                self.writer.add_images(f"{name}/render_and_frame", pair, iteration)
+            if evaluated.heldout is not None:
+                self._heldout(iteration, name, evaluated.heldout)
         rows = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in self.rows) + "\n]\n"
         with atomic_write(self.folder / EVALUATION_FILE) as temporary:
             temporary.write_text(rows, encoding="utf-8")
 
-    def _heldout(self, training: Training, task: Task) -> None:
+    def _heldout(self, iteration: int, task: str, heldout: HeldOutScores) -> None:
         """The model's scores on held-out frames beside those of classical interpolation."""
-        iteration, test, mask = training.iteration, training.heldout[task.name], task.name == "seg"
-        if task.name not in self.classical:
-            self.classical[task.name] = evaluate_classical(training, task)
-        everyone = {"model": evaluate_heldout(training, task), **self.classical[task.name]}
+        mask, everyone = task == "seg", heldout.by_method
 
         def words(scores: Scores) -> str:
             return (
@@ -243,46 +164,42 @@ class Report:
 
         ours, *others = (f"{NAMES[method]} {words(scores)}" for method, scores in everyone.items())
         what = "" if mask else " (PSNR / SSIM)"
-        self.say(
-            f"[{iteration}] {task.name} on {len(test)} held-out frames{what}: {ours}; {', '.join(others)}"
-        )
+        count = len(heldout.slices)
+        self.say(f"[{iteration}] {task} on {count} held-out frames{what}: {ours}; {', '.join(others)}")
         for method, scores in everyone.items():
-            self._record(iteration, task.name, "heldout", method, scores)
+            self._record(iteration, task, "heldout", method, scores)
         plot_scores(
-            self._plot(f"{task.name}_heldout", iteration),
-            f"{task.name}, held-out frames, iteration {iteration}",
-            test.slices,
+            self._plot(f"{task}_heldout", iteration),
+            f"{task}, held-out frames, iteration {iteration}",
+            heldout.slices,
             {NAMES[m]: scores.frame_dice if mask else scores.psnr for m, scores in everyone.items()},
             "Dice" if mask else "PSNR (dB)",
         )
-        if iteration == training.options.iterations:
-            self._montage(training, task, everyone)
+        if heldout.comparison is not None:
+            self._montage(task, heldout, heldout.comparison)
 
-    def _montage(self, training: Training, task: Task, everyone: Mapping[str, Scores]) -> None:
+    def _montage(self, task: str, heldout: HeldOutScores, pictures: Comparison) -> None:
         """Held-out frames beside the classical method to beat, ours, and what each gets wrong."""
-        test, mask, method = training.heldout[task.name], task.name == "seg", CLASSICAL[task.name][0]
-        shown = montage_choice(everyone["model"].sizes if mask else [1] * len(test))
-        renders = _render(training, task, [test.indices[k] for k in shown])
-        targets = heldout_targets(training, task, shown).cpu()
-        theirs = torch.from_numpy(test.classical(method, training.background, shown)).expand_as(targets)
+        mask = task == "seg"
 
         def figures(scores: Scores) -> list[str]:
             return [
                 f"Dice {scores.frame_dice[k]:.4f}"
                 if mask
                 else f"{scores.psnr[k]:.2f} dB, SSIM {scores.ssim[k]:.3f}"
-                for k in shown
+                for k in pictures.places
             ]
 
+        methods = {pictures.method: pictures.classical, "model": pictures.model}
         draw_montage(
-            self.folder / "plots" / f"{task.name}_montage.png",
-            [f"slice {test.slices[k]}" for k in shown],
-            [image.permute(1, 2, 0).numpy() for image in targets],
+            self.folder / "plots" / f"{task}_montage.png",
+            [f"slice {heldout.slices[k]}" for k in pictures.places],
+            _arrays(pictures.frames),
             {
-                NAMES[name]: ([image.permute(1, 2, 0).numpy() for image in images], figures(everyone[name]))
-                for name, images in ((method, theirs), ("model", renders.cpu()))
+                NAMES[method]: (_arrays(images), figures(heldout.by_method[method]))
+                for method, images in methods.items()
             },
-            test.spacing[0] / test.spacing[1],
+            pictures.aspect,
             mask,
         )
 
@@ -312,6 +229,11 @@ class Report:
         }
         with atomic_write(self.folder / "time.json") as temporary:
             temporary.write_text(json.dumps(spent), encoding="utf-8")
+
+
+def _arrays(images: Tensor) -> Sequence[Any]:
+    """(M, C, H, W) -> M arrays (H, W, C)."""
+    return [image.permute(1, 2, 0).numpy() for image in images]
 
 
 def _earlier_rows(path: Path, iteration: int) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -25,12 +25,18 @@ from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
 from scene.heldout import HeldOut, hold_out
 from scene.point_cloud import write_point_cloud, write_points
+from training.batches import Sampler, Views
 from training.density_control import DensityControl, reset_opacity
-from training.iteration import Outcome, Replay, forward_backward
-from training.pipelines import Inputs, Sampler, Task, tasks
+from training.evaluation import Evaluation, TaskScores
+from training.finite import magnitudes, moments, not_finite
+from training.iteration import IterationResult, Objective, forward_backward
+from training.pipelines import Task, tasks
+from training.recording import RecordedStep
+from training.reports import Metrics
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.memory import free_memory
+from utils.metrics import psnr
 from utils.spherical_harmonics import to_colour
 
 _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
@@ -63,7 +69,7 @@ class Training:
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
-    _replay: Replay | None = None
+    _recorded: RecordedStep | None = None
 
     @classmethod
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
@@ -162,6 +168,13 @@ class Training:
                 parameter.grad = gradients[name].to(parameter.device)
         self.update()
 
+    @property
+    def objective(self) -> Objective:
+        """What an iteration needs of the run."""
+        return Objective(
+            self.model, self.camera, self.tasks, self.background, self.options, self.sampler.num_views
+        )
+
     def set_rates(self) -> None:
         """The learning rates of this iteration, and the degree of the harmonics."""
         set_rates(self.model, self.optimizer, self.iteration, self.options, self.extent)
@@ -180,18 +193,18 @@ class Training:
         return self.iteration < self.options.densify_until_iter and not self.options.seg_head_only
 
     @torch.no_grad()
-    def observe(self, outcome: Outcome, real: int) -> None:
+    def observe(self, result: IterationResult, real: int) -> None:
         """Adds the ``real`` views of an iteration to the statistics of density control."""
         if not self.controlled:
             return
         m_gradients = self.model.params["m"].grad
-        assert outcome.screen_gradients is not None and m_gradients is not None
+        assert result.screen_gradients is not None and m_gradients is not None
         for head, task in enumerate(self.tasks):
             self.control.observe(
-                outcome.radii[:real],
-                outcome.active[:real],
+                result.radii[:real],
+                result.active[:real],
                 task.test,
-                outcome.screen_gradients[head, :real],
+                result.screen_gradients[head, :real],
                 m_gradients,
                 self.camera,
                 self.options.rasterizer,
@@ -259,51 +272,58 @@ class Training:
             digest.update(task.frames.levels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def magnitudes(self) -> dict[str, Tensor]:
-        """The largest absolute value, () each, of every gradient and parameter; not finite where one of its is not."""
-        named = {
-            f"gradient of {name}": parameter.grad for name, parameter in self.model.named_parameters().items()
+    def metrics(self, result: IterationResult) -> Metrics:
+        """The numbers of this iteration, on the device."""
+        terms = {
+            f"{task.name}/{name}_loss": value
+            for task, values in zip(self.tasks, result.terms, strict=True)
+            for name, value in values.items()
         }
-        named |= {name: parameter.detach() for name, parameter in self.model.named_parameters().items()}
-        present = {name: value for name, value in named.items() if value is not None and value.numel()}
-        return dict(zip(present, torch._foreach_norm(list(present.values()), torch.inf), strict=True))
+        return Metrics(
+            losses=result.losses(self.tasks),
+            magnitudes=magnitudes(self.model),
+            psnr=psnr(result.images, result.targets).mean(),
+            terms=terms,
+            spreads=self.model.spreads().detach(),
+        )
 
-    def check_finite(self, values: Mapping[str, Tensor], moments: bool = False) -> None:
+    def check_finite(self, values: Mapping[str, Tensor], with_moments: bool = False) -> None:
         """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the parameters,
-        where an earlier iteration left its traces; with ``moments`` also of the optimizer's. Waits for the device."""
-        named = dict(values) | self.magnitudes()
-        for name, parameter in self.model.named_parameters().items() if moments else ():
-            for key, moment in self.optimizer.state.get(parameter, {}).items():
-                if moment.numel():
-                    named[f"{key} (of Adam) of {name}"] = moment.norm(torch.inf)
+        where an earlier iteration left its traces; with ``with_moments`` also of the optimizer's. Waits for the
+        device."""
+        named = {**values, **magnitudes(self.model)}
+        if with_moments:
+            named |= moments(self.model, self.optimizer)
         finite = torch.stack([value.isfinite().to(self.model.device) for value in named.values()]).tolist()
         for name, good in zip(named, finite, strict=True):
             if not good:
-                raise self.not_finite(name, self.iteration)
+                raise not_finite(self.folder, name, self.iteration)
 
-    def not_finite(self, name: str, iteration: int) -> UserError:
-        earlier = [f"chkpnt{n}.pth" for n in all_of(self.folder) if n < iteration]
-        kept = f"; {earlier[-1]} is kept" if earlier else ""
-        return UserError(
-            f"iteration {iteration}: the {name} is not finite{kept}; lower the learning rates or the weights "
-            "of the losses (--debug looks at every iteration)"
-        )
+    @cached_property
+    def _evaluation(self) -> Evaluation:
+        return Evaluation(self.heldout)
 
-    def stepper(self) -> Callable[[Inputs, bool], Outcome]:
-        """What does an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
-        options = self.options
+    def evaluate(self) -> Iterator[TaskScores]:
+        """Scores of what is `shown`, task by task; in the last iteration with pictures of held-out frames."""
+        self.release()
+        last = self.iteration == self.options.iterations
+        return self._evaluation(replace(self.objective, model=self.shown), compare=last)
+
+    def stepper(self) -> Callable[[Views, int, bool], IterationResult]:
+        """What takes an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
+        options, objective = self.options, self.objective
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
         plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
-            self._replay = Replay(self)
-            return self._replay
-        return partial(forward_backward, self)
+            self._recorded = RecordedStep(objective)
+            return self._recorded
+        return partial(forward_backward, objective)
 
     def release(self) -> None:
         """Lets go of recorded iterations, before the parameters are exchanged or much else is rendered."""
-        if self._replay is not None:
-            self._replay.forget()
+        if self._recorded is not None:
+            self._recorded.forget()
 
     @property
     def extent(self) -> float:
@@ -343,7 +363,7 @@ class Training:
         Where what is shown are averages, the parameters that go on being trained are saved beside them.
         Raises `UserError`, and writes nothing, where something of the run is not finite.
         """
-        self.check_finite({}, moments=True)
+        self.check_finite({}, with_moments=True)
         frames = self.tasks[0].frames
         extras = {
             "width": self.camera.width,
