@@ -218,7 +218,7 @@ class OptimisationOptions:
     ibfr_target: str = _option(
         "linear",
         "what IBFR expects between two frames: their linear blend, or what their motion and the look of the "
-        "anatomy from the side tell (in_between/motion.py)",
+        "anatomy from the side tell (in_between/prediction.py)",
         choices=("linear", "motion"),
         source=_PAPER,
     )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Frames left out, put back without a model: `in_between.motion` beside the usual interpolations.
+"""Frames left out, put back without a model: the in-between prediction beside the usual interpolations.
 
     python -m benchmarks.interpolators CASE [CASE ...] --keep 2 4
 
@@ -20,7 +20,9 @@ from arguments import resolve_device
 from benchmarks.common import describe, table
 from benchmarks.heldout import neighbours, read, scores_of, tvl1
 from in_between.classical import interpolate, interpolate_masks
-from in_between.motion import InBetween, blend_along, flow_at, signed_distances
+from in_between.contours import distances_of
+from in_between.flow import blend_along, flow_at
+from in_between.prediction import InBetween
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
 
@@ -67,7 +69,7 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
             rows.append([case.name, str(keep), name, f"{scores['psnr']:.2f} / {scores['ssim']:.4f}", ""])
     if "seg" in truth:
         masks = truth["seg"] >= 0.5
-        distances = signed_distances(given["seg"], between.gap)
+        distances = distances_of(given["seg"], between.gap)
         carried = [
             blend_along(distances[i], distances[i + 1], flow_at(between.flow[i], a), a, "bilinear")
             for i, a in zip(k.split(16), alpha.split(16), strict=True)

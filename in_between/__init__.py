@@ -1,1 +1,1 @@
-"""The scene: frames, cameras, Gaussians, their files and their growth."""
+"""What lies between frames, without a trained model: classical interpolation, and a prediction along the motion."""

@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,8 @@ import torch
 from PIL import Image
 
 import train
+from in_between.prediction import InBetween
+from in_between.settings import DEFAULT
 from scene.checkpoint import Checkpoint, load_checkpoint
 from utils.errors import run
 
@@ -68,6 +72,23 @@ def train_at(root: Path, out: Path, *more: object) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", arguments(root, out, *more))
         train.main()
+
+
+class BriefInBetween(InBetween):
+    """Its networks are trained for two iterations, where it does not matter what they learn."""
+
+    settings_of_tests = replace(
+        DEFAULT,
+        rows=replace(DEFAULT.rows, network=replace(DEFAULT.rows.network, iterations=2)),
+        contours=replace(DEFAULT.contours, network=replace(DEFAULT.contours.network, iterations=2)),
+    )
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named, settings=self.settings_of_tests)
+
+    @classmethod
+    def load(cls, *arguments: Any, **named: Any) -> InBetween | None:
+        return super().load(*arguments, **named, settings=cls.settings_of_tests)
 
 
 def refused(root: Path, out: Path, *more: object) -> int:

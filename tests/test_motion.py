@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from in_between import motion
-from in_between.motion import InBetween, blend_along, estimate_flow, flow_at, matching_gap, signed_distances
+from in_between import prediction
+from in_between.contours import distances_of
+from in_between.flow import blend_along, estimate_flow, flow_at
+from in_between.prediction import InBetween
+from in_between.rows import matching_gap
+from in_between.settings import DEFAULT, Settings
 
 HEIGHT, WIDTH = 40, 48
 
@@ -38,12 +44,18 @@ def walking(k: float) -> torch.Tensor:
     return (ground + 0.5 * torch.sigmoid(8 - distance))[None, None]
 
 
+def brief(iterations: int, **of_rows: float) -> Settings:
+    """Settings whose networks are trained for so many iterations; and others of `RowSettings`."""
+    rows, contours = (
+        replace(part, network=replace(part.network, iterations=iterations))
+        for part in (DEFAULT.rows, DEFAULT.contours)
+    )
+    return replace(DEFAULT, rows=replace(rows, **of_rows), contours=contours)  # type: ignore[arg-type]
+
+
 @pytest.fixture(scope="module")
 def between() -> InBetween:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(motion, "TRAINING", 40)
-        patch.setattr(motion, "MASK_TRAINING", 40)
-        return InBetween(*stack(range(7)))
+    return InBetween(*stack(range(7)), settings=brief(40))
 
 
 def stack(times: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -104,11 +116,11 @@ def test_signed_distances() -> None:
     masks = torch.zeros(3, 1, 6, 8)
     masks[0, :, :, 4:] = 1
     masks[1] = 1
-    distances = signed_distances(masks, gap=2)
+    distances = distances_of(masks, gap=2)
     torch.testing.assert_close(distances[0, 0, 2], torch.arange(8) - 3.5)
     assert (distances[1] > 8).all()
     assert (distances[2] <= -2).all()  # empty: what frame 1 holds ended before
-    assert (signed_distances(torch.zeros(2, 1, 4, 4)) < -4).all()
+    assert (distances_of(torch.zeros(2, 1, 4, 4)) < -4).all()
 
 
 def test_frames_themselves_come_back(between: InBetween) -> None:
@@ -132,7 +144,7 @@ def test_in_between_beats_blending(between: InBetween) -> None:
     assert (ours - truth).square().mean() < 0.25 * (blend - truth).square().mean()  # 6 dB
 
     inside = torch.cat([disc(float(i + t)) for i, t in zip(k, alpha, strict=True)]) > 0.5
-    distances = signed_distances(masks)
+    distances = distances_of(masks)
     still = (1 - a) * distances[k] + a * distances[k + 1] > 0
     found = between.masks(k, alpha)
     assert ((found > 0.5) != inside).sum() < 0.5 * (still != inside).sum()
@@ -140,12 +152,10 @@ def test_in_between_beats_blending(between: InBetween) -> None:
     assert 0 < ((found > 0) & (found < 1)).float().mean() < 0.1  # an edge, about a pixel wide
 
 
-def test_paths_bend_where_motion_speeds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_paths_bend_where_motion_speeds_up() -> None:
     """Blobs at 0.75 t^2: half-way from t = 2 to 3 they lie 0.19 px behind the middle of both ends."""
-    monkeypatch.setattr(motion, "SHARE", 0.0)  # motion alone, as it is
-    monkeypatch.setattr(motion, "EXCESS", 0.0)
-    monkeypatch.setattr(motion, "TRAINING", 2)
-    between = InBetween(torch.cat([scene(0.75 * t * t - 4, 0) for t in range(5)]))
+    frames = torch.cat([scene(0.75 * t * t - 4, 0) for t in range(5)])
+    between = InBetween(frames, settings=brief(2, share=0.0, excess=0.0))  # motion alone, as it is
     k, alpha = torch.tensor([1, 2]), torch.tensor([0.5, 0.5])
     truth = torch.cat([scene(0.75 * t * t - 4, 0) for t in (1.5, 2.5)])
     frames = torch.cat([scene(0.75 * t * t - 4, 0) for t in (1, 2, 3)])
@@ -155,14 +165,11 @@ def test_paths_bend_where_motion_speeds_up(monkeypatch: pytest.MonkeyPatch) -> N
     assert (found - truth).square().mean() < 0.7 * (plain - truth).square().mean()
 
 
-def test_two_frames_say_nothing_of_a_bend(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_frames_say_nothing_of_a_bend() -> None:
     """Two discs that part: the flow differs from place to place, and there is no other pair to compare it with."""
-    monkeypatch.setattr(motion, "SHARE", 0.0)
-    monkeypatch.setattr(motion, "EXCESS", 0.0)
-    monkeypatch.setattr(motion, "TRAINING", 2)
-    monkeypatch.setattr(motion, "FLOWS", motion.FLOWS[:1])
     frames = torch.cat([(walking(k) + walking(4 - k)) / 2 for k in (0, 1)])
-    between = InBetween(frames)
+    flow = replace(DEFAULT.flow, estimates=DEFAULT.flow.estimates[:1])
+    between = InBetween(frames, settings=replace(brief(2, share=0.0, excess=0.0), flow=flow))
     half = torch.tensor([0.5])
     plain = blend_along(frames[:1], frames[1:], between.flow, half, "bilinear")
     assert between.flow.abs().max() > 1
@@ -170,23 +177,21 @@ def test_two_frames_say_nothing_of_a_bend(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(between.images(torch.tensor([0]), half), plain, atol=1e-3, rtol=0)
 
 
-def test_what_both_find_beyond_the_blend_is_taken_farther(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(motion, "TRAINING", 5)
+def test_what_both_find_beyond_the_blend_is_taken_farther() -> None:
     frames = torch.cat([walking(t) for t in range(3)])
     k, alpha = torch.tensor([0, 1]), torch.tensor([0.5, 0.5])
-    farther = InBetween(frames, gap=2).images(k, alpha)
-    monkeypatch.setattr(motion, "EXCESS", 0.0)
-    mixture, blend = InBetween(frames, gap=2).images(k, alpha), (frames[:-1] + frames[1:]) / 2
+    farther = InBetween(frames, gap=2, settings=brief(5)).images(k, alpha)
+    mixture = InBetween(frames, gap=2, settings=brief(5, excess=0.0)).images(k, alpha)
+    blend = (frames[:-1] + frames[1:]) / 2
     assert (mixture - blend).abs().max() > 0.01
     # both are kept in half precision: to 2.4e-4, of which 2.3 times that remains
     torch.testing.assert_close(farther - blend, 1.3 * (mixture - blend), atol=6e-4, rtol=0)
 
 
-def test_time_has_no_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_time_has_no_direction() -> None:
     """A sequence that reads the same backwards is filled in the same backwards, whatever the network has learned."""
-    monkeypatch.setattr(motion, "TRAINING", 40)
     half = torch.cat([walking(t) for t in range(3)])
-    between = InBetween(torch.cat([half, half[:-1].flip(0)]), gap=2)  # K = 5
+    between = InBetween(torch.cat([half, half[:-1].flip(0)]), gap=2, settings=brief(40))  # K = 5
     k, alpha = torch.tensor([0, 1, 1]), torch.tensor([0.5, 0.25, 0.8])
     backwards = between.images(3 - k, 1 - alpha)
     torch.testing.assert_close(between.images(k, alpha), backwards, atol=5e-4, rtol=0)  # half precision
@@ -207,13 +212,11 @@ def test_batches_are_looked_up_one_by_one(between: InBetween) -> None:
     assert between.flow.shape == (6, 2, HEIGHT, WIDTH)
 
 
-def test_same_seed_same_result_and_nothing_random_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(motion, "TRAINING", 3)
-    monkeypatch.setattr(motion, "MASK_TRAINING", 3)
+def test_same_seed_same_result_and_nothing_random_outside() -> None:
     frames, masks = (x[..., :24, :24] for x in stack(range(4)))
     state = torch.random.get_rng_state()
     k, alpha = torch.tensor([1]), torch.tensor([0.5])
-    first, second = (InBetween(frames, masks, gap=2) for _ in range(2))
+    first, second = (InBetween(frames, masks, gap=2, settings=brief(3)) for _ in range(2))
     assert torch.equal(first.images(k, alpha), second.images(k, alpha))
     assert torch.equal(first.masks(k, alpha), second.masks(k, alpha))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -222,10 +225,9 @@ def test_same_seed_same_result_and_nothing_random_outside(monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     "frames", [torch.zeros(3, 1, 20, 24), torch.rand(2, 3, 9, 30), torch.rand(2, 1, 3, 3)]
 )
-def test_odd_input(frames: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_odd_input(frames: torch.Tensor) -> None:
     """Empty frames, two colour frames, tiny ones: images in range, and empty masks stay empty."""
-    monkeypatch.setattr(motion, "TRAINING", 3)
-    between = InBetween(frames, torch.zeros_like(frames[:, :1]))
+    between = InBetween(frames, torch.zeros_like(frames[:, :1]), settings=brief(3))
     k, alpha = torch.tensor([0]), torch.tensor([0.4])
     image = between.images(k, alpha)
     assert image.shape == frames[:1].shape and image.isfinite().all() and 0 <= image.min() <= image.max() <= 1
@@ -242,39 +244,42 @@ def test_refusals() -> None:
 
 
 def test_kept_and_taken_up_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(motion, "TRAINING", 2)
-    monkeypatch.setattr(motion, "MASK_TRAINING", 2)
+    few = brief(2)
     frames = torch.rand(3, 1, 20, 24, generator=torch.Generator().manual_seed(0))
     masks = (frames > 0.6).float()
-    made, path = InBetween(frames, masks), tmp_path / "kept.pt"
-    assert InBetween.load(path, frames, masks) is None
+    made, path = InBetween(frames, masks, settings=few), tmp_path / "kept.pt"
+    assert InBetween.load(path, frames, masks, settings=few) is None
     made.save(path, frames, masks)
-    kept = InBetween.load(path, frames, masks)
+    kept = InBetween.load(path, frames, masks, settings=few)
     k, alpha = torch.tensor([0, 1]), torch.tensor([0.3, 0.75])
     assert kept.images(k, alpha).equal(made.images(k, alpha)) and kept.masks(k, alpha).equal(
         made.masks(k, alpha)
     )
     assert kept.flow.equal(made.flow) and kept.gap == made.gap
-    assert InBetween.load(path, frames.flip(0), masks) is None, "of other frames"
-    assert InBetween.load(path, frames) is None, "of masks too"
-    assert InBetween.load(path, frames, masks, gap=made.gap + 1) is None, "of another gap"
-    assert InBetween.load(path, frames, masks, seed=1) is None, "of another seed"
+    assert InBetween.load(path, frames.flip(0), masks, settings=few) is None, "of other frames"
+    assert InBetween.load(path, frames, settings=few) is None, "of masks too"
+    assert InBetween.load(path, frames, masks, gap=made.gap + 1, settings=few) is None, "of another gap"
+    assert InBetween.load(path, frames, masks, seed=1, settings=few) is None, "of another seed"
+    assert InBetween.load(path, frames, masks) is None, "with other settings"
     with monkeypatch.context() as patch:
-        patch.setattr(motion, "_PREDICTION", motion._PREDICTION + 1)
-        assert InBetween.load(path, frames, masks) is None, "of other code"
+        patch.setattr(prediction, "_VERSION", prediction._VERSION + 1)
+        assert InBetween.load(path, frames, masks, settings=few) is None, "of other code"
     path.write_bytes(path.read_bytes()[:100])
-    assert InBetween.load(path, frames, masks) is None, "torn"
+    assert InBetween.load(path, frames, masks, settings=few) is None, "torn"
+
+
+def test_a_prediction_for_a_known_gap_is_not_one_that_estimates_it(tmp_path):
+    frames, path = torch.rand(3, 1, 20, 24, generator=torch.Generator().manual_seed(0)), tmp_path / "kept.pt"
+    InBetween(frames, gap=3.0, settings=brief(2)).save(path, frames, None)
+    assert InBetween.load(path, frames, settings=brief(2)) is None
+    assert InBetween.load(path, frames, gap=3.0, settings=brief(2)) is not None
 
 
 @pytest.mark.cuda
-def test_a_gpu_predicts_the_same_each_time_and_what_a_cpu_does(
-    between: InBetween, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(motion, "TRAINING", 40)
-    monkeypatch.setattr(motion, "MASK_TRAINING", 40)
+def test_a_gpu_predicts_the_same_each_time_and_what_a_cpu_does(between: InBetween) -> None:
     frames, masks = (values.cuda() for values in stack(range(7)))
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
-        first, again = InBetween(frames, masks), InBetween(frames, masks)
+        first, again = (InBetween(frames, masks, settings=brief(40)) for _ in range(2))
     k, alpha = torch.arange(6).cuda(), torch.full((6,), 0.4).cuda()
     for look_up in ("images", "masks"):
         found = getattr(first, look_up)(k, alpha)

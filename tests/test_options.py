@@ -12,13 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from sequences import checkpoint, colours, masks, threads, train_at, write
+from sequences import BriefInBetween, checkpoint, colours, masks, threads, train_at, write
 
 import evaluate
 import prepare
 import slices_to_ply
 from arguments import OptimisationOptions, render_parser, train_parser
-from in_between import motion
 
 TESTS = Path(__file__).resolve().parent
 
@@ -230,8 +229,7 @@ def test_the_same_options_give_the_same_model(runs, base):
 
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
 def test_an_option_changes_the_model(runs, base, name, monkeypatch):
-    monkeypatch.setattr(motion, "TRAINING", 10)  # of its networks, which need not be good here
-    monkeypatch.setattr(motion, "MASK_TRAINING", 10)
+    monkeypatch.setattr("training.run.InBetween", BriefInBetween)
     changes = {name: CHANGES_THE_MODEL[name]}
     assert BASE.get(name) != changes[name]
     assert differ(base, runs(**changes)), name

@@ -8,6 +8,7 @@ import pytest
 import torch
 from sequences import (
     FRAMES,
+    BriefInBetween,
     assert_same,
     assert_same_state,
     blobs,
@@ -22,8 +23,7 @@ from sequences import (
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
-from in_between import motion
-from in_between.motion import InBetween
+from in_between.prediction import InBetween
 from scene.frames import Frames
 from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
 from train import train
@@ -672,10 +672,7 @@ def test_in_betweens_expect_what_moves_where_it_would_be():
 
 @pytest.mark.parametrize("pipeline", ["img", "seg", "joint"])
 def test_what_is_expected_is_kept_for_a_run_that_goes_on(data, tmp_path, monkeypatch, pipeline):
-    monkeypatch.setattr(
-        motion, "TRAINING", 2
-    )  # steps of the small networks: what they learn is no matter here
-    monkeypatch.setattr(motion, "MASK_TRAINING", 2)
+    monkeypatch.setattr("training.run.InBetween", BriefInBetween)
     images, seg = data
     root = seg if pipeline == "seg" else images
     options = ["--ibfr_target", "motion", "--ibfr_from_iter", 1, "--lambda_ibfr_seg", 1]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import MAX_RENDERS, rasterizer
-from in_between.motion import InBetween
+from in_between.prediction import InBetween
 from patient.geometry import FILE_NAME, Geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint

@@ -1,0 +1,64 @@
+"""Masks between frames: a small network that learns how contours follow the image."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from in_between.classical import signed_distances
+from in_between.networks import ContinuedEdges, convolutions, flipped, trained
+from in_between.settings import ContourSettings
+
+
+def distances_of(masks: Tensor, gap: float = 1.0) -> Tensor:
+    """Signed distances in pixels (`classical.signed_distances`) of masks (K, 1, H, W), inside where >= 0.5."""
+    inside = (masks[:, 0] >= 0.5).cpu().numpy()
+    return torch.from_numpy(signed_distances(inside, gap=gap))[:, None].to(masks.device)
+
+
+class Contours(nn.Module):
+    """What to add to signed distances (B, 1, H, W) that were carried along the motion, given what the image shows."""
+
+    def __init__(self, channels: int, settings: ContourSettings) -> None:
+        super().__init__()
+        network = settings.network
+        *layers, last = convolutions(2 + channels, network, nn.Conv2d(network.width, 1, 3))
+        self.layers = nn.Sequential(*layers, ContinuedEdges(), last)
+
+    def forward(self, moved: Tensor, still: Tensor, images: Tensor) -> Tensor:
+        seen = [moved.clamp(-8, 8) / 4, still.clamp(-8, 8) / 4, 4 * (images - 0.3)]
+        return 4 * self.layers(torch.cat(seen, 1))
+
+
+def learn_contours(
+    moved: Tensor,
+    still: Tensor,
+    images: Tensor,
+    masks: Tensor,
+    settings: ContourSettings,
+    generator: torch.Generator,
+) -> Contours | None:
+    """Trains on the frames between two others, whose masks are known; None where none shows a contour."""
+    channels, height, width = images.shape[1:]
+    size, batch = min(settings.patch, height, width), settings.network.batch
+    near = (moved.abs().minimum(still.abs()) < 2)[:, 0].nonzero().cpu()  # the pixels in question
+    if not len(near):
+        return None
+    everything = torch.cat([moved, still, images, masks], 1).permute(0, 2, 3, 1)
+    limits = torch.tensor([height - size, width - size])
+    window = torch.arange(size, device=images.device)
+
+    def loss(network: Contours, _: int) -> Tensor:
+        pick = near[torch.randint(len(near), (batch,), generator=generator)]
+        pick[:, 1:] = (pick[:, 1:] - size // 2).clamp_min(0).minimum(limits)
+        k, y, x = pick.to(images.device)[:, :, None, None].unbind(1)
+        patch = flipped(everything[k, y + window[:, None], x + window], generator).permute(0, 3, 1, 2)
+        moved, still, seen, truth = patch.split([1, 1, channels, 1], 1)
+        logits = 4 * (moved + network(moved, still, seen))
+        return F.binary_cross_entropy_with_logits(logits, truth)
+
+    shapes = [(batch, c, size, size) for c in (1, 1, channels)]
+    return trained(
+        lambda: Contours(channels, settings), loss, shapes, settings.network, images.device, generator
+    )

@@ -1,0 +1,185 @@
+"""The in-between prediction: images and masks at any time between the frames of a sequence, computed once.
+
+Two predictions are made at each quarter of the way from one frame to the next. They are mixed, and the mixture is moved
+somewhat farther from the linear blend of the two frames, towards which both are drawn where they are unsure:
+
+- *motion*: both frames are carried along the optical flow to the time asked for, and blended (`in_between.flow`);
+- *self super-resolution*: a network that learned to fill in rows of the frames fills in the stack seen from the side
+  (`in_between.rows`).
+
+Masks are carried along the same flow as signed distances, then corrected by a network that has learned, on frames
+between two others, how contours follow the image (`in_between.contours`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from in_between.contours import distances_of, learn_contours
+from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
+from in_between.rows import fill_stack, learn_rows, matching_gap
+from in_between.settings import DEFAULT, STEPS, Settings
+from utils.files import atomic_write
+
+_VERSION = 3  # raised when the prediction changes, so that caches of earlier code are not taken for it
+
+
+class InBetween:
+    """What lies between the frames of a sequence: computed once (minutes on two cores for 70 frames of 200 x 200, much
+    less on a GPU), then looked up at any time.
+
+    frames: (K, C, H, W) in [0, 1], K >= 2, evenly spaced; on the device where everything is computed and kept.
+    masks: (K, 1, H, W) of the same frames, inside where >= 0.5.
+    gap: how many pixels apart two neighbouring frames are, where that is known; otherwise it is estimated from the
+        frames (`rows.matching_gap`).
+    seed: of the small networks' training.
+
+    flow: (K - 1, 2, H, W), the motion from frame k to k + 1 in pixels (x, y), as seen in the middle of the two.
+    """
+
+    flow: Tensor
+
+    def __init__(
+        self,
+        frames: Tensor,
+        masks: Tensor | None = None,
+        gap: float | None = None,
+        seed: int = 0,
+        settings: Settings = DEFAULT,
+    ) -> None:
+        if frames.ndim != 4 or len(frames) < 2:
+            raise ValueError(f"frames of shape {tuple(frames.shape)}: (K, C, H, W) with K >= 2 is needed")
+        if masks is not None and masks.shape != (len(frames), 1, *frames.shape[2:]):
+            raise ValueError(
+                f"masks of shape {tuple(masks.shape)} do not belong to frames of {tuple(frames.shape)}"
+            )
+        self._asked = gap, seed, settings
+        self.settings = settings
+        frames = frames.float()
+        self.gap = matching_gap(frames) if gap is None else gap
+        with torch.no_grad():
+            self._build(frames, masks, torch.Generator().manual_seed(seed))
+
+    def _build(self, frames: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
+        count, settings = len(frames), self.settings.rows
+        paths = find_paths(frames, self.settings.flow)
+        self.flow = torch.stack([path.flow for path in paths]).mean(0)
+        stack = frames.new_zeros((count - 1) * STEPS + 1, *frames.shape[1:])
+        stack[::STEPS] = frames
+        for s in range(1, STEPS):
+            stack[s::STEPS] = blend_paths(frames[:-1], frames[1:], paths, s / STEPS)
+        pixels = max(2, round(self.gap))
+        if (
+            pixels <= settings.widest_gap
+            and (min(frames.shape[2:]) - 1) // pixels + 1 >= settings.fewest_rows
+        ):
+            planes = frames.transpose(0, 1)  # channel by channel
+            network = learn_rows(planes.reshape(-1, *frames.shape[2:]), pixels, settings, generator)
+            if network is not None:
+                filled = torch.stack([fill_stack(network, plane, settings) for plane in planes], 2)
+                for s in range(1, STEPS):
+                    linear = torch.lerp(frames[:-1], frames[1:], s / STEPS)
+                    mixture = torch.lerp(stack[s::STEPS], filled[:, s - 1], settings.share)
+                    stack[s::STEPS] = torch.lerp(linear, mixture, 1 + settings.excess)
+        self._images = stack.clamp_(0, 1).half()
+        self._distances = None if masks is None else self._carry_masks(frames, masks, paths, generator)
+
+    def _carry_masks(
+        self, frames: Tensor, masks: Tensor, paths: list[Paths], generator: torch.Generator
+    ) -> Tensor:
+        """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W), half precision."""
+        settings = self.settings.contours
+        distances = distances_of(masks, self.gap)
+        network = None
+        if len(frames) > 2:  # learn on each frame that lies between two others
+            before, after = distances[:-2], distances[2:]
+            network = learn_contours(
+                blend_paths(before, after, find_paths(frames, self.settings.flow, 2), 0.5),
+                (before + after) / 2,
+                frames[1:-1],
+                (masks[1:-1] >= 0.5).float(),
+                settings,
+                generator,
+            )
+        levels = distances.new_zeros(len(self._images), 1, *distances.shape[2:])
+        levels[::STEPS] = distances
+        for s in range(1, STEPS):
+            alpha = s / STEPS
+            moved = blend_paths(distances[:-1], distances[1:], paths, alpha)
+            still = torch.lerp(distances[:-1], distances[1:], alpha)
+            if network is not None:
+                moved = moved + settings.trust * network(moved, still, self._images[s::STEPS].float())
+            levels[s::STEPS] = moved
+        return levels.clamp_(-settings.farthest, settings.farthest).half()
+
+    def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
+        """Keeps what was computed from ``frames`` and ``masks``, for `load`."""
+        contents = {
+            "key": _digest(frames, masks, *self._asked),
+            "gap": self.gap,
+            "flow": self.flow.cpu(),
+            "images": self._images.cpu(),
+            "distances": None if self._distances is None else self._distances.cpu(),
+        }
+        with atomic_write(path, sync=False) as temporary:
+            torch.save(contents, temporary)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        frames: Tensor,
+        masks: Tensor | None = None,
+        gap: float | None = None,
+        seed: int = 0,
+        settings: Settings = DEFAULT,
+    ) -> InBetween | None:
+        """What `save` kept of a prediction from the same arguments; None where there is no such thing.
+
+        ``gap=None`` is an argument too: a prediction made for a known gap is not taken for one that estimates it.
+        """
+        try:
+            contents = torch.load(path, map_location=frames.device, weights_only=True)
+            same = contents["key"] == _digest(frames, masks, gap, seed, settings)
+            kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
+        except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
+            return None  # absent or torn: it can be computed again
+        if not same:
+            return None
+        made = cls.__new__(cls)
+        made.gap, made.flow, made._images, made._distances = kept
+        made._asked, made.settings = (gap, seed, settings), settings
+        return made
+
+    def images(self, k: Tensor, alpha: Tensor) -> Tensor:
+        """Images at alpha of the way from frame k to k + 1, (B, C, H, W) in [0, 1].
+
+        k: (B,) integers in [0, K - 2]; alpha: (B,) in [0, 1], both on the frames' device. Never waits for the device;
+        shapes depend on B alone."""
+        return self._look_up(self._images, k, alpha)
+
+    def masks(self, k: Tensor, alpha: Tensor) -> Tensor:
+        """Masks at those times, (B, 1, H, W) in [0, 1], whose edge is one pixel wide. As `images`."""
+        if self._distances is None:
+            raise ValueError("masks in between: none were given")
+        return (self._look_up(self._distances, k, alpha) + 0.5).clamp(0, 1)
+
+    def _look_up(self, levels: Tensor, k: Tensor, alpha: Tensor) -> Tensor:
+        step = (alpha * STEPS).floor().clamp(0, STEPS - 1)
+        index = k * STEPS + step.long()
+        seen = flow_at(self.flow[k], alpha) / STEPS
+        return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+
+
+def _digest(frames: Tensor, masks: Tensor | None, gap: float | None, seed: int, settings: Settings) -> str:
+    digest = hashlib.blake2b(f"{_VERSION} {gap} {seed} {settings}".encode(), digest_size=16)
+    for values in (frames, masks):
+        if values is not None:
+            digest.update(str(tuple(values.shape)).encode())
+            digest.update(values.float().cpu().contiguous().numpy().data)
+    return digest.hexdigest()

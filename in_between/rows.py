@@ -1,0 +1,141 @@
+"""Self super-resolution (after Zhao et al., SMORE, 2021): frames left out of a stack, filled in as its rows are.
+
+Tissue looks alike along all axes, so a small network that learns to fill in left-out rows of the frames also fills in
+the frames left out of the stack, seen from the side.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from in_between.networks import convolutions, flipped, trained
+from in_between.settings import STEPS, RowSettings
+
+
+def matching_gap(frames: Tensor) -> float:
+    """How many pixels apart rows and columns lie that predict what is between them as badly as frames (K, C, H, W) do.
+
+    The error of the mean of two neighbours, along the stack and within frames; with two frames alone their difference.
+    """
+    largest = max(1, min(24, (min(frames.shape[-2:]) - 1) // 2))
+    if len(frames) > 2:
+        between = (frames[1:-1] - (frames[:-2] + frames[2:]) / 2).abs().mean()
+        within = [_error_between(frames, s) for s in range(1, largest + 1)]
+    else:
+        between = (frames[1] - frames[0]).abs().mean()
+        within = [
+            (
+                (frames[..., s:, :] - frames[..., :-s, :]).abs().mean()
+                + (frames[..., s:] - frames[..., :-s]).abs().mean()
+            )
+            / 2
+            for s in range(1, largest + 1)
+        ]
+    errors = np.maximum.accumulate(np.r_[0, torch.stack(within).cpu().numpy()])
+    return float(np.interp(float(between), errors, np.arange(largest + 1)))
+
+
+def _error_between(frames: Tensor, s: int) -> Tensor:
+    rows = frames[..., s:-s, :] - (frames[..., : -2 * s, :] + frames[..., 2 * s :, :]) / 2
+    columns = frames[..., s:-s] - (frames[..., : -2 * s] + frames[..., 2 * s :]) / 2
+    return (rows.abs().mean() + columns.abs().mean()) / 2
+
+
+class RowsBetween(nn.Module):
+    """Fills in rows: images (B, 1, R, W) of every gap-th row -> (B, STEPS - 1, R - 1, W), those in between."""
+
+    def __init__(self, settings: RowSettings) -> None:
+        super().__init__()
+        self.gain = settings.gain
+        self.layers = convolutions(
+            1, settings.network, nn.Conv2d(settings.network.width, STEPS - 1, (2, 3), padding=(0, 1))
+        )
+
+    def forward(self, rows: Tensor) -> Tensor:
+        steps = torch.arange(1, STEPS, device=rows.device).view(1, -1, 1, 1) / STEPS
+        linear = (1 - steps) * rows[:, :, :-1] + steps * rows[:, :, 1:]
+        return linear + self.layers(self.gain * (rows - 0.3)) / self.gain
+
+
+def learn_rows(
+    frames: Tensor, gap: int, settings: RowSettings, generator: torch.Generator
+) -> RowsBetween | None:
+    """Trains on rows and columns of `frames` (N, H, W), of which every gap-th is seen; None where all is empty."""
+    height, width = frames.shape[1:]
+    batch = settings.network.batch
+    side = min(height, width)
+    count = min(settings.rows, (side - 1) // gap + 1)
+    extent, columns = (count - 1) * gap + 1, min(settings.columns, side)
+    upright, turned = frames, frames.transpose(1, 2).contiguous()
+    sources = []
+    for images in (upright, turned):
+        mean = F.avg_pool2d(images[:, None], (extent, columns), 1)
+        variance = F.avg_pool2d(images[:, None] ** 2, (extent, columns), 1) - mean**2
+        corners = (
+            (variance[:, 0] > settings.least_variance).nonzero().cpu()
+        )  # empty background teaches nothing
+        if not len(corners):
+            return None
+        sources.append((images, corners))
+    matrix = _between_matrix(count, gap).to(frames)
+    down, across = torch.arange(extent, device=frames.device), torch.arange(columns, device=frames.device)
+
+    def loss(network: RowsBetween, i: int) -> Tensor:
+        images, corners = sources[i % 2]
+        pick = corners[torch.randint(len(corners), (batch,), generator=generator)].to(frames.device)
+        k, y, x = pick[:, :, None, None].unbind(1)
+        patch = flipped(images[k, y + down[:, None], x + across], generator)  # (B, extent, columns)
+        truth = torch.einsum("srl,blw->bsrw", matrix, patch)
+        return 1000 * (network(patch[:, None, ::gap]) - truth).square().mean()
+
+    shapes = [(batch, 1, count, columns)]
+    return trained(lambda: RowsBetween(settings), loss, shapes, settings.network, frames.device, generator)
+
+
+def _between_matrix(count: int, gap: int) -> Tensor:
+    """(STEPS - 1, count - 1, L): weights on L rows that give those at 1/STEPS, ... of each gap, by a cubic where that
+    is between two rows."""
+    length = (count - 1) * gap + 1
+    matrix = np.zeros((STEPS - 1, count - 1, length))
+    for s in range(1, STEPS):
+        for r in range(count - 1):
+            at = (r + s / STEPS) * gap
+            base = math.floor(at)
+            t = at - base
+            cubic = (
+                t * (-0.5 + t * (1 - 0.5 * t)),
+                1 + t * t * (-2.5 + 1.5 * t),
+                t * (0.5 + t * (2 - 1.5 * t)),
+                t * t * (-0.5 + 0.5 * t),
+            )
+            for offset, weight in zip((-1, 0, 1, 2), cubic, strict=True):
+                matrix[s - 1, r, min(max(base + offset, 0), length - 1)] += weight
+    return torch.from_numpy(matrix)
+
+
+def fill_stack(network: RowsBetween, frames: Tensor, settings: RowSettings) -> Tensor:
+    """The stack (K, H, W) filled in, (K - 1, STEPS - 1, H, W): the mean over it and its mirror images."""
+    filled = _fill_cuts(network, frames)
+    for axes in settings.mirrors:
+        mirrored = _fill_cuts(network, frames.flip(axes))
+        later = (0, 1) if 0 in axes else ()
+        filled = filled + mirrored.flip([*later, *(axis + 1 for axis in axes if axis)])
+    return filled / (1 + len(settings.mirrors))
+
+
+def _fill_cuts(network: RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:
+    """As `fill_stack`, of the stack as it is: mean of its cuts along x and along y."""
+    k, height, width = frames.shape
+    total = frames.new_zeros(k - 1, STEPS - 1, height, width)
+    for first in range(0, height, chunk):  # cuts along x: (rows of the cut: frames, columns: x)
+        cuts = frames[:, first : first + chunk].transpose(0, 1)[:, None]
+        total[:, :, first : first + chunk] += network(cuts).permute(2, 1, 0, 3)
+    for first in range(0, width, chunk):
+        cuts = frames[:, :, first : first + chunk].permute(2, 0, 1)[:, None]
+        total[..., first : first + chunk] += network(cuts).permute(2, 1, 3, 0)
+    return total / 2

@@ -1,0 +1,100 @@
+"""Every number of the in-between prediction, with its reason.
+
+Unless a source is named, a value was chosen by the scores of held-out frames (every 2nd and every 4th frame kept) of an
+abdominal CT, a brain MRI and an echocardiogram; docs and `benchmarks/NOTES.md` have the tables.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+STEPS = 4
+"""Levels per gap: predictions are made at 1/4, 1/2 and 3/4 of the way from one frame to the next."""
+
+
+@dataclass(frozen=True)
+class FlowSettings:
+    """How the motion between two frames is estimated."""
+
+    estimates: tuple[tuple[bool, float], ...] = ((True, 20.0), (False, 5.0))
+    """(contrast, weight) of each estimate: whether images are compared by local contrast or by brightness, and the
+    weight of the images against smoothness. Where the two are wrong, they differ: their mean is better than either."""
+    warps: int = 5
+    """Linearisations per pyramid level, as in scikit-image's TV-L1."""
+    iterations: int = 10
+    """Primal-dual steps per linearisation."""
+    shrink: float = 0.6
+    """Size of a pyramid level over that of the next finer one."""
+    smallest: int = 14
+    """Pixels: least side of the coarsest level."""
+    pixels_at_once: int = 2_000_000
+    """Of all pairs of frames whose motion is estimated together (one pair at least); each takes some 700 bytes."""
+    bend_blur: float = 2.0
+    """Pixels: the bend of a path is the difference of two estimates, and noisy."""
+
+
+@dataclass(frozen=True)
+class NetworkSettings:
+    """How small networks are trained."""
+
+    width: int
+    """Channels."""
+    depth: int
+    """Convolutions."""
+    iterations: int
+    batch: int = 16
+    """Patches per iteration."""
+    rate: float = 3e-3
+    """Highest learning rate of the one-cycle schedule."""
+
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How self super-resolution along the stack learns from rows of the frames."""
+
+    network: NetworkSettings = NetworkSettings(width=48, depth=5, iterations=1200)
+    gain: float = 5.0
+    """Images are multiplied by this on the way in, so that the network sees values of deviation 1 or so."""
+    rows: int = 16
+    """Kept rows per patch."""
+    columns: int = 32
+    """Columns per patch."""
+    fewest_rows: int = 4
+    """Frames with fewer kept rows than this teach nothing."""
+    least_variance: float = 1e-4
+    """Of a patch; below it is empty background."""
+    widest_gap: int = 8
+    """Pixels; frames that lie farther apart are filled in by their motion alone."""
+    mirrors: tuple[tuple[int, ...], ...] = ((0,), (1, 2), (0, 1, 2))
+    """Axes (frames, rows, columns) of the stack's mirror images over which predictions are averaged."""
+    share: float = 0.6
+    """Of self super-resolution in the mixture; the rest is the motion's."""
+    excess: float = 0.3
+    """The mixture is moved this far beyond the linear blend: each prediction, where unsure, falls short towards it."""
+
+
+@dataclass(frozen=True)
+class ContourSettings:
+    """How masks follow the image between frames."""
+
+    network: NetworkSettings = NetworkSettings(width=16, depth=4, iterations=400)
+    patch: int = 32
+    """Pixels: side of a training patch."""
+    trust: float = 1 / 3
+    """Of a correction that was learned at twice the distance, where errors are twice (noise) to four times (curvature)
+    as large."""
+    farthest: float = 16.0
+    """Pixels: signed distances are clamped to this."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All of them."""
+
+    flow: FlowSettings = field(default_factory=FlowSettings)
+    rows: RowSettings = field(default_factory=RowSettings)
+    contours: ContourSettings = field(default_factory=ContourSettings)
+
+
+DEFAULT = Settings()
+"""What the programs use."""
