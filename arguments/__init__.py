@@ -174,6 +174,13 @@ class ModelOptions:
         0, "degree of the spherical harmonics of a Gaussian's colour", source=_RELEASE, low=0, high=3
     )
     num_pts: int = _option(100_000, "Gaussians at the start", source=_RELEASE, low=1)
+    start: str = _option(
+        "random",
+        "where they are then: random, uniform over the plane and over time, all grey; or frames, most of them on "
+        "edges and contours of the frames, with the colours there (scene/image_start.py)",
+        choices=("random", "frames"),
+        source=_RELEASE,
+    )
     camera: str = _option(
         "mirror",
         "mirror: train on the frames and their left-right flipped copies; one: on the frames",
@@ -497,6 +504,7 @@ _IGNORED_BY_RENDER = (
     "sh_degree",
     "num_pts",
     "camera",
+    "start",
     "use_dff",
     "gs_type",
     "data_device",
@@ -505,6 +513,7 @@ _SHORT_IGNORED = {"depths": "d"}
 
 
 _IN_BETWEEN = {
+    "start": "frames",
     "poly_degree": 2,
     "ibfr_target": "motion",
     "ibfr_from_iter": 1,

@@ -152,13 +152,17 @@ class GaussianModel:
         """
         if not isinstance(positions, Tensor):
             positions = torch.tensor(positions, dtype=torch.float64).to(self.device, non_blocking=True)
-        durations: Tensor = self.time_func
-        if self.uses_dff:
-            durations = torch.cat([torch.softmax(durations[:, 0], 0), durations.new_zeros(1)])
+        durations = self.durations()
         starts = (self._earlier * durations).sum(1)  # (K,); a GPU has no deterministic cumulative sum
         index = positions.long().clamp_max(self.num_frames - 1)
         fraction = (positions - index).to(durations.dtype)
         return starts[index] + durations[index] * fraction
+
+    def durations(self) -> Tensor:
+        """(K,), how long each frame lasts; where times are learned, the last one sits at t = 1 and lasts 0."""
+        if not self.uses_dff:
+            return self.time_func
+        return torch.cat([torch.softmax(self.time_func[:, 0], 0), self.time_func.new_zeros(1)])
 
     def opacities(self, heads: Sequence[str]) -> Tensor:
         """(heads, N) in (0, 1)."""

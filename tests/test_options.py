@@ -44,7 +44,7 @@ CHANGES_THE_MODEL = {
     "percent_dense": 1.0, "split_sigma": 0.3, "split_children": 3, "split_shrink": 3.0, "prune_opacity": 0.088,
     "prune_scale": 0.02, "prune_scale_from_iter": 23, "max_gaussians": 160, "opacity_reset_interval": 9,
     "opacity_reset_value": 0.05, "average_from_iter": 23, "average_decay": 0.9,
-    "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "camera": "one", "use_dff": False,
+    "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "start": "frames", "camera": "one", "use_dff": False,
     "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
     "antialiasing": True,
 }  # fmt: skip

@@ -24,6 +24,7 @@ from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readabl
 from scene.frames import Frames, write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
 from scene.heldout import HeldOut, hold_out
+from scene.image_start import image_start
 from scene.point_cloud import write_point_cloud, write_points
 from training.batches import Sampler, Views
 from training.density_control import DensityControl, reset_opacity
@@ -44,6 +45,7 @@ _MEMORY_SHARE = 0.5  # of the free memory that the model and its training may ta
 # Of a run's options, those that say nothing of what it computes.
 _OF_NO_CONSEQUENCE = {
     "source_path", "seg_source_path", "model_path", "start_checkpoint", "quiet", "debug", "debug_from", "num_pts",
+    "start",
 }  # fmt: skip
 # And those that a run cannot change half way: it would be neither the one nor the other.
 _FIXED = ("pipeline", "distance", "white_background", "random_background")
@@ -90,7 +92,13 @@ class Training:
         options = _with_bound(options, saved, device, channels)
         if saved is None:
             durations = geometry.durations() if geometry else None
-            model = GaussianModel.random(options, camera, len(frames), channels, generator, device, durations)
+            if options.start == "frames":
+                sequences = [task.frames for task in todo]
+                model = image_start(options, camera, sequences, background, generator, device, durations)
+            else:
+                model = GaussianModel.random(
+                    options, camera, len(frames), channels, generator, device, durations
+                )
         else:
             _check_fits(options, saved, frames)
             model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)

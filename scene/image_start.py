@@ -1,0 +1,134 @@
+"""Gaussians taken from the frames: most of them where there is most to see, each with the look of its pixel.
+
+A random start spends its first thousand iterations on what the frames show plainly. The numbers below were chosen by
+held-out frames (benchmarks/NOTES.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from scipy.ndimage import gaussian_gradient_magnitude
+from torch import Tensor
+
+from arguments import ModelOptions
+from scene.cameras import Camera
+from scene.frames import Frames
+from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, head_parameters
+from utils.spherical_harmonics import C0
+
+EDGE_BLUR = 1.0
+"""Pixels: how far from an edge its gradient draws Gaussians."""
+FLOOR = 0.1
+"""Share of Gaussians that even ground gets, over the share that follows the frames' gradient."""
+CONTOURS = 0.3
+"""Share of Gaussians that follow the contours of masks beside images, likewise."""
+SCALE = 0.4
+"""Scale of a Gaussian over the distance to its neighbours in the frame."""
+SPREAD = 1.0
+"""Spread in time, in gaps between frames."""
+OPACITY = 0.7
+_LEAST_TIME = 1e-4  # the logit of 0, where the first frame sits, is not finite
+
+
+@torch.no_grad()
+def image_start(
+    options: ModelOptions,
+    camera: Camera,
+    sequences: Sequence[Frames],
+    background: Tensor,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+    durations: Sequence[float] | None = None,
+) -> GaussianModel:
+    """N = ``options.num_pts`` Gaussians at pixels drawn in proportion to the frames' gradient there plus a floor.
+
+    sequences: the frames, K of them, or frames and the masks that belong to them: then the model has a segmentation
+        head, and contours draw Gaussians too.
+    background: (C,) in [0, 1], behind transparent frames. durations: (K,) of the frames, as in `GaussianModel.random`.
+
+    Nothing moves (w1 = 0), colours are those of the pixels. All is drawn on the CPU, so that a seed means the same
+    model everywhere.
+    """
+    first, n, channels = sequences[0], options.num_pts, len(background)
+    model = GaussianModel.random(options, camera, len(first), channels, generator, device, durations)
+    if len(sequences) > 1:
+        model.add_segmentation_head()
+    heads = (IMAGE, SEGMENTATION)[: len(sequences)]
+
+    interest = _interest(sequences, background)  # (K, H, W)
+    totals = interest.sum((1, 2), dtype=np.float64)  # (K,)
+    ends = totals.cumsum()
+    share = (torch.arange(n) + torch.rand(n, generator=generator)).double().numpy() / n  # (N,), ascending
+    drawn = share * ends[-1]
+    frame = np.searchsorted(ends[:-1], drawn, side="right")  # (N,)
+    pixel = np.empty(n, np.int64)
+    values = {head: torch.empty(n, channels) for head in heads}
+    for k in range(len(first)):
+        here = frame == k
+        within = interest[k].ravel().cumsum(dtype=np.float64)
+        pixel[here] = np.searchsorted(within, drawn[here] - (ends[k] - totals[k])).clip(0, len(within) - 1)
+        for head, frames in zip(heads, sequences, strict=True):
+            image = _shown(frames, k, background).expand(channels, -1, -1)
+            values[head][here] = image.flatten(1).T[pixel[here]]
+
+    # Gaussians are drawn in the order of their index, first in front: none should be in front by its place in the scan.
+    order = torch.randperm(n, generator=generator)
+    density = n * interest[frame, pixel // first.width, pixel % first.width] / ends[-1]  # Gaussians a pixel
+    spacing = torch.from_numpy(density**-0.5)[order]  # px
+    at = torch.from_numpy(np.stack([pixel % first.width, pixel // first.width], 1))[
+        order
+    ]  # (N, 2): column, row
+    at = at + torch.rand(n, 2, generator=generator) - 0.5
+    when = torch.from_numpy(frame)[order]
+
+    p, unit = model.params, camera.pixels_per_unit
+    starts = model.times([float(k) for k in range(len(first))]).cpu()  # (K,)
+    gaps = model.durations().cpu()  # (K,)
+    if model.uses_dff:
+        gaps[-1] = gaps[-2]
+    new = {
+        "xyz": torch.stack(
+            [
+                (at[:, 0] - (camera.width - 1) / 2) / unit,
+                torch.zeros(n),
+                ((camera.height - 1) / 2 - at[:, 1]) / unit,
+            ],
+            1,
+        ),
+        "w1": torch.zeros(p["w1"].shape),
+        "m": torch.logit(starts[when], eps=_LEAST_TIME)[:, None],
+        "sigma": torch.log(SPREAD * gaps[when])[:, None, None],
+        "scaling": torch.log(SCALE * spacing / unit)[:, None].expand(-1, 3),
+    }
+    for head in heads:
+        colour, _, opacity = head_parameters(head)
+        new[colour] = ((values[head][order] - 0.5) / C0)[:, None]
+        new[opacity] = torch.full((n, 1), math.log(OPACITY / (1 - OPACITY)))
+    for name, value in new.items():
+        p[name].copy_(value)
+    return model
+
+
+def _interest(sequences: Sequence[Frames], background: Tensor) -> np.ndarray:
+    """How many Gaussians pixels should have, up to a factor, (K, H, W) float32."""
+    first = sequences[0]
+    total = np.full((len(first), first.height, first.width), FLOOR, np.float32)
+    for frames, share in zip(sequences, (1.0, CONTOURS), strict=False):
+        edges = np.empty_like(total)
+        for k in range(len(frames)):
+            grey = _shown(frames, k, background).mean(0).numpy()
+            gaussian_gradient_magnitude(grey, EDGE_BLUR, output=edges[k], mode="nearest")
+        mean = float(edges.mean(dtype=np.float64))
+        if mean > 0:
+            edges *= share / mean
+            total += edges
+    return total
+
+
+def _shown(frames: Frames, k: int, background: Tensor) -> Tensor:
+    """Frame k as the losses see it, (C, H, W) in [0, 1], on the CPU."""
+    return frames([k], background=background.to(frames.device))[0].cpu()
