@@ -32,7 +32,7 @@ SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,f
   -fno-sanitize-recover=all
 OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
 
-.PHONY: help setup demo test lint format bench cuda-check sanitize clean
+.PHONY: help setup demo test lint format docs bench cuda-check sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -63,6 +63,10 @@ $(STAMPS)/requirements: requirements.txt $(STAMPS)/torch
 	@$(PIP) -r $< && touch $@
 
 $(STAMPS)/requirements-dev: requirements-dev.txt $(STAMPS)/requirements
+	@echo "installing $<"
+	@$(PIP) -r $< && touch $@
+
+$(STAMPS)/requirements-docs: requirements-docs.txt $(STAMPS)/requirements
 	@echo "installing $<"
 	@$(PIP) -r $< && touch $@
 
@@ -102,6 +106,10 @@ format: $(STAMPS)/requirements-dev  ## rewrite the files in the style that lint 
 	$(TOOLS) ruff check --fix --exit-zero --quiet .
 	$(TOOLS) ruff format .
 	$(TOOLS) clang-format -i $(CPP_FILES)
+
+docs: setup $(STAMPS)/requirements-docs  ## build the documentation in build/docs; a warning is an error
+	@$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --fresh-env --quiet docs build/docs
+	@echo "build/docs/index.html"
 
 sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels built with sanitizers; needs g++, no GPU
 	@echo "compiling the CPU kernels with sanitizers (a minute or two the first time), then testing them"

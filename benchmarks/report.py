@@ -1,7 +1,6 @@
-#!/usr/bin/env python3
-"""Writes the tables of README.md here from what is recorded in results/.
+"""What is recorded in results/, as tables: all of it for the documentation, two headline tables for README.md.
 
-python -m benchmarks.report
+python -m benchmarks.report    # writes the two into README.md
 """
 
 from __future__ import annotations
@@ -11,17 +10,24 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from against_gsplat import scenes_table
-
-from benchmarks.common import RESULTS, surface_table, table
+from benchmarks.against_gsplat import scenes_table
+from benchmarks.common import RESULTS, ROOT, surface_table, table
 from benchmarks.floors import floors_note, floors_table
 from benchmarks.iterations import growth_line, large_table, phases_table, runs_table
 from benchmarks.preset_tables import device, tables
-from benchmarks.presets import read_rows
+from benchmarks.presets import PRESETS, read_rows
 from utils.errors import UserError, run
 
-README = Path(__file__).with_name("README.md")
-BEGIN, END = "<!-- recorded: written by report.py -->", "<!-- end of what is recorded -->"
+README = ROOT / "README.md"
+HEADLINE = RESULTS / "presets" / "h200.json"
+SPEED = {"cpu.json": "2 CPU cores", "h200.json": "NVIDIA H200"}
+ORDINALS = {2: "2nd", 4: "4th"}
+SUBJECTS = {  # of the cases that were measured: images, masks
+    "mri_mni152_wm": ("T1 brain", "white matter of the brain"),
+    "ct_abdomen_liver30": ("CT abdomen", "liver, CT"),
+    "us_echo_cine30": ("cardiac ultrasound", ""),
+    "us_prostate_mask": ("", "prostate"),
+}
 
 
 def speed(results: list[dict[str, Any]]) -> Iterator[str]:
@@ -121,12 +127,8 @@ def presets(path: Path) -> Iterator[str]:
     yield from tables(rows)
 
 
-def main() -> None:
-    text = README.read_text(encoding="utf-8")
-    head, begin, rest = text.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise UserError(f"{README} has lost its markers: put back {BEGIN} and {END}")
+def recorded() -> str:
+    """Every table, as Markdown."""
     results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
     lines = [
         json.loads(line)
@@ -139,8 +141,70 @@ def main() -> None:
     meshed = [line for line in lines if "surfaces" in line]
     if meshed:
         parts.append(surface_table(meshed))
-    body = "\n\n".join(parts or ["Nothing is recorded yet."])
-    README.write_text(f"{head}{BEGIN}\n\n{body}\n\n{END}{tail}", encoding="utf-8")
+    return "\n\n".join(parts or ["Nothing is recorded yet."])
+
+
+# ---- the two tables of README.md -------------------------------------------------------------------------------------
+
+
+def quality() -> str:
+    """Held-out frames: the best classical method beside the presets; PSNR in dB, of masks Dice."""
+    found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+    for row in read_rows(HEADLINE):
+        found.setdefault((row["case"], row["keep"]), {})[row["method"]] = row
+    models = [name for name in PRESETS if any(name in methods for methods in found.values())]
+    rows = []
+    for kind, score in (("img", "psnr"), ("seg", "dice")):
+        for (case, keep), methods in found.items():
+            subject = SUBJECTS[case][kind == "seg"]
+            values = {name: row[kind]["heldout"][score] for name, row in methods.items() if kind in row}
+            if not subject or not values:
+                continue
+            classical = max((value, name) for name, value in values.items() if name not in PRESETS)
+            shown = [f"{value:.2f}" if kind == "img" else f"{value:.4f}" for value in values.values()]
+            text = dict(zip(values, shown, strict=True))
+            best = max(models, key=values.__getitem__)
+            text[best] = f"**{text[best]}**"
+            what = f"{subject}, {'dB' if kind == 'img' else 'Dice'}"
+            strongest = f"{text[classical[1]]} ({classical[1]})"
+            rows.append([what, f"every {ORDINALS[keep]}", text["linear"], strongest, *map(text.get, models)])
+    return table(["held-out frames of", "trained on", "linear", "best classical", *models], rows)
+
+
+def pace() -> str:
+    """Iterations per second of training, and seconds of whole runs."""
+    results = {name: json.loads((RESULTS / name).read_text(encoding="utf-8"))["sections"] for name in SPEED}
+    small = [r["iteration"]["img with IBFR"]["iterations_per_s"] for r in results.values()]
+    large = results["h200.json"]["training"]["runs"]
+    brain = next(r for r in large if r["gaussians"] == 430_000 and r["options"]["ibfr_from_iter"] == 0)
+    rows = [
+        ["iterations/s, demo: 30 000 Gaussians, 128 × 96", *(f"{value:.0f}" for value in small)],
+        ["iterations/s, brain: 430 000 Gaussians, 197 × 233", "", f"{brain['iterations_per_s']:.0f}"],
+    ]
+    for row in read_rows(HEADLINE):
+        if row["case"] == "mri_mni152_wm" and row["keep"] == 2 and row["method"] in PRESETS:
+            what = f"train.py, brain with masks, --preset {row['method']}, {row['iterations']} iterations"
+            rows.append([what, "", f"{row['seconds']:.0f} s"])
+    return table(["", *SPEED.values()], rows)
+
+
+TABLES = {"quality": quality, "speed": pace}
+
+
+def with_tables(text: str) -> str:
+    """README.md's text with its tables as the results have them now."""
+    for name, make in TABLES.items():
+        begin, end = f"<!-- {name}: written by benchmarks/report.py -->\n", "<!-- end -->"
+        head, found, rest = text.partition(begin)
+        _, ended, tail = rest.partition(end)
+        if not found or not ended:
+            raise UserError(f"README.md has lost its markers: put back {begin.strip()} and {end.strip()}")
+        text = f"{head}{begin}\n{make()}\n\n{end}{tail}"
+    return text
+
+
+def main() -> None:
+    README.write_text(with_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from against_gsplat import against_gsplat
 
 from arguments import resolve_device
+from benchmarks.against_gsplat import against_gsplat
 from benchmarks.common import available_cores, describe, write_json
 from benchmarks.floors import floors_on_cuda
 from benchmarks.iterations import iteration, large, runs

@@ -386,8 +386,8 @@ def test_ct_windows(tmp_path, name):
     _, _, geometry = _prepare(tmp_path / "out", "-i", _nifti(tmp_path / "a.nii", values), "--ct_window", name)
     level, width = CT_WINDOWS[name]
     assert geometry.window == (level - width / 2, level + width / 2)
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert f"| `{name}` | {level} | {width} |" in readme.replace("−", "-")
+    page = (Path(__file__).parents[1] / "docs/how-to/prepare.md").read_text()
+    assert f"| `{name}` | {level} | {width} |" in page.replace("−", "-")
 
 
 def test_a_window_below_zero(tmp_path):
