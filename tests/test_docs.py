@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from test_layers import FLOORS
 
 from benchmarks import report
 
@@ -64,3 +65,8 @@ def test_every_program_and_option_is_in_the_reference(generate):
         assert f"`{option}`" in text
     row = next(line for line in text.splitlines() if line.startswith("| `--lambda_dssim`"))
     assert row.split("|")[2].strip() == "0.25, release"
+
+
+def test_the_architecture_page_has_the_order_that_imports_keep():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    assert tuple(re.findall(r"^\| `(\w+)/` \|", text, re.M)) == FLOORS
