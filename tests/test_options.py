@@ -229,7 +229,7 @@ def test_the_same_options_give_the_same_model(runs, base):
 
 @pytest.mark.parametrize("name", CHANGES_THE_MODEL)
 def test_an_option_changes_the_model(runs, base, name, monkeypatch):
-    monkeypatch.setattr("training.run.InBetween", BriefInBetween)
+    monkeypatch.setattr("training.data.InBetween", BriefInBetween)
     changes = {name: CHANGES_THE_MODEL[name]}
     assert BASE.get(name) != changes[name]
     assert differ(base, runs(**changes)), name

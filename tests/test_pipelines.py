@@ -672,7 +672,7 @@ def test_in_betweens_expect_what_moves_where_it_would_be():
 
 @pytest.mark.parametrize("pipeline", ["img", "seg", "joint"])
 def test_what_is_expected_is_kept_for_a_run_that_goes_on(data, tmp_path, monkeypatch, pipeline):
-    monkeypatch.setattr("training.run.InBetween", BriefInBetween)
+    monkeypatch.setattr("training.data.InBetween", BriefInBetween)
     images, seg = data
     root = seg if pipeline == "seg" else images
     options = ["--ibfr_target", "motion", "--ibfr_from_iter", 1, "--lambda_ibfr_seg", 1]

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,6 +27,7 @@ from sequences import (
 )
 
 import train
+import training.density_control
 import training.iteration
 import training.run
 from scene.checkpoint import all_of, load_checkpoint
@@ -278,6 +280,29 @@ def test_other_frames_are_refused(data, tmp_path, capsys):
     assert "5 frames" in capsys.readouterr().err
     moved = shutil.copytree(data[0], tmp_path / "moved")  # the same frames at another place
     train_at(moved, tmp_path / "out", *AUTO, "--iterations", 4)
+
+
+def test_what_cannot_start_is_refused_before_motion_is_computed(data, tmp_path, capsys, monkeypatch):
+    """It takes minutes."""
+
+    def never(*_, **__):
+        raise AssertionError("it went on")
+
+    out = tmp_path / "out"
+    train_at(data[0], out, "--iterations", 2)
+    monkeypatch.setattr("training.data.InBetween", SimpleNamespace(load=never))
+    best = ("--preset", "best", "--iterations", 2)
+    for options, words in (
+        (("--start_checkpoint", tmp_path / "missing.pth"), "missing.pth does not exist"),
+        (("--start_checkpoint", out / "chkpnt2.pth", "--resolution", 2), "was trained on frames of"),
+        (("--start_checkpoint", out / "chkpnt2.pth"), "give more --iterations"),
+    ):
+        assert refused(data[0], out, *best, *options) == 2
+        assert words in capsys.readouterr().err
+    assert refused(write(tmp_path / "many", blobs(40)), tmp_path / "anew", *best, "--batch_size", 40) == 2
+    assert "--batch_size 40 asks for 79 images" in capsys.readouterr().err
+    with pytest.raises(AssertionError, match="went on"):
+        train_at(data[0], tmp_path / "anew", *best)
 
 
 # ---- killed --------------------------------------------------------------------------------------------------------
@@ -593,17 +618,17 @@ def test_densification_stops_at_the_bound_and_says_so_once(data, tmp_path, capsy
 
 
 def test_the_bound_comes_from_the_free_memory_and_stays_the_runs(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(training.run, "free_memory", lambda device: 4_000_000)
+    monkeypatch.setattr(training.density_control, "free_memory", lambda device: 4_000_000)
     out = tmp_path / "out"
     train_at(data[0], out, "--iterations", 2)
     bound = checkpoint(out, 2).extras["options"]["max_gaussians"]
     assert 150 < bound < 2000
-    monkeypatch.setattr(training.run, "free_memory", lambda device: 400_000_000)
+    monkeypatch.setattr(training.density_control, "free_memory", lambda device: 400_000_000)
     train_at(data[0], out, *AUTO, "--iterations", 3)
     assert checkpoint(out, 3).extras["options"]["max_gaussians"] == bound
     train_at(data[0], out, *AUTO, "--iterations", 4, "--max_gaussians", 777)
     assert checkpoint(out, 4).extras["options"]["max_gaussians"] == 777
-    monkeypatch.setattr(training.run, "free_memory", lambda device: 40_000)
+    monkeypatch.setattr(training.density_control, "free_memory", lambda device: 40_000)
     assert refused(data[0], tmp_path / "other", "--iterations", 1) == 2
     assert "--max_gaussians" in capsys.readouterr().err and not (tmp_path / "other").exists()
 

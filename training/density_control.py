@@ -7,16 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from arguments import OptimisationOptions
+from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import rasterizer
 from scene.cameras import Camera
+from scene.checkpoint import Checkpoint
 from scene.gaussian_model import GaussianModel
+from utils.errors import UserError
+from utils.memory import free_memory
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
 
 
 class DensityControl:
@@ -103,6 +108,33 @@ class DensityControl:
         take_rows(model, optimizer, rows[keep], fresh[keep], {"xyz": xyz[keep], "scaling": scaling[keep]})
         self.statistics = _zeros(len(model), model.device)
         return held_back
+
+
+def with_bound(
+    options: TrainOptions, saved: Checkpoint | None, device: torch.device, channels: int
+) -> TrainOptions:
+    """``options`` with the number of Gaussians that may be reached, where none is given: the checkpoint's, so that
+    the run goes on as it would have, else as many as the memory is likely to hold."""
+    before = saved.extras.get("options", {}).get("max_gaussians", 0) if saved else 0
+    if options.max_gaussians or type(before) is not int:
+        return options
+    if before > 0:
+        return replace(options, max_gaussians=before)
+    heads = 2 if options.pipeline == "joint" or options.seg_head_only else 1
+    raw = 11 + 2 * options.poly_degree + heads * (channels * (options.sh_degree + 1) ** 2 + 1)
+    # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
+    # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
+    # where Gaussians are as small as after training).
+    images = heads * (2 * options.batch_size - 1)
+    size = 4 * (5 * raw + 5 + 100 * images)
+    most = int(_MEMORY_SHARE * free_memory(device)) // size
+    start = len(saved.params["xyz"]) if saved else options.num_pts
+    if start > most:
+        raise UserError(
+            f"{start} Gaussians are likely to need more than half of the free memory, which would hold {most}: lower "
+            "--num_pts or --batch_size, free some, or say how many to try with --max_gaussians"
+        )
+    return replace(options, max_gaussians=most)
 
 
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:

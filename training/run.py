@@ -4,51 +4,38 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
-import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
-from gaussian_renderer import MAX_RENDERS, rasterizer
-from in_between.prediction import InBetween
+from gaussian_renderer import rasterizer
 from patient.geometry import FILE_NAME, Geometry
 from scene.cameras import Camera
-from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable, save_checkpoint
-from scene.frames import Frames, write_mirror
+from scene.checkpoint import Checkpoint, all_of, save_checkpoint
+from scene.frames import write_mirror
 from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
-from scene.heldout import HeldOut, hold_out
+from scene.heldout import HeldOut
 from scene.image_start import image_start
 from scene.point_cloud import write_point_cloud, write_points
 from training.batches import Sampler, Views
-from training.density_control import DensityControl, reset_opacity
+from training.data import check_batch, expected_between, read_data
+from training.density_control import DensityControl, reset_opacity, with_bound
 from training.evaluation import Evaluation, TaskScores
 from training.finite import magnitudes, moments, not_finite
 from training.iteration import IterationResult, Objective, forward_backward
 from training.pipelines import Task, tasks
 from training.recording import RecordedStep
 from training.reports import Metrics
+from training.resuming import as_saved, changes, check_continues, check_fits, starting_point, with_model_of
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
-from utils.memory import free_memory
 from utils.metrics import psnr
 from utils.spherical_harmonics import to_colour
-
-_MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
-
-# Of a run's options, those that say nothing of what it computes.
-_OF_NO_CONSEQUENCE = {
-    "source_path", "seg_source_path", "model_path", "start_checkpoint", "quiet", "debug", "debug_from", "num_pts",
-    "start",
-}  # fmt: skip
-# And those that a run cannot change half way: it would be neither the one nor the other.
-_FIXED = ("pipeline", "distance", "white_background", "random_background")
 
 
 @dataclass
@@ -77,19 +64,22 @@ class Training:
     def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
-        frames, masks, geometry, tests = _read_data(options, device, say)
-        todo = tasks(options, frames, masks, _in_between(options, frames, masks, geometry, say))
-        _check_batch(options, todo)
         asked = options
-        options, saved = _starting_point(options, device, say)
+        options, saved = starting_point(options, device, say)
+        data = read_data(options, device, say)
+        frames, geometry = data.frames, data.geometry
+        todo = tasks(options, frames, data.masks)
+        check_batch(options, todo)
+        if saved is not None:
+            check_fits(options, saved, frames)
         camera = Camera(frames.width, frames.height, options.distance)
         generator = torch.Generator().manual_seed(options.seed)
-        channels = saved.channels if saved else max(f.channels for f in (frames, masks) if f is not None)
+        channels = saved.channels if saved else data.channels
         background = torch.full((channels,), 1.0 if options.white_background else 0.0)
         if options.random_background:
             background = torch.rand(channels, generator=generator)
 
-        options = _with_bound(options, saved, device, channels)
+        options = with_bound(options, saved, device, channels)
         if saved is None:
             durations = geometry.durations() if geometry else None
             if options.start == "frames":
@@ -100,9 +90,8 @@ class Training:
                     options, camera, len(frames), channels, generator, device, durations
                 )
         else:
-            _check_fits(options, saved, frames)
             model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
-            options = _with_model_of(options, saved)
+            options = with_model_of(options, saved)
         needs_head = options.pipeline == "joint" or options.seg_head_only
         if needs_head and SEGMENTATION not in model.heads:
             model.add_segmentation_head()
@@ -118,12 +107,15 @@ class Training:
             generator,
             background.to(device),
             geometry,
-            {task.name: test for task, test in zip(todo, tests, strict=True) if test is not None},
+            {task.name: test for task, test in zip(todo, data.heldout, strict=True) if test is not None},
             say=say,
         )
         if saved is not None:
             training.found = asked.start_checkpoint == AUTO
             training._resume(saved, say)
+        if training.iteration < options.iterations:  # last, as it takes minutes
+            between = expected_between(options, data, say)
+            training.tasks = tasks(options, frames, data.masks, between)
         return training
 
     def _resume(self, saved: Checkpoint, say: Callable[[str], object]) -> None:
@@ -144,7 +136,7 @@ class Training:
                 "(it was not optimising these parameters)"
             )
             return
-        _check_continues(options, saved, self.pixels)
+        check_continues(options, saved, self.pixels)
         groups = self.optimizer.state_dict()["param_groups"]  # rates come from the options
         assert saved.optimizer is not None
         self.optimizer.load_state_dict({"state": saved.optimizer["state"], "param_groups": groups})
@@ -155,9 +147,8 @@ class Training:
             self.background = saved.extras["background"].to(self.model.device)
         self.iteration = saved.iteration
         say(f"resuming {path} at iteration {saved.iteration}")
-        changes = _changes(saved.extras.get("options", {}), _as_saved(options))
-        if changes:
-            say(f"options that changed since then: {', '.join(changes)}")
+        if changed := changes(saved.extras.get("options", {}), as_saved(options)):
+            say(f"options that changed since then: {', '.join(changed)}")
         if "trained" in saved.extras:
             self.averaged = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
             with torch.no_grad():
@@ -380,7 +371,7 @@ class Training:
             "bits": frames.bits,
             "numbers": frames.numbers,
             "pixels": self.pixels,
-            "options": _as_saved(self.options),
+            "options": as_saved(self.options),
             "background": self.background.cpu(),
             "random": self.generator.get_state(),
             "gradients": {
@@ -425,221 +416,3 @@ class Training:
         below = (self.folder / "xyz", self.folder / "plots", *self.folder.glob("point_cloud/*"))
         for folder in (self.folder, *below):
             remove_temporaries(folder)
-
-
-def _read_data(
-    options: TrainOptions, device: torch.device, say: Callable[[str], object]
-) -> tuple[Frames, Frames | None, Geometry | None, list[HeldOut | None]]:
-    """The frames of ``-s``, for joint training the masks that belong to them, the frames' geometry, and for each of
-    the two what is held out of it."""
-    data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
-
-    def read(root: str) -> Frames:
-        return Frames.read(options.folder_of(root), options.resolution, device, data_device, say)
-
-    def read_heldout(folder: Path) -> Frames:
-        return Frames.read(folder, options.resolution, device, data_device, say, consecutive=False)
-
-    sequences = [(options.source_path, read(options.source_path))]
-    geometry = Geometry.find(options.source_path)
-    if geometry is not None and len(geometry.slices) != len(sequences[0][1]):
-        raise UserError(
-            f"{options.source_path} has {len(sequences[0][1])} frames, its {FILE_NAME} has {len(geometry.slices)}: "
-            "run prepare.py again, or remove that file"
-        )
-    if options.pipeline == "joint":
-        assert options.seg_source_path is not None
-        masks = read(options.seg_source_path)
-        _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
-        sequences.append((options.seg_source_path, masks))
-    (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)
-    return frames, others[0] if others else None, geometry, tests
-
-
-def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
-    """Do the masks belong to the frames?"""
-    if len(masks) != len(frames):
-        raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
-    for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
-        if frame != mask:
-            raise UserError(f"{where}: frame number {frame} meets mask number {mask}; number them alike")
-    if (masks.width, masks.height) != (frames.width, frames.height):
-        raise UserError(
-            f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
-        )
-
-
-def _in_between(
-    options: TrainOptions,
-    frames: Frames,
-    masks: Frames | None,
-    geometry: Geometry | None,
-    say: Callable[[str], object],
-) -> InBetween | None:
-    """What in-between frames are expected to show, with --ibfr_target motion; kept in the output folder for a run that
-    goes on."""
-    of_images, of_masks = options.lambda_ibfr + options.lambda_ibfr_dssim, options.lambda_ibfr_seg
-    weights = {"img": (of_images,), "seg": (of_masks,)}
-    wanted = weights.get(options.pipeline, (of_images, of_masks))
-    if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
-        return None
-    images = frames(range(len(frames)))
-    truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
-    truth = None if truth is None else truth.mean(1, keepdim=True)
-    gap = None
-    if geometry is not None and geometry.spacing is not None and geometry.evenly_spaced:
-        column, row, frame = geometry.spacing
-        gap = (
-            frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
-        )  # --resolution changes pixels
-    path = Path(options.model_path) / "in_between.pt"
-    kept = InBetween.load(path, images, truth, gap, options.seed)
-    if kept is not None:
-        return kept
-    start = time.perf_counter()
-    made = InBetween(images, truth, gap, options.seed)
-    made.save(path, images, truth)
-    say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
-    return made
-
-
-def _check_batch(options: TrainOptions, todo: list[Task]) -> None:
-    """Can the rasteriser draw an iteration's images at once?"""
-    real = min(options.batch_size, len(todo[0].frames))
-    renders = sum(2 * real - 1 if task.in_betweens else real for task in todo)
-    if renders > MAX_RENDERS and options.rasterizer == "compiled":
-        raise UserError(
-            f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
-            f"included: {MAX_RENDERS} is the most; give a smaller one"
-        )
-
-
-def _starting_point(
-    options: TrainOptions, device: torch.device, say: Callable[[str], object]
-) -> tuple[TrainOptions, Checkpoint | None]:
-    """The checkpoint to start from, and ``options`` that name its file; None for a new model."""
-    folder = Path(options.model_path)
-    if options.start_checkpoint != AUTO:
-        if options.start_checkpoint:
-            return options, load_checkpoint(options.start_checkpoint, device)
-        if there := all_of(folder):
-            say(
-                f"{folder} holds checkpoints of an earlier run, up to iteration {max(there)}: this run starts anew "
-                f"among them (--start_checkpoint {AUTO} goes on)"
-            )
-        return options, None
-    found = newest_readable(folder, device)
-    if found is not None:
-        return replace(options, start_checkpoint=str(found[0])), found[1]
-    if options.seg_head_only:
-        raise UserError(
-            f"{folder} holds no checkpoint that can be read, and --seg_head_only needs a model: name one"
-        )
-    say(f"{folder} holds no checkpoint that can be read: starting anew")
-    return replace(options, start_checkpoint=None), None
-
-
-def _with_bound(
-    options: TrainOptions, saved: Checkpoint | None, device: torch.device, channels: int
-) -> TrainOptions:
-    """``options`` with the number of Gaussians that may be reached, where none is given: the checkpoint's, so that
-    the run goes on as it would have, else as many as the memory is likely to hold."""
-    before = saved.extras.get("options", {}).get("max_gaussians", 0) if saved else 0
-    if options.max_gaussians or type(before) is not int:
-        return options
-    if before > 0:
-        return replace(options, max_gaussians=before)
-    heads = 2 if options.pipeline == "joint" or options.seg_head_only else 1
-    raw = 11 + 2 * options.poly_degree + heads * (channels * (options.sh_degree + 1) ** 2 + 1)
-    # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
-    # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
-    # where Gaussians are as small as after training).
-    images = heads * (2 * options.batch_size - 1)
-    size = 4 * (5 * raw + 5 + 100 * images)
-    most = int(_MEMORY_SHARE * free_memory(device)) // size
-    start = len(saved.params["xyz"]) if saved else options.num_pts
-    if start > most:
-        raise UserError(
-            f"{start} Gaussians are likely to need more than half of the free memory, which would hold {most}: lower "
-            "--num_pts or --batch_size, free some, or say how many to try with --max_gaussians"
-        )
-    return replace(options, max_gaussians=most)
-
-
-def _as_saved(options: TrainOptions) -> dict[str, Any]:
-    values = {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(options).items()}
-    return {name: value for name, value in values.items() if name != "given"}
-
-
-def _changes(before: Mapping[Any, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which options of consequence differ from those of the checkpoint, in words."""
-    return [
-        f"--{name} {value} (was {before[name]})"
-        for name, value in now.items()
-        if name in before and name not in _OF_NO_CONSEQUENCE and before[name] != value
-    ]
-
-
-def _check_continues(options: TrainOptions, saved: Checkpoint, pixels: str) -> None:
-    """Is this the same run, gone on with? Raises `UserError` where it could not mean anything."""
-    path, before = options.start_checkpoint, saved.extras.get("options", {})
-    for name in _FIXED:
-        if name in before and before[name] != getattr(options, name):
-            raise UserError(
-                f"--{name} {getattr(options, name)}: the run of {path} had {before[name]}, and cannot go on with "
-                "another; give that, or start anew"
-            )
-    if saved.extras.get("pixels", pixels) != pixels:
-        raise UserError(
-            f"{path} was trained on other frames than those of {options.source_path} (as many, of the same size, with "
-            "other pixels): give those, or start anew"
-        )
-
-
-def _check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:
-    """Do the checkpoint's model and these frames belong together?"""
-    path = options.start_checkpoint
-    if saved.num_frames != len(frames):
-        raise UserError(
-            f"{path} was trained on {saved.num_frames} frames, {options.source_path} has {len(frames)}: "
-            "give the frames that it was trained on"
-        )
-    size = saved.extras.get("width", frames.width), saved.extras.get("height", frames.height)
-    if size != (frames.width, frames.height):
-        raise UserError(
-            f"{path} was trained on frames of {size[0]} x {size[1]} pixels, these are {frames.width} x "
-            f"{frames.height}: check -s and --resolution"
-        )
-    numbers = saved.extras.get("numbers", frames.numbers)
-    if numbers != frames.numbers:
-        pair = next(pair for pair in zip(numbers, frames.numbers, strict=True) if pair[0] != pair[1])
-        raise UserError(
-            f"{path} was trained on frame number {pair[0]} where {options.source_path} has number {pair[1]}: give the "
-            "frames that it was trained on"
-        )
-    if saved.extras.get("distance", options.distance) != options.distance:
-        raise UserError(f"{path} was trained with --distance {saved.extras['distance']}: give it again")
-    if max(frames.channels, saved.channels) != saved.channels:
-        raise UserError(f"{path} is a grey model, and the frames of {options.source_path} are coloured")
-
-
-def _with_model_of(options: TrainOptions, saved: Checkpoint) -> TrainOptions:
-    """``options`` whose model is the one of the checkpoint, so that what is saved of the run is true.
-
-    Raises `UserError` where the command line asks for another.
-    """
-    actual = replace(
-        options,
-        poly_degree=saved.poly_degree,
-        sh_degree=saved.sh_degree,
-        use_dff=saved.uses_dff,
-        num_pts=len(saved.params["xyz"]),
-        antialiasing=options.antialiasing if saved.antialiasing is None else saved.antialiasing,
-    )
-    for name in options.given & {"poly_degree", "sh_degree", "use_dff", "antialiasing"}:
-        wanted, there = getattr(options, name), getattr(actual, name)
-        if wanted != there:
-            raise UserError(
-                f"--{name} {wanted}: the model of {options.start_checkpoint} has {there}; leave it out"
-            )
-    return actual

@@ -1,0 +1,114 @@
+"""What a run trains on: frames, masks, what is held out of them, and what motion expects between them."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from arguments import TrainOptions, resolve_device
+from gaussian_renderer import MAX_RENDERS
+from in_between.prediction import InBetween
+from patient.geometry import FILE_NAME, Geometry
+from scene.frames import Frames
+from scene.heldout import HeldOut, hold_out
+from training.pipelines import Task
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Data:
+    """What was read for a run."""
+
+    frames: Frames  # of ``-s``: images, or in plain segmentation training masks
+    masks: Frames | None  # of joint training, one per frame
+    geometry: Geometry | None  # of the frames, where prepare.py wrote it
+    heldout: list[HeldOut | None]  # of the frames and of the masks
+
+    @property
+    def channels(self) -> int:
+        """C of a model that can show them all."""
+        return max(f.channels for f in (self.frames, self.masks) if f is not None)
+
+
+def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], object]) -> Data:
+    """Reads the frames of ``-s``, and for joint training the masks that belong to them."""
+    data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
+
+    def read(root: str) -> Frames:
+        return Frames.read(options.folder_of(root), options.resolution, device, data_device, say)
+
+    def read_heldout(folder: Path) -> Frames:
+        return Frames.read(folder, options.resolution, device, data_device, say, consecutive=False)
+
+    sequences = [(options.source_path, read(options.source_path))]
+    geometry = Geometry.find(options.source_path)
+    if geometry is not None and len(geometry.slices) != len(sequences[0][1]):
+        raise UserError(
+            f"{options.source_path} has {len(sequences[0][1])} frames, its {FILE_NAME} has {len(geometry.slices)}: "
+            "run prepare.py again, or remove that file"
+        )
+    if options.pipeline == "joint":
+        assert options.seg_source_path is not None
+        masks = read(options.seg_source_path)
+        _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
+        sequences.append((options.seg_source_path, masks))
+    (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)
+    return Data(frames, others[0] if others else None, geometry, tests)
+
+
+def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
+    """Do the masks belong to the frames?"""
+    if len(masks) != len(frames):
+        raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
+    for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
+        if frame != mask:
+            raise UserError(f"{where}: frame number {frame} meets mask number {mask}; number them alike")
+    if (masks.width, masks.height) != (frames.width, frames.height):
+        raise UserError(
+            f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"
+        )
+
+
+def expected_between(options: TrainOptions, data: Data, say: Callable[[str], object]) -> InBetween | None:
+    """What in-between frames are expected to show, with --ibfr_target motion: read from the output folder where an
+    earlier run left it, else computed, which takes minutes."""
+    frames, masks, geometry = data.frames, data.masks, data.geometry
+    of_images, of_masks = options.lambda_ibfr + options.lambda_ibfr_dssim, options.lambda_ibfr_seg
+    weights = {"img": (of_images,), "seg": (of_masks,)}
+    wanted = weights.get(options.pipeline, (of_images, of_masks))
+    if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
+        return None
+    images = frames(range(len(frames)))
+    truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
+    truth = None if truth is None else truth.mean(1, keepdim=True)
+    gap = None
+    if geometry is not None and geometry.spacing is not None and geometry.evenly_spaced:
+        column, row, frame = geometry.spacing
+        gap = (
+            frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
+        )  # --resolution changes pixels
+    path = Path(options.model_path) / "in_between.pt"
+    kept = InBetween.load(path, images, truth, gap, options.seed)
+    if kept is not None:
+        return kept
+    start = time.perf_counter()
+    made = InBetween(images, truth, gap, options.seed)
+    made.save(path, images, truth)
+    say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
+    return made
+
+
+def check_batch(options: TrainOptions, todo: Sequence[Task]) -> None:
+    """Can the rasteriser draw an iteration's images at once?"""
+    real = min(options.batch_size, len(todo[0].frames))
+    renders = sum(2 * real - 1 if task.in_betweens else real for task in todo)
+    if renders > MAX_RENDERS and options.rasterizer == "compiled":
+        raise UserError(
+            f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
+            f"included: {MAX_RENDERS} is the most; give a smaller one"
+        )
