@@ -143,6 +143,65 @@ def test_processes_that_start_together_compile_once(toy: Path, tmp_path: Path) -
     assert sum("compiling" in text for text in said) == 1
 
 
+@needs_compiler
+def test_library_that_ends_its_process_is_refused(toy: Path, tmp_path: Path) -> None:
+    (toy / "csrc/cpu/answer.cpp").write_text(
+        f"// {tmp_path}\n#include <cstdlib>\n"
+        'static int end = std::getenv("TOY_ENDS") ? (std::abort(), 0) : 0;\n'
+    )
+    loader_of(toy).load()
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    loader = loader_of(toy)
+    assert loader.check(library) is None
+    os.environ["TOY_ENDS"] = "1"
+    try:
+        problem = loader.check(library)
+    finally:
+        del os.environ["TOY_ENDS"]
+    assert problem is not None and "ends the process (signal 6)" in problem and "CXX=" in problem
+    assert "fails its self-test" in str(loader.check(tmp_path / "missing.so"))
+
+
+REFUSING = """
+#include <torch/library.h>
+static int64_t self_test(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0, "must not be negative, got ", number);
+  return number;
+}
+TORCH_LIBRARY(toy, m) { m.def("self_test(int number) -> int", &self_test); }
+"""
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about the shared libstdc++ of Linux")
+def test_compiler_with_a_runtime_of_its_own(toy: Path, tmp_path: Path) -> None:
+    """As a compiler copied to another folder: its static libstdc++ must not join the one that torch loaded."""
+    compiler = tmp_path / "g++"
+    compiler.write_text('#!/bin/sh\nexec g++ -static-libstdc++ "$@"\n')
+    compiler.chmod(0o755)
+    (toy / "csrc/cpu/answer.cpp").write_text(f"// {tmp_path}\n{REFUSING}")
+    (toy / "__init__.py").touch()
+    load = "from toy import _library; _library.load()"
+    environment = {"CXX": str(compiler), "PYTHONPATH": str(tmp_path)}
+    # What happened before the loaded runtime was named to the linker: the first number in a message ended the process,
+    # or was lost. The loader's own test sees it.
+    without = "from toy import _library; _library.link_flags = lambda: []; _library.load()"
+    done = subprocess.run(
+        [sys.executable, "-c", without],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done
+    assert "It is not used" in done.stderr.splitlines()[-1], done.stderr
+    assert not list((tmp_path / "cache").glob("toy/*.so"))
+    run(sys.executable, "-c", load, **environment)
+    (library,) = (tmp_path / "cache").glob("toy/*.so")
+    assert loader_of(toy).check(library) is None
+
+
 PROBE = """
 import torch, diff_gaussian_rasterization
 print(diff_gaussian_rasterization.__file__, torch.ops.diff_gaussian_rasterization.blend)

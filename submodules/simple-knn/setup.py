@@ -37,6 +37,12 @@ def compiled_part(target: str) -> dict:
         def get_ext_filename(self, ext_name: str) -> str:
             return os.path.join(*ext_name.split(".")[:-1], _library.installed_library(target).name)
 
+        def run(self) -> None:
+            super().run()
+            for library in self.get_outputs():
+                if problem := _library.check(Path(library)):
+                    raise SystemExit(f"{NAME} was compiled, but {problem}")
+
     cuda = target != "cpu"
     flags = {"cxx": [*_library.CXX_FLAGS], "nvcc": [*_library.NVCC_FLAGS]}
     extension = (CUDAExtension if cuda else CppExtension)(
@@ -44,7 +50,7 @@ def compiled_part(target: str) -> dict:
         [os.path.relpath(path) for path in _library.sources(target)],
         include_dirs=[os.path.abspath(f"{NAME}/csrc")],
         extra_compile_args=flags if cuda else flags["cxx"],
-        extra_link_args=_library.LINK_FLAGS,
+        extra_link_args=_library.link_flags(),
     )
     return {"ext_modules": [extension], "cmdclass": {"build_py": FreshBuildPy, "build_ext": BuildLibrary}}
 

@@ -6,6 +6,9 @@ torch, or of other sources, is never loaded: under the name looked for it is not
 1. beside this file, where an install that sees torch (`pip install --no-build-isolation`) compiles it;
 2. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
 
+A library that was just compiled must prove itself in a process of its own before it is used: an error raised in it has
+to arrive in Python (`check`). Where the compiler brings a C++ runtime of its own, it would end the process instead.
+
 The environment variable MEDGS_FORCE_CPU=1 leaves the CUDA kernels out, MEDGS_CXX_FLAGS adds flags for the C++ compiler
 and linker (a library compiled with other flags has another name); TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
 This file is the same in both packages (a test compares them), and setup.py reads it too: it imports torch late.
@@ -33,6 +36,24 @@ CXX_FLAGS = ["-O3", "-fno-math-errno"] + ([] if sys.platform == "darwin" else ["
 CXX_FLAGS += os.environ.get("MEDGS_CXX_FLAGS", "").split()
 LINK_FLAGS = [flag for flag in CXX_FLAGS if flag.startswith(("-fopenmp", "-fsanitize"))]
 NVCC_FLAGS = ["-O3"]
+
+
+def link_flags() -> list[str]:
+    """Flags of the linker. On Linux they name the C++ runtime that torch has loaded, before the compiler's own.
+
+    A compiler that finds no shared libstdc++ of its own (one copied to another folder, one built without it) links the
+    static one, without a word. Two runtimes in one process share some of their symbols and not others, and the first
+    number that is written into an error message then calls into nothing. Named first, the loaded runtime provides all
+    that it has; what a newer compiler needs beyond that still comes from its own archive, and stays private.
+    """
+    import torch  # noqa: F401  (it loads the runtime)
+
+    if not sys.platform.startswith("linux"):
+        return LINK_FLAGS
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    loaded = {line.split(maxsplit=5)[5] for line in maps if "/" in line}
+    runtime = [p for p in sorted(loaded) if Path(p).name.startswith(("libstdc++.so", "libgcc_s.so"))]
+    return [*LINK_FLAGS, *runtime, "-Wl,--exclude-libs,libstdc++.a:libgcc_eh.a"]
 
 
 @functools.cache
@@ -186,7 +207,7 @@ def _compile(target: str, name: str, library: Path) -> None:
                 sources=[str(path) for path in files],
                 extra_cflags=[*CXX_FLAGS],
                 extra_cuda_cflags=[*NVCC_FLAGS],
-                extra_ldflags=LINK_FLAGS,
+                extra_ldflags=link_flags(),
                 extra_include_paths=[str(CSRC)],
                 build_directory=str(build),
                 with_cuda=target != "cpu",
@@ -197,10 +218,53 @@ def _compile(target: str, name: str, library: Path) -> None:
             log.write_text(str(error))
             lines = [line.strip() for line in str(error).splitlines() if line.strip()]
             reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
-            raise ImportError(f"compiling {NAME} failed: {reason} (all of it in {log}); mend that") from error
+            raise ImportError(f"compiling {NAME} failed: {reason} (full output in {log})") from error
+    if problem := check(build / f"{name}.so"):
+        raise ImportError(f"{NAME} was compiled with {_compiler()}, but {problem}")
     # Under its name only once whole. torch has loaded it already: the same file again is no second load.
     os.replace(build / f"{name}.so", library)
     shutil.rmtree(build)
+
+
+def check(library: Path) -> str | None:
+    """What is wrong with a library that was just compiled, None where it may be used.
+
+    Every library has an operator `self_test` that refuses its argument; a process of its own asks for that, so that
+    the end of it is seen.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", _SELF_TEST, str(library), NAME], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return None
+    if done.returncode > 0:
+        how = f"fails its self-test: {(done.stderr.strip().splitlines() or ['no reason given'])[-1]}"
+    else:
+        how = f"ends the process (signal {-done.returncode}) where it should raise an error"
+    return (
+        f"it {how}. It is not used: its C++ runtime may not go with torch's. Name another compiler (CXX=/usr/bin/g++), "
+        "or install the shared libstdc++ of this one"
+    )
+
+
+_SELF_TEST = """
+import sys
+import torch
+library, name = sys.argv[1:]
+torch.ops.load_library(library)
+test = getattr(getattr(torch.ops, name), "self_test", None)
+if test is not None:
+    try:
+        test(-1)
+    except ValueError as error:
+        assert "got -1" in str(error), error
+    else:
+        raise AssertionError("self_test(-1) was not refused")
+"""
+
+
+def _compiler() -> str:
+    return os.environ.get("CXX", "c++").split()[-1]
 
 
 def _missing_tool() -> str | None:

@@ -60,6 +60,16 @@ std::string cpu_kernels() {
   return std::strcmp(name, "generic") == 0 ? "portable" : name;
 }
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) { m.def("cpu_kernels() -> str", &cpu_kernels); }
+/// Refuses every negative number. The loader asks for it once after compiling, to see that an error raised here, with a
+/// number in its message, arrives in Python.
+int64_t self_test(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0, "self_test: must not be negative, got ", number);
+  return number;
+}
+
+TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+  m.def("cpu_kernels() -> str", &cpu_kernels);
+  m.def("self_test(int number) -> int", &self_test);
+}
 
 }  // namespace medgs

@@ -38,9 +38,18 @@ at::Tensor mean_squared_distances(const at::Tensor& points) {  // [N, 3] -> [N]
   return means;
 }
 
+/// See self_test in diff_gaussian_rasterization.
+int64_t self_test(int64_t number) {
+  TORCH_CHECK_VALUE(number >= 0, "self_test: must not be negative, got ", number);
+  return number;
+}
+
 }  // namespace
 
-TORCH_LIBRARY(simple_knn, m) { m.def("mean_squared_distances(Tensor points) -> Tensor"); }
+TORCH_LIBRARY(simple_knn, m) {
+  m.def("mean_squared_distances(Tensor points) -> Tensor");
+  m.def("self_test(int number) -> int", &self_test);
+}
 
 TORCH_LIBRARY_IMPL(simple_knn, CUDA, m) { m.impl("mean_squared_distances", &mean_squared_distances); }
 
