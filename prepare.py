@@ -25,7 +25,7 @@ from scipy.ndimage import find_objects
 from patient.geometry import FILE_NAME, HELDOUT, FrameCut, Geometry, cut_geometry, upright_cut, voxel_sizes
 from patient.meshes import otsu
 from patient.readers import READERS, read_volume
-from patient.volumes import Volume
+from patient.volumes import Choice, Volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
 from utils.images import MAX_PIXELS, limit_pixels, write_image
@@ -53,15 +53,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.output)
     _check_output(out, options.force)
 
-    volume = read_volume(options.input, options.frame, options.series)
+    choice = Choice(
+        options.frame,
+        options.series,
+        options.acquisition,
+        options.echo,
+        options.time,
+        options.form,
+        options.resample,
+    )
+    volume = read_volume(options.input, choice=choice)
     if options.frame and volume.index is None:
         raise UserError(f"{options.input} holds one volume: there is no --frame {options.frame}")
     say(f"{options.input}: {_describe(volume)}")
     for note in volume.notes:
         say(f"  note: {note}")
     cut = upright_cut(volume.affine, _axis(options.axis, volume))
-    finite = _count_finite(volume, say)
-    window = _window(volume, finite, options, say)
+    measured = _measured(volume, say)
+    window = _window(volume, measured, options, say)
     label = None
     if options.label is not None:
         label = _label(options.label, options.label_value, options.frame, volume, say)
@@ -76,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bits=options.bits or volume.bits,
         source=volume.name,
         volume=volume.index,
+        sizes=volume.sizes and tuple(volume.sizes[axis] for axis in cut.axes),
     )
     if len(geometry.slices) < 2:
         raise UserError(
@@ -114,6 +124,24 @@ def parser() -> argparse.ArgumentParser:
         "-l", "--label", help="its label, of the same kinds; another grid is resampled (nearest)"
     )
     parser.add_argument("--series", metavar="UID", help="which series of a DICOM folder that holds several")
+    parser.add_argument(
+        "--acquisition", type=int, metavar="N", help="which acquisition of a DICOM series, by its number"
+    )
+    parser.add_argument("--echo", type=int, metavar="N", help="which echo of a DICOM series, by its number")
+    parser.add_argument(
+        "--time", type=int, metavar="N", help="which temporal position of a DICOM series, by its number"
+    )
+    parser.add_argument(
+        "--form",
+        choices=("q", "s"),
+        help="which of NIfTI's two affines places the volume (default: the sform, where there is one)",
+    )
+    parser.add_argument(
+        "--resample",
+        type=_margin,
+        metavar="MM",
+        help="make an even volume of a tracked sequence (PLUS, SlicerIGT), with voxels of this size",
+    )
     parser.add_argument(
         "--label_value", type=float, nargs="+", metavar="V", help="which labels count (default: all but 0)"
     )
@@ -213,24 +241,31 @@ def _axis(wanted: str, volume: Volume) -> int:
     )  # headers round: equal to a thousandth
 
 
-def _count_finite(volume: Volume, say: Say) -> np.ndarray | None:
-    """Mask of finite voxels, or None where all are."""
+def _measured(volume: Volume, say: Say) -> np.ndarray | None:
+    """Mask of the voxels that the window is made of, or None of all: finite, and not marked as padding."""
+    inside = None if volume.padded is None else ~volume.padded
+    if inside is not None:
+        share = np.count_nonzero(volume.padded) / inside.size
+        if not inside.any():
+            raise UserError(f"{volume.name} is padding everywhere: nothing was measured")
+        say(f"  note: {share:.1%} of the voxels are padding (PixelPaddingValue), and left out of percentiles")
     if volume.values.dtype.kind != "f":
-        return None
+        return inside
     finite = np.isfinite(volume.values)
     bad = finite.size - np.count_nonzero(finite)
     if bad == finite.size:
         raise UserError(f"{volume.name} has no finite voxel")
-    if bad:
-        say(f"  note: {bad:,} voxels are NaN or infinite; they get the low end of the window")
-    return finite if bad else None
+    if not bad:
+        return inside
+    say(f"  note: {bad:,} voxels are NaN or infinite; they get the low end of the window")
+    return finite if inside is None else finite & inside
 
 
 def _window(
-    volume: Volume, finite: np.ndarray | None, options: argparse.Namespace, say: Say
+    volume: Volume, measured: np.ndarray | None, options: argparse.Namespace, say: Say
 ) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
-    values = volume.values if finite is None else volume.values[finite]
+    values = volume.values if measured is None else volume.values[measured]
     smallest, largest = float(values.min()), float(values.max())
     low, high = options.window or (0.0, 0.0)
     if options.ct_window is not None:
@@ -410,9 +445,17 @@ def _write_frames(
 def _describe(volume: Volume) -> str:
     shape = " x ".join(map(str, volume.values.shape[:3]))
     if volume.affine is None:
-        return f"{shape} (columns, rows, frames), no millimetres known"
+        return f"{shape} (columns, rows, frames), {_known_sizes(volume)}"
     spacing = " x ".join(f"{size:.4g}" for size in voxel_sizes(volume.affine))
     return f"{shape} voxels of {spacing} mm, axes to {''.join(aff2axcodes(volume.affine))}"
+
+
+def _known_sizes(volume: Volume) -> str:
+    """What is known of millimetres without a place in a patient."""
+    if volume.sizes is None or not any(volume.sizes):
+        return "no millimetres known"
+    sizes = ["?" if size is None else f"{size:.4g}" for size in volume.sizes]
+    return f"of {' x '.join(sizes)} mm, no place in a patient known"
 
 
 def _summary(geometry: Geometry) -> str:

@@ -74,6 +74,8 @@ class Geometry:
     """Source slices between the frames that were left out of them (`--keep_every`)."""
     heldout_positions: tuple[float, ...] = ()
     """Their places, as `positions`."""
+    sizes: tuple[float | None, float | None, float | None] | None = None
+    """Without an affine: millimetres from one (column, row, frame) to the next, as far as the source says them."""
 
     @property
     def axis(self) -> int:

@@ -1,10 +1,15 @@
-"""What readers share: choices among volumes, optional libraries, words, and stacks of pictures."""
+"""What readers share: choices among volumes, optional libraries, limits, words, and stacks of pictures."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import os
 import re
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +19,97 @@ from patient.geometry import check_affine, swap_ras_lps
 from patient.volumes import Volume
 from utils.errors import UserError
 
+DEFLATE = 1032
+"""Bytes that one byte of a deflate stream can become at most; other codecs of medical images reach less."""
+_SMALL_CLAIM = 64 << 20  # bytes that any file may ask for
+NO_ORIENTATION = (
+    "nothing in it says which way is left or up: axes are taken as left, posterior, superior, as they come"
+)
+
+
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep the libraries' own lines off stderr, those of C++ included; with --debug they are let through."""
+    if "--debug" in sys.argv:
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        kept = os.dup(2)
+    except OSError:  # no stderr: nothing to keep silent
+        kept = -1
+    if kept >= 0:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        if kept >= 0:
+            os.dup2(kept, 2)
+            os.close(kept)
+
+
+@contextlib.contextmanager
+def damage(path: Path, what: str = "is damaged") -> Iterator[None]:
+    """Around calls of a library that decodes bytes: damaged ones raise whatever they meet, here as a UserError."""
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        raise UserError(f"{path} {what}: {reason(error)}") from error
+
+
+def check_claim(path: Path, claimed: int, stored: int | None = None, ratio: float = DEFLATE) -> None:
+    """Refuse a header that asks for more memory than its file's bytes can fill, before anything is allocated.
+
+    claimed: bytes of voxels. stored: bytes that hold them (default: the file's). ratio: what a stored byte can become.
+    """
+    stored = path.stat().st_size if stored is None else stored
+    if claimed > stored * ratio and (claimed > _SMALL_CLAIM or ratio == 1):
+        raise UserError(
+            f"{path} is damaged or cut off: its header claims {_bytes(claimed)} of voxels, which its"
+            f" {_bytes(stored)} cannot hold"
+        )
+
+
+def _bytes(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.4g} {unit}" if count < 10**15 else f"{count / size:.3g} {unit}"
+    return f"{count} bytes"
+
+
+def check_path_is_text(path: Path, library: str) -> None:
+    """Refuse a path that is not UTF-8, for libraries that end the process over it."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{os.fspath(path)!a}: its name is not UTF-8, which {library} cannot open: rename it"
+        ) from None
+
 
 def stacked(stack: np.ndarray, name: str, notes: list[str], **others: Any) -> Volume:
-    """Pictures (frame, row, column[, channel]) as a Volume without millimetres."""
+    """Pictures (frame, row, column[, channel]) as a Volume without a place in a patient."""
+    if not stack.size:
+        raise UserError(f"{name} is empty: its frames are {stack.shape[2]} x {stack.shape[1]} pixels")
     values = stack.transpose(2, 1, 0, *range(3, stack.ndim))
     full_scale = None
     if values.dtype in (np.uint8, np.uint16):
         full_scale = 0.0, float(np.iinfo(values.dtype).max)
     elif values.dtype.kind == "f" and values.min() >= 0 and values.max() <= 1:
         full_scale = 0.0, 1.0
+    if values.dtype == np.uint16 and 255 < (largest := int(values.max())) < 4096:
+        bits = 10 if largest < 1024 else 12
+        notes.append(
+            f"no pixel is over {largest}: {bits} bits in 16-bit pictures, which show dark; --window 0"
+            f" {2**bits - 1} brightens them"
+        )
     bits = 8 if values.dtype.itemsize == 1 else 16
     return Volume(values, None, bits, name, full_scale=full_scale, notes=notes, **others)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from patient.geometry import is_even
-from patient.readers.common import missing_words, stacked
-from patient.readers.dicom import dicom_files
+from patient.readers.common import listed, missing_words, stacked
 from patient.volumes import Choice, Volume
 from utils.errors import UserError
 from utils.images import image_files, read_image
@@ -17,13 +16,8 @@ from utils.images import image_files, read_image
 
 def read(path: Path, choice: Choice) -> Volume:
     """Images by their numbers, as (column, row, frame[, channel]); nothing is known of millimetres."""
-    files = image_files(path)
-    if not files:
-        inside = next(
-            (child for child in sorted(path.iterdir()) if child.is_dir() and dicom_files(child)), None
-        )
-        hint = f", but {inside} has: give that" if inside else ""
-        raise UserError(f"{path} has no images and no DICOM files{hint}")
+    notes: list[str] = []
+    files = _in_order(path, image_files(path), notes)
     images = []
     for file in files:
         images.append(read_image(file))
@@ -32,16 +26,45 @@ def read(path: Path, choice: Choice) -> Volume:
                 f"{file} is {_describe(images[-1])}, but {files[0].name} is {_describe(images[0])}:"
                 " frames have one size and one kind"
             )
-    notes: list[str] = []
     depths = _numbered_depths(files, notes)
     lossy = any(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
     return stacked(np.stack(images), path.resolve().name, notes, lossy=lossy, depths=depths)
 
 
+def _number(file: Path) -> int | None:
+    """The last number in a name."""
+    found = re.findall(r"[0-9]+", file.stem)
+    return int(found[-1]) if found else None
+
+
+def _in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
+    """Files by the last number in their names, by name where some have none. Raises UserError where two are equal."""
+    negative = [file for file in files if re.search(r"(^|[^0-9A-Za-z])-[0-9]+[^0-9]*$", file.stem)]
+    if negative:
+        raise UserError(
+            f"{folder} has negative numbers in its names ({listed([file.name for file in negative], 3)}), which would"
+            " be taken without their sign: number frames from 0"
+        )
+    numbers = [_number(file) for file in files]
+    if None in numbers:
+        if len(files) > 1:
+            notes.append("not every name has a number: frames are ordered by name")
+        return files
+    by_number: dict[int | None, Path] = {}
+    for number, file in zip(numbers, files, strict=True):
+        if number in by_number:
+            raise UserError(
+                f"{by_number[number]} and {file.name} have the same number, {number}, which says which frame it is:"
+                " take one out, or rename it"
+            )
+        by_number[number] = file
+    return [by_number[number] for number in sorted(by_number)]  # type: ignore[type-var]
+
+
 def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
     """Depths by the last numbers in the names, where some are missing: a gap in the numbers is a gap in time."""
-    found = [re.findall(r"\d+", file.stem) for file in files]
-    numbers = np.array([int(parts[-1]) if parts else -1 for parts in found], np.float64)
+    found = [_number(file) for file in files]
+    numbers = np.array([-1 if number is None else number for number in found], np.float64)
     steps = np.diff(numbers)
     if len(numbers) < 3 or numbers.min() < 0 or steps.min() <= 0 or is_even(numbers):
         return None  # nothing is missing, or the names do not count

@@ -1,26 +1,141 @@
-"""NRRD and MetaImage, read by SimpleITK."""
+"""NRRD and MetaImage: voxels by SimpleITK, what their header says of place and kind by its own words."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from patient.readers.common import chosen_volume, from_lps, reason, simple_itk
-from patient.volumes import Choice, Volume
+from patient.readers.common import (
+    NO_ORIENTATION,
+    check_claim,
+    check_path_is_text,
+    chosen_volume,
+    from_lps,
+    quiet_libraries,
+    reason,
+    simple_itk,
+)
+from patient.volumes import Choice, Sizes, Volume
 from utils.errors import UserError
+
+_UNITS = {
+    **dict.fromkeys(("mm", "millimeter", "millimeters"), 1.0),
+    **dict.fromkeys(("um", "micron", "microns", "micrometer", "micrometers"), 1e-3),
+    **dict.fromkeys(("cm", "centimeter"), 10.0),
+    **dict.fromkeys(("m", "meter"), 1000.0),
+    "nm": 1e-6,
+}
+"""Units of length in millimetres."""
+_COLOURS = ("rgb-color", "rgba-color", "3-color", "4-color", "xyz-color", "hsv-color")
+_LISTS = (
+    "list",
+    "point",
+    "covariant-vector",
+    "normal",
+    "3-gradient",
+    "3-normal",
+    "4-vector",
+    "quaternion",
+    "stub",
+)
+_LONGEST = 4 << 20  # bytes of a header: a tracked sequence has a dozen lines per frame
+
+
+@dataclass(frozen=True)
+class TextHeader:
+    """The lines of an NRRD or MetaImage header, by their lower-case key."""
+
+    nrrd: bool
+    fields: dict[str, str] = field(default_factory=dict)
+    pairs: dict[str, str] = field(default_factory=dict)
+    """NRRD's own key:=value lines, and MetaImage's fields that are not of the format, by their key as written."""
+
+    @property
+    def kinds(self) -> list[str]:
+        return self.fields.get("kinds", "").lower().split()
+
+    @property
+    def poses(self) -> list[str]:
+        """Keys of transforms that each frame of a tracked sequence has."""
+        return [key for key in self.pairs if re.fullmatch(r"Seq_Frame\d+_\w*Transform", key)]
+
+
+def read_text_header(path: Path) -> TextHeader:
+    """The header's text. Raises UserError where the file does not begin with one."""
+    with path.open("rb") as stream:
+        start = stream.read(_LONGEST)
+    nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
+    if nrrd and not start.startswith(b"NRRD"):
+        raise UserError(f"{path} is damaged, or not what its name says: it does not begin with NRRD")
+    fields: dict[str, str] = {}
+    pairs: dict[str, str] = {}
+    for raw in start.split(b"\n"):
+        line = raw.decode("latin-1").strip("\r")
+        if nrrd:
+            if not line:
+                break
+            if ":=" in line:
+                key, value = line.split(":=", 1)
+                pairs[key] = value
+            elif ":" in line and not line.startswith("#"):
+                key, value = line.split(":", 1)
+                fields[key.strip().lower()] = value.strip()
+        else:
+            if "=" not in line:
+                break
+            key, value = (part.strip() for part in line.split("=", 1))
+            fields[key.lower()] = value
+            pairs[key] = value
+            if key.lower() == "elementdatafile":
+                break
+    if not nrrd and "elementdatafile" not in fields:
+        raise UserError(f"{path} is damaged, or not what its name says: it has no MetaImage header")
+    return TextHeader(nrrd, fields, pairs)
 
 
 def read(path: Path, choice: Choice) -> Volume:
-    """NRRD and MetaImage, 3-D or 4-D; the 4th axis may be one of components."""
+    """NRRD and MetaImage, 3-D or 4-D; the 4th axis may be one of components, layers or times."""
+    with quiet_libraries():
+        return _read(path, choice)
+
+
+def _read(path: Path, choice: Choice) -> Volume:
     sitk = simple_itk(f"reading {path}")
-    if path.suffix.lower() in (".mhd", ".nhdr"):
-        named = re.search(
-            r"^(?:ElementDataFile *=|data ?file:) *(\S.*?) *$", path.read_text("latin-1"), re.M | re.I
-        )
-        if named and re.fullmatch(r"[^%\s]+\.\w+", named[1]) and not (path.parent / named[1]).exists():
-            raise UserError(f"{path} is a header alone: {named[1]}, which it names, is not beside it")
+    header = read_text_header(path)
+    if header.poses:
+        if choice.resample is None:
+            raise UserError(
+                f"{path} is a tracked sequence: each of its frames has a pose of its own"
+                f" ({header.poses[0].split('_', 2)[-1]}), so it is no even volume. Reconstruct it (PLUS"
+                " VolumeReconstructor, or SlicerIGT), or give --resample MM"
+            )
+        from patient.readers.tracked import resampled  # needs this module's header and pixels
+
+        return resampled(path, header, choice.resample)
+    array, image = pixels(path, header, sitk)
+    values, axis = _spatial_first(array, header, image)
+    dimension = image.GetDimension()
+    colours = axis is None and values.ndim == 4
+    chosen = None
+    if values.ndim == 4 and not colours:
+        chosen = chosen_volume(path, values.shape[3], choice.frame)
+        values = values[..., chosen or 0]
+    if values.dtype.kind not in "uif":
+        raise UserError(f"{path} holds {values.dtype}: a volume holds real numbers")
+    affine, sizes, notes = _place(path, header, image, dimension)
+    full_scale = (0.0, 255.0) if colours else None
+    bits = 8 if values.dtype.itemsize == 1 else 16
+    return Volume(values, affine, bits, path.name, chosen, full_scale, notes=notes, sizes=sizes)
+
+
+def pixels(path: Path, header: TextHeader, sitk: Any) -> tuple[np.ndarray, Any]:
+    """Voxels ([t,] z, y, x[, component]) and ITK's image; sizes are checked before anything is allocated."""
+    check_path_is_text(path, "ITK")
+    stored = _stored(path, header)
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     try:
@@ -31,33 +146,102 @@ def read(path: Path, choice: Choice) -> Volume:
             raise UserError(
                 f"{path} is {dimension}-D, of shape {shape}: a volume has three axes, or four with time"
             )
+        voxels = int(np.prod(reader.GetSize(), dtype=object)) * reader.GetNumberOfComponents()
+        check_claim(path, voxels * _bytes_of(sitk.GetPixelIDValueAsString(reader.GetPixelIDValue())), stored)
         image = reader.Execute()
     except RuntimeError as error:
         raise UserError(f"{path} is damaged, or not what its name says: {reason(error)}") from error
-    values = sitk.GetArrayFromImage(image)  # ([t,] z, y, x[, component])
-    components = image.GetNumberOfComponentsPerPixel()
-    colours = components in (3, 4) and values.dtype == np.uint8 and dimension == 3
-    if components > 1 and not colours:
-        if dimension == 4:
-            raise UserError(
-                f"{path} is 5-D: time and {components} components a voxel; a volume has one number"
-            )
-        values = np.moveaxis(values, -1, 0)
-    if values.dtype.kind not in "uif":
-        raise UserError(f"{path} holds {values.dtype}: a volume holds real numbers")
-    chosen = None
-    if values.ndim - colours == 4:
-        chosen = chosen_volume(path, values.shape[0], choice.frame)
-        values = values[chosen or 0]
-    affine = from_lps(
-        np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3] * image.GetSpacing()[:3],
-        image.GetOrigin()[:3],
-        path,
+    return sitk.GetArrayFromImage(image), image
+
+
+def _bytes_of(kind: str) -> int:
+    bits = re.search(r"(\d+)[- ]bit", kind)
+    return int(bits[1]) // 8 if bits else 1
+
+
+def _stored(path: Path, header: TextHeader) -> int:
+    """Bytes of the files that hold the voxels, which have to be there."""
+    named = header.fields.get("data file" if header.nrrd else "elementdatafile", "") or header.fields.get(
+        "datafile", ""
     )
-    notes = []
-    if path.suffix.lower() in (".nrrd", ".nhdr") and "NRRD_space" not in image.GetMetaDataKeys():
-        notes.append("its header names no space: its axes are taken as left, posterior, superior")
-    full_scale = (0.0, 255.0) if colours else None
-    bits = 8 if values.dtype.itemsize == 1 else 16
-    values = values.transpose(2, 1, 0, *range(3, values.ndim))
-    return Volume(values, affine, bits, path.name, chosen, full_scale, notes=notes)
+    if (header.nrrd and not named) or named.upper() == "LOCAL":
+        return path.stat().st_size
+    if named.upper().startswith("LIST") or "%" in named or " " in named:
+        return sum(file.stat().st_size for file in path.parent.iterdir() if file.is_file())
+    data = path.parent / named
+    if not data.is_file():
+        raise UserError(f"{path} is a header alone: {named}, which it names, is not beside it")
+    return data.stat().st_size
+
+
+def _spatial_first(array: np.ndarray, header: TextHeader, image: Any) -> tuple[np.ndarray, str | None]:
+    """Values (x, y, z) or (x, y, z, n), and what the last axis is; None of colours, or where there is none."""
+    components = image.GetNumberOfComponentsPerPixel()
+    dimension = image.GetDimension()
+    if components > 1 and dimension == 4:
+        raise UserError(f"it is 5-D: time and {components} components a voxel; a volume has one number")
+    if components > 1:  # (z, y, x, component)
+        values = array.transpose(2, 1, 0, 3)
+        kinds = [kind for kind in header.kinds if kind not in ("domain", "space")]
+        named = kinds[0] if kinds else ""
+        is_colour = components in (3, 4) and array.dtype == np.uint8
+        is_colour = is_colour and (named in _COLOURS or not header.nrrd or named not in _LISTS)
+        return values, None if is_colour else "component"
+    if dimension == 4:
+        return array.transpose(3, 2, 1, 0), "time"
+    return array.transpose(2, 1, 0), None
+
+
+def _place(
+    path: Path, header: TextHeader, image: Any, dimension: int
+) -> tuple[np.ndarray | None, Sizes | None, list[str]]:
+    """Affine, or what sizes are known without one, and what to say about it."""
+    notes: list[str] = []
+    directions = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
+    spacing, origin = np.array(image.GetSpacing()[:3]), np.array(image.GetOrigin()[:3])
+    if not _states_spacing(header):
+        notes.append("its header gives no voxel size: sizes are in voxels, not in millimetres")
+        return None, None, notes
+    scale = _unit(header, notes)
+    affine = from_lps(directions * spacing * scale, origin * scale, path)
+    if header.nrrd and "space" not in header.fields:
+        words = "its header names no space"
+        words += (
+            ": its axes are taken as left, posterior, superior"
+            if "space directions" in header.fields
+            else f": {NO_ORIENTATION}"
+        )
+        notes.append(words)
+    return affine, None, notes
+
+
+def _states_spacing(header: TextHeader) -> bool:
+    if header.nrrd:
+        found = header.fields.get("space directions", "") + " " + header.fields.get("spacings", "")
+    else:
+        found = header.fields.get("elementspacing", "") + " " + header.fields.get("elementsize", "")
+    numbers = re.findall(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?", found)
+    return len(numbers) >= 3
+
+
+def _unit(header: TextHeader, notes: list[str]) -> float:
+    """Millimetres per unit of the header's lengths."""
+    if header.nrrd:
+        told = header.fields.get("space units", "") or header.fields.get("units", "")
+        units = [unit for unit in re.findall(r'"([^"]*)"', told) if unit.strip()]
+    else:
+        units = [header.fields["distanceunits"]] if "distanceunits" in header.fields else []
+    names = [
+        unit.strip().replace("\u00b5", "u").replace("\u00c2", "").replace("\u03bc", "u") for unit in units
+    ]
+    spatial = [name for name in names[:3] if name not in ("s", "ms", "second", "?")]
+    if not spatial or all(name.lower() == "mm" for name in spatial):
+        return 1.0
+    known = {_UNITS.get(name.lower()) for name in spatial}
+    if len(known) > 1 or None in known:
+        notes.append(
+            f"its unit of length ({', '.join(spatial)}) is not one that is known: taken as millimetres"
+        )
+        return 1.0
+    notes.append(f"its lengths are in {spatial[0]}: converted to millimetres")
+    return float(known.pop() or 1.0)
