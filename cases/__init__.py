@@ -1,0 +1,1 @@
+"""Whole cases: the steps from a volume to its report, many cases, and what they came to."""

@@ -1,0 +1,284 @@
+"""One case, from a volume to its report: which steps there are, in which folder, and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+
+from cases.steps import Record, Step, StepRecord, digest, versions
+from patient.geometry import FILE_NAME, Geometry
+from utils.errors import UserError
+from utils.files import own_folder
+
+STEPS = ("prepare", "train", "render", "mesh", "report")
+"""In order. Each has options of its own: `--train.lambda_seg 2`."""
+PROGRAMS = {
+    "prepare": "prepare.py",
+    "train": "train.py",
+    "render": "render.py",
+    "mesh": "slices_to_ply.py",
+    "report": "report.py",
+}
+DATA, MODEL, MESHES, REPORT = "data", "model", "meshes", "report.html"
+SHOWN = {"images": "render_img", "masks": "render_mask"}
+"""Links in a case's folder to what render.py writes in the model's."""
+CHECKPOINTS = 500  # iterations: what a preempted run loses at most, a second or so on a GPU
+
+Say = Callable[[str], object]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to do.
+
+    image, label: files or folders that prepare.py reads; several labels are one file per structure. keep_every: train on
+    one slice in N and score the others. interp: rendered slices per frame. steps: options of single steps as they
+    stand on the command line, `{"train": ["--lambda_seg", "2"]}`.
+    """
+
+    name: str
+    image: Path
+    labels: tuple[Path, ...] = ()
+    preset: str = "published"
+    keep_every: int = 1
+    interp: int = 4
+    device: str = "auto"
+    steps: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What a case left in its folder."""
+
+    folder: Path
+
+    @property
+    def model(self) -> Path:
+        return self.folder / MODEL
+
+    @cached_property
+    def record(self) -> Record:
+        return Record.load(self.folder)
+
+    @property
+    def complete(self) -> bool:
+        return not self.missing and not self.record.failure
+
+    @property
+    def missing(self) -> list[str]:
+        """Steps of this case that have not come to a good end."""
+        wanted = self.record.options.get("steps_to_do", STEPS)
+        done = self.record.steps
+        return [name for name in wanted if name not in done or done[name].status != 0]
+
+    def volume(self, kind: str = "img") -> nibabel.Nifti1Image:
+        """The dense volume, `img` or `mask`, with its affine. Raises `UserError` where there is none."""
+        path = self.model / f"render_{kind}.nii.gz"
+        if not path.exists():
+            raise UserError(f"{path} does not exist: the source has no millimetres, or no such output was rendered")
+        return nibabel.load(path)
+
+    @property
+    def meshes(self) -> list[Path]:
+        return sorted(path for path in (self.folder / MESHES).glob("*") if path.suffix in MESH_SUFFIXES)
+
+    @cached_property
+    def scores(self) -> dict[str, float]:
+        """The last evaluation, by task, frames, method and score: `img/heldout/model/psnr`."""
+        path = self.model / "evaluation.json"
+        if not path.exists():
+            return {}
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        last = max((row["iteration"] for row in rows), default=0)
+        found = {}
+        for row in rows:
+            if row["iteration"] == last:
+                place = f"{row['task']}/{row['frames']}/{row['method']}"
+                found |= {f"{place}/{name}": row[name] for name in ("psnr", "ssim", "dice") if name in row}
+        return found
+
+
+MESH_SUFFIXES = (".ply", ".stl", ".obj", ".glb")
+
+
+def run_case(
+    image: str | os.PathLike[str] | np.ndarray,
+    label: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | np.ndarray | None = None,
+    output: str | os.PathLike[str] = "output/case",
+    *,
+    affine: np.ndarray | None = None,
+    name: str | None = None,
+    preset: str = "published",
+    keep_every: int = 1,
+    interp: int = 4,
+    device: str = "auto",
+    options: Mapping[str, Sequence[str]] | None = None,
+    only: Sequence[str] = STEPS,
+    environment: Mapping[str, str] | None = None,
+    say: Say = print,
+) -> CaseResult:
+    """Do a whole case: prepare, train, render, mesh and report, in one folder.
+
+    image, label: a path that prepare.py reads, or an array (columns, rows, slices) whose `affine` (4, 4) maps indices to
+    RAS+ millimetres. options: of single steps, `{"train": ["--lambda_seg", "2"]}`. only: the steps to do; those that are
+    there and current are skipped. environment: variables for the steps' processes.
+
+    Returns what came out, also where a step failed or was stopped: see `CaseResult.record.failure`. Raises `UserError`
+    where the input does not exist or the options cannot be.
+    """
+    folder = Path(output)
+    with own_folder(folder):
+        image_path = _as_file(image, affine, folder / "input" / "image.nii.gz")
+        labels = label if isinstance(label, (list, tuple)) else [] if label is None else [label]
+        label_paths = tuple(
+            _as_file(one, affine, folder / "input" / f"label_{k}.nii.gz") for k, one in enumerate(labels)
+        )
+        case = Case(
+            name or folder.resolve().name, image_path, label_paths, preset, keep_every, interp, device, options or {}
+        )
+        _run(case, folder, only, environment, say)
+    return CaseResult(folder)
+
+
+def plan(case: Case, folder: Path) -> list[tuple[str, str]]:
+    """Each step, and `current`, `resume` or `run`."""
+    record = Record.load(folder)
+    found, before = [], ""
+    for name in _names(case):
+        step = _step(name, case, folder, _inputs(case), before)
+        stopped = name in record.steps and record.steps[name].key == step.key and name == "train"
+        current = step.is_current(record)
+        found.append((name, "current" if current else "resume" if stopped else "run"))
+        before = step.key
+    return found
+
+
+def _run(
+    case: Case, folder: Path, only: Sequence[str], environment: Mapping[str, str] | None, say: Say
+) -> StepRecord | None:
+    """Run what is not current; the record of the step that failed, or None."""
+    record = Record.load(folder)
+    inputs = _inputs(case)
+    names = _names(case)
+    record.case, record.inputs, record.versions = case.name, inputs, versions()
+    record.options = {
+        "preset": case.preset,
+        "keep_every": case.keep_every,
+        "interp": case.interp,
+        "device": case.device,
+        "steps": {name: list(given) for name, given in case.steps.items()},
+        "steps_to_do": list(names),
+    }
+    record.steps = {name: step for name, step in record.steps.items() if name in names}
+    record.save()
+    before = ""
+    for number, name in enumerate(names, 1):
+        step = _step(name, case, folder, inputs, before)
+        before = step.key
+        if name not in only:
+            continue
+        if step.is_current(record):
+            say(f"[{number}/{len(names)}] {name}: current")
+            continue
+        say(f"[{number}/{len(names)}] {name}")
+        if name == "train" and name in record.steps and record.steps[name].key != step.key:
+            shutil.rmtree(folder / MODEL, ignore_errors=True)  # of another input or other options
+        done = step.run(record, environment)
+        if done.status != 0:
+            return done
+        _finish(name, case, folder)
+    return None
+
+
+def _names(case: Case) -> tuple[str, ...]:
+    return STEPS if case.labels else tuple(name for name in STEPS if name != "mesh")
+
+
+def _inputs(case: Case) -> dict[str, str]:
+    return {str(path): digest(path) for path in (case.image, *case.labels)}
+
+
+def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before: str) -> Step:
+    """The command line of one step."""
+    data, model = folder / DATA, folder / MODEL
+    joint = bool(case.labels)
+    device = ["--device", case.device]
+    arguments: dict[str, list[str]] = {
+        "prepare": [
+            *("-i", str(case.image), *(("-l", *map(str, case.labels)) if joint else ()), "-o", str(data)),
+            *(("--keep_every", str(case.keep_every)) if case.keep_every > 1 else ()),
+            "--force",
+        ],
+        "train": [
+            *("-s", str(data / "img"), "-m", str(model), "--preset", case.preset, *device),
+            *(("--pipeline", "joint", "--seg_source_path", str(data / "seg")) if joint else ()),
+            *("--start_checkpoint", "auto", "--checkpoint_interval", str(CHECKPOINTS), "--keep_checkpoints", "1"),
+        ],
+        "render": [
+            *("-m", str(model), "--interp", str(case.interp), "--pipeline", "both" if joint else "img", *device),
+            *(("--nifti",) if _has_affine(data) else ()),
+        ],
+        "mesh": ["-i", str(model), "-o", str(folder / MESHES), "--inter", str(case.interp), "--preview"],
+        "report": ["-m", str(model), "-o", str(folder / REPORT)],
+    }
+    outputs = {
+        "prepare": [data / FILE_NAME],
+        "train": [model / "cfg_args", model / "evaluation.json"],
+        "render": [model / folder_name for folder_name in (SHOWN.values() if joint else ["render_img"])],
+        "mesh": [folder / MESHES],
+        "report": [folder / REPORT],
+    }
+    given = [*arguments[name], *case.steps.get(name, ())]
+    return Step(name, PROGRAMS[name], given, outputs[name], inputs if name == "prepare" else {}, before)
+
+
+def _has_affine(data: Path) -> bool:
+    """Whether prepare.py found out where the frames lie in the patient."""
+    return (data / FILE_NAME).exists() and Geometry.load(data / FILE_NAME).affine is not None
+
+
+def _finish(name: str, case: Case, folder: Path) -> None:
+    """What a step leaves under another name than the case's folder has for it."""
+    if name == "render":
+        for link, target in SHOWN.items():
+            if (folder / MODEL / target).is_dir():
+                _link(folder / link, Path(MODEL, target))
+    if name == "mesh":
+        for path in sorted((folder / MESHES).glob(f"{MODEL}*")):
+            path.replace(path.with_name(case.name + path.name.removeprefix(MODEL)))
+
+
+def _link(link: Path, target: Path) -> None:
+    """A relative link, which a copy of the folder keeps; a copy where the file system has none."""
+    if link.is_symlink():
+        link.unlink()
+    elif link.exists():
+        shutil.rmtree(link)
+    try:
+        link.symlink_to(target, target_is_directory=True)
+    except OSError:
+        shutil.copytree(link.parent / target, link)
+
+
+def _as_file(given: Any, affine: np.ndarray | None, path: Path) -> Path:
+    """A path as it is; an array written as NIfTI, so that a second call with the same values finds the same file."""
+    if not isinstance(given, np.ndarray):
+        return Path(given)
+    if given.ndim != 3:
+        raise UserError(f"an array of shape {given.shape} is no volume: give (columns, rows, slices)")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = given.astype(np.uint8) if given.dtype == bool else given
+    image = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
+    image.header.set_xyzt_units("mm")
+    plain = path.with_suffix("")  # a .gz file has the time in it: the same values would be another file
+    nibabel.save(image, plain)
+    return plain
