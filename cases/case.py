@@ -19,7 +19,7 @@ from patient.geometry import FILE_NAME, Geometry
 from utils.errors import UserError
 from utils.files import own_folder
 
-STEPS = ("prepare", "train", "render", "mesh", "report")
+STEPS = ("prepare", "train", "render", "mesh")
 """In order. Each has options of its own: `--train.lambda_seg 2`."""
 PROGRAMS = {
     "prepare": "prepare.py",
@@ -40,8 +40,8 @@ Say = Callable[[str], object]
 class Case:
     """What to do.
 
-    image, label: files or folders that prepare.py reads; several labels are one file per structure. keep_every: train on
-    one slice in N and score the others. interp: rendered slices per frame. steps: options of single steps as they
+    image, labels: files or folders that prepare.py reads; several labels are one file per structure. keep_every: train
+    on one slice in N and score the others. interp: rendered slices per frame. steps: options of single steps as they
     stand on the command line, `{"train": ["--lambda_seg", "2"]}`.
     """
 
@@ -84,8 +84,10 @@ class CaseResult:
         """The dense volume, `img` or `mask`, with its affine. Raises `UserError` where there is none."""
         path = self.model / f"render_{kind}.nii.gz"
         if not path.exists():
-            raise UserError(f"{path} does not exist: the source has no millimetres, or no such output was rendered")
-        return nibabel.load(path)
+            raise UserError(
+                f"{path} does not exist: the source has no millimetres, or no such output was rendered"
+            )
+        return nibabel.Nifti1Image.from_filename(path)
 
     @property
     def meshes(self) -> list[Path]:
@@ -99,7 +101,7 @@ class CaseResult:
             return {}
         rows = json.loads(path.read_text(encoding="utf-8"))
         last = max((row["iteration"] for row in rows), default=0)
-        found = {}
+        found: dict[str, float] = {}
         for row in rows:
             if row["iteration"] == last:
                 place = f"{row['task']}/{row['frames']}/{row['method']}"
@@ -128,9 +130,9 @@ def run_case(
 ) -> CaseResult:
     """Do a whole case: prepare, train, render, mesh and report, in one folder.
 
-    image, label: a path that prepare.py reads, or an array (columns, rows, slices) whose `affine` (4, 4) maps indices to
-    RAS+ millimetres. options: of single steps, `{"train": ["--lambda_seg", "2"]}`. only: the steps to do; those that are
-    there and current are skipped. environment: variables for the steps' processes.
+    image, label: a path that prepare.py reads, or an array (columns, rows, slices) whose `affine` (4, 4) maps indices
+    to RAS+ millimetres. options: of single steps, `{"train": ["--lambda_seg", "2"]}`. only: the steps to do; those that
+    are there and current are skipped. environment: variables for the steps' processes.
 
     Returns what came out, also where a step failed or was stopped: see `CaseResult.record.failure`. Raises `UserError`
     where the input does not exist or the options cannot be.
@@ -143,7 +145,14 @@ def run_case(
             _as_file(one, affine, folder / "input" / f"label_{k}.nii.gz") for k, one in enumerate(labels)
         )
         case = Case(
-            name or folder.resolve().name, image_path, label_paths, preset, keep_every, interp, device, options or {}
+            name or folder.resolve().name,
+            image_path,
+            label_paths,
+            preset,
+            keep_every,
+            interp,
+            device,
+            options or {},
         )
         _run(case, folder, only, environment, say)
     return CaseResult(folder)
@@ -221,10 +230,25 @@ def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before
         "train": [
             *("-s", str(data / "img"), "-m", str(model), "--preset", case.preset, *device),
             *(("--pipeline", "joint", "--seg_source_path", str(data / "seg")) if joint else ()),
-            *("--start_checkpoint", "auto", "--checkpoint_interval", str(CHECKPOINTS), "--keep_checkpoints", "1"),
+            *(
+                "--start_checkpoint",
+                "auto",
+                "--checkpoint_interval",
+                str(CHECKPOINTS),
+                "--keep_checkpoints",
+                "1",
+            ),
         ],
         "render": [
-            *("-m", str(model), "--interp", str(case.interp), "--pipeline", "both" if joint else "img", *device),
+            *(
+                "-m",
+                str(model),
+                "--interp",
+                str(case.interp),
+                "--pipeline",
+                "both" if joint else "img",
+                *device,
+            ),
             *(("--nifti",) if _has_affine(data) else ()),
         ],
         "mesh": ["-i", str(model), "-o", str(folder / MESHES), "--inter", str(case.interp), "--preview"],

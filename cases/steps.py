@@ -162,7 +162,7 @@ def _process(step: Step, log: Path, environment: Mapping[str, str] | None) -> tu
                 reader.join()
     if status < 0:  # killed by a signal
         status = 128 - status
-    return status, "" if status == 0 else _reason(last_words, status)
+    return status, "" if status == 0 else _reason(bytes(last_words), status)
 
 
 class _PassedOn:

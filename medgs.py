@@ -1,0 +1,358 @@
+#!/usr/bin/env python3
+"""Does a whole case, or a thousand: prepare, train, render, mesh and report, in one command.
+
+    python medgs.py -i volume.nii.gz -l labels.nii.gz -o out/case
+    python medgs.py --cases cases.csv -o out --jobs 4
+
+A case's folder holds images/, masks/, meshes/, report.html and run.json. The command may be given again: what is there
+and current is skipped, and a training that was stopped goes on. From Python: `from medgs import run_case`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+import prepare
+import slices_to_ply
+from arguments import PRESETS, render_parser, train_options
+from cases.case import STEPS, Case, CaseResult, plan, run_case
+from cases.gpus import one_gpu, visible_gpus
+from cases.summary import SummaryRow, summarise
+from cases.table import Row, part, read_cases
+from utils.errors import ArgumentParser, UserError, positive, run
+from utils.files import atomic_write
+
+__all__ = ["CaseResult", "run_case"]
+
+ROOT = Path(__file__).resolve().parent
+SNAKEFILE = ROOT / "workflow" / "Snakefile"
+_STEP_OPTION = re.compile(rf"--({'|'.join(STEPS)})\.(.+)")
+_OWN = {  # options of the steps that medgs.py itself gives
+    "prepare": {"input", "label", "output", "keep_every", "force"},
+    "train": {
+        "source_path",
+        "seg_source_path",
+        "model_path",
+        "pipeline",
+        "preset",
+        "device",
+        "start_checkpoint",
+    },
+    "render": {"model_path", "interp", "pipeline", "device"},
+    "mesh": {"input", "output", "inter"},
+    "report": set(),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    given, steps = split_steps(sys.argv[1:] if arguments is None else arguments)
+    options = parser().parse_args(given)
+    check(steps)
+    if bool(options.input) == bool(options.cases):
+        raise UserError("give either -i VOLUME, for one case, or --cases TABLE, for many")
+    return many_cases(options, steps) if options.cases else one_case(options, steps)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line, without the options of single steps."""
+    parser = ArgumentParser(
+        prog="medgs.py",
+        description=(__doc__ or "").split("\n")[0],
+        epilog="Options of one step pass through: --train.lambda_seg 2, --prepare.ct_window bone, "
+        f"--mesh.smoothing none. Steps: {', '.join(STEPS)}.",
+    )
+    one = parser.add_argument_group("one case")
+    one.add_argument(
+        "-i", "--input", metavar="VOLUME", help="volume, DICOM folder or frames: all that prepare.py reads"
+    )
+    one.add_argument(
+        "-l", "--label", nargs="+", metavar="LABEL", help="its label; several files: one per structure"
+    )
+    parser.add_argument(
+        "-o", "--output", required=True, help="the case's folder; of many cases, the folder of theirs"
+    )
+    parser.add_argument(
+        "--preset",
+        choices=("auto", *PRESETS),
+        default="auto",
+        help="of train.py; auto takes the one that suits this machine, and says which (default: auto)",
+    )
+    parser.add_argument(
+        "--keep_every",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="train on one slice in N, and score the others",
+    )
+    parser.add_argument(
+        "--interp",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="rendered slices per frame (default: %(default)s)",
+    )
+    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
+    parser.add_argument(
+        "--only", nargs="+", choices=STEPS, default=list(STEPS), metavar="STEP", help="do these steps"
+    )
+    parser.add_argument("--dry_run", action="store_true", help="print the plan and do nothing")
+    parser.add_argument("--quiet", action="store_true", help="print errors only")
+    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    many = parser.add_argument_group("many cases")
+    many.add_argument(
+        "--cases",
+        metavar="TABLE",
+        help="CSV or TSV (case, image, label, options), or a folder of cases (BIDS, nnU-Net)",
+    )
+    many.add_argument("--case", nargs="+", metavar="NAME", help="of the table, these alone")
+    many.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="cases side by side, by Snakemake (default: 1, without it)",
+    )
+    many.add_argument(
+        "--per_gpu",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="trainings side by side on each GPU (default: 1)",
+    )
+    many.add_argument(
+        "--profile", metavar="FOLDER", help="a Snakemake profile, such as workflow/profiles/slurm"
+    )
+    many.add_argument(
+        "-num_parts", type=positive, default=1, metavar="N", help="with -part_id: split into N parts ..."
+    )
+    many.add_argument(
+        "-part_id", type=int, default=0, metavar="K", help="... and do the K-th, from 0 (as nnU-Net)"
+    )
+    return parser
+
+
+def split_steps(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """The command line without the options of single steps; and those, by step."""
+    rest: list[str] = []
+    steps: dict[str, list[str]] = {}
+    into = rest
+    for token in arguments:
+        match = _STEP_OPTION.fullmatch(token)
+        if match:
+            into = steps.setdefault(match[1], [])
+            into.append(f"--{match[2]}")
+        else:
+            if token.startswith("-") and not re.fullmatch(r"-\.?\d.*", token):
+                into = rest
+            into.append(token)
+    return rest, steps
+
+
+def check(steps: dict[str, list[str]]) -> None:
+    """Refuse options of a step that its program would refuse, before anything starts."""
+    parsers = {"prepare": (prepare.parser, "-i x -o x"), "mesh": (slices_to_ply.parser, "-i x -o x")}
+    for name, given in steps.items():
+        own = [token for token in given if token.split("=")[0].removeprefix("--") in _OWN[name]]
+        if own:
+            raise UserError(f"--{name}.{own[0].removeprefix('--')}: medgs.py gives that option itself")
+        try:
+            if name == "train":
+                train_options(["-s", "x", "-m", "x", *given])
+            elif name == "render":
+                render_parser().parse_args(["-m", "x", *given])
+            elif name in parsers:
+                of_step, needed = parsers[name]
+                of_step().parse_args([*needed.split(), *given])
+        except UserError as error:
+            raise UserError(f"--{name}.…: {error}") from error
+
+
+def preset_for(name: str) -> str:
+    """`auto` as a preset: best with a GPU, quick without."""
+    if name != "auto":
+        return name
+    return "best" if visible_gpus() else "quick"
+
+
+# ---- one case --------------------------------------------------------------------------------------------------------
+
+
+def one_case(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
+    row = Row(Path(options.output).resolve().name, Path(options.input), tuple(map(Path, options.label or ())))
+    return _do(row, Path(options.output), options, steps, os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def _do(
+    row: Row, folder: Path, options: argparse.Namespace, steps: dict[str, list[str]], gpu: str | None
+) -> int:
+    """Run one case; its exit status, the reason already printed by the step itself."""
+
+    def say(line: str) -> None:
+        if not options.quiet:
+            print(line, flush=True)
+
+    preset = preset_for(options.preset)
+    quiet = {name: ["--quiet", *steps.get(name, ())] for name in STEPS} if options.quiet else dict(steps)
+    case = Case(
+        row.name, row.image, row.labels, preset, options.keep_every, options.interp, options.device, quiet
+    )
+    for path in (case.image, *case.labels):
+        if not path.exists():
+            raise UserError(f"{path} does not exist")
+    chosen = (
+        ""
+        if options.preset != "auto"
+        else f" (for {'a GPU' if preset == 'best' else 'a computer without a GPU'})"
+    )
+    labels = f" with {', '.join(map(str, row.labels))}" if row.labels else ""
+    say(f"{row.name}: {row.image}{labels}; preset {preset}{chosen}")
+    for name, state in plan(case, folder):
+        if name in options.only:
+            say(f"  {name:8} {state}")
+    if options.dry_run:
+        return 0
+    result = run_case(
+        row.image,
+        row.labels,
+        folder,
+        name=row.name,
+        preset=preset,
+        keep_every=options.keep_every,
+        interp=options.interp,
+        device=options.device,
+        options=quiet,
+        only=options.only,
+        environment={} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu},
+        say=say,
+    )
+    failed = [step for step in result.record.steps.values() if step.status not in (0, None)]
+    if failed:
+        return failed[0].status or 1
+    seconds = sum(step.seconds for step in result.record.steps.values())
+    if not result.missing:
+        say(f"done in {seconds:.0f} s: {folder} (open {folder / 'report.html'})")
+    return 0
+
+
+# ---- many cases ------------------------------------------------------------------------------------------------------
+
+
+def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
+    source, out = Path(options.cases), Path(options.output)
+    rows = read_cases(source)
+    if options.case:
+        known = {row.name: row for row in rows}
+        if unknown := [name for name in options.case if name not in known]:
+            raise UserError(f"{source} has no case {unknown[0]}: there are {', '.join(list(known)[:8])}")
+        rows = [known[name] for name in options.case]
+    rows = part(rows, options.num_parts, options.part_id)
+    for row in rows:  # before anything starts
+        _options_of(row, options, steps)
+    alone = options.case is not None and len(rows) == 1
+    if options.dry_run or (options.jobs == 1 and not options.profile):
+        status = 0
+        for row in rows:
+            own, own_steps = _options_of(row, options, steps)
+            status = max(status, _attempt(row, out, own, own_steps))
+            if status >= 128:  # asked to stop
+                break
+        if alone or options.dry_run:
+            return status
+    else:
+        status = _snakemake(rows, options, steps)
+    found = summarise(out, [row.name for row in rows])
+    return _tell(found, out, status)
+
+
+def _options_of(
+    row: Row, options: argparse.Namespace, steps: dict[str, list[str]]
+) -> tuple[argparse.Namespace, dict[str, list[str]]]:
+    """The command's options with those of a row of the table, which win. Raises `UserError`, naming the row."""
+    try:
+        rest, own_steps = split_steps(row.options)
+        own = parser().parse_args([*rest, "-o", options.output], argparse.Namespace(**vars(options)))
+        own.output, own.cases, own.input = options.output, options.cases, None
+        check(own_steps)
+    except UserError as error:
+        raise UserError(f"{options.cases}, case {row.name}: {error}") from error
+    merged = {name: [*steps.get(name, ()), *own_steps.get(name, ())] for name in {*steps, *own_steps}}
+    return own, merged
+
+
+def _attempt(row: Row, out: Path, options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
+    """A case among others: what goes wrong is its own."""
+    needs_gpu = "train" in options.only or "render" in options.only
+    try:
+        with (
+            one_gpu(options.per_gpu)
+            if needs_gpu and options.device == "auto"
+            else contextlib.nullcontext() as gpu
+        ):
+            return _do(row, out / row.name, options, steps, gpu)
+    except UserError as error:
+        print(f"medgs.py: {row.name}: error: {error}", file=sys.stderr)
+        return 2
+
+
+def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
+    if find_spec("snakemake") is None:
+        raise UserError(
+            "--jobs and --profile need Snakemake: pip install -r requirements-cluster.txt, or leave them out"
+        )
+    out = Path(options.output).resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    passed = ["--preset", options.preset, "--keep_every", options.keep_every, "--interp", options.interp]
+    passed += [
+        "--device",
+        options.device,
+        "--per_gpu",
+        options.per_gpu,
+        *(["--quiet"] if options.quiet else []),
+    ]
+    for name, given in steps.items():
+        passed += [token if not token.startswith("--") else f"--{name}.{token[2:]}" for token in given]
+    config = out / "workflow.json"
+    with atomic_write(config) as temporary:
+        values = {
+            "cases": str(Path(options.cases).resolve()),
+            "out": str(out),
+            "names": [row.name for row in rows],
+            "options": shlex.join(map(str, passed)),
+        }
+        temporary.write_text(json.dumps(values, indent=1))
+    gpus = len(visible_gpus()) * options.per_gpu
+    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--configfile", str(config)]
+    command += ["--directory", str(out), "--keep-going", "--rerun-incomplete"]
+    if options.profile:
+        command += ["--profile", str(Path(options.profile).resolve()), "--jobs", str(options.jobs)]
+    else:
+        command += ["--cores", str(len(os.sched_getaffinity(0))), "--jobs", str(options.jobs)]
+        command += ["--resources", f"gpu={gpus or options.jobs}"]
+    if options.quiet:
+        command += ["--quiet", "all"]
+    return subprocess.run(command).returncode
+
+
+def _tell(rows: Sequence[SummaryRow], out: Path, status: int) -> int:
+    done = [row for row in rows if row.state == "done"]
+    others = [row for row in rows if row.state != "done"]
+    print(f"{len(done)} of {len(rows)} cases done; {out / 'summary.html'}, {out / 'summary.csv'}")
+    for row in others:
+        print(f"  {row.name} {row.state}{f': {row.reason}' if row.reason else ''}", file=sys.stderr)
+    if others:
+        print("  the same command again does what is left", file=sys.stderr)
+    return (status if status >= 128 else 1) if others else 0
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,333 @@
+"""medgs.py: whole cases and many of them, through the command line, on volumes of a few voxels."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import medgs
+from cases.case import Case, plan
+from cases.gpus import one_gpu
+from cases.summary import summarise
+from cases.table import Row, part, read_cases
+from medgs import run_case
+from utils.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+AFFINE = np.diag([1.0, 1.0, 3.0, 1.0])
+TINY = ["--train.iterations", "12", "--train.num_pts", "200", "--preset", "published", "--device", "cpu"]
+
+
+def ball(shift: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """A blurred ball of 16 x 14 x 6 voxels, and its mask."""
+    x, y, z = np.mgrid[:16, :14, :6]
+    distance = np.sqrt((x - 8 - shift) ** 2 + (y - 7) ** 2 + (3 * (z - 2.5)) ** 2)
+    return (1000 / (1 + np.exp(distance - 5))).astype(np.int16), (distance < 5).astype(np.uint8)
+
+
+def write_case(folder: Path, shift: float = 0.0) -> tuple[Path, Path]:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in zip(("image", "label"), ball(shift), strict=True):
+        nibabel.save(nibabel.Nifti1Image(values, AFFINE), folder / f"{name}.nii.gz")
+    return folder / "image.nii.gz", folder / "label.nii.gz"
+
+
+def command(*words: object, **options: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "medgs.py"), *map(str, words)]
+    return subprocess.run(line, capture_output=True, text=True, **options)  # type: ignore[call-overload]
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A case that was done, with every second slice held out: its folder and its command."""
+    folder = tmp_path_factory.mktemp("done")
+    image, label = write_case(folder / "in")
+    words = ["-i", image, "-l", label, "-o", folder / "ball", "--keep_every", 2, *TINY]
+    ran = command(*words)
+    assert ran.returncode == 0, ran.stderr
+    return folder / "ball", words
+
+
+def steps(folder: Path) -> dict[str, dict]:
+    return json.loads((folder / "run.json").read_text())["steps"]
+
+
+def test_a_case_is_one_folder(done):
+    folder, _ = done
+    assert {step["status"] for step in steps(folder).values()} == {0}
+    record = json.loads((folder / "run.json").read_text())
+    assert len(record["inputs"]) == 2 and record["versions"]["torch"] == torch.__version__
+    assert (folder / "images" / "00000_0.png").exists() and (folder / "masks" / "00000_0.png").exists()
+    assert [mesh.name for mesh in (folder / "meshes").glob("*.ply")] == ["ball.ply"]
+    assert "$ " in (folder / "log.txt").read_text()
+
+
+def test_what_is_current_is_skipped(done):
+    folder, words = done
+    before = {name: step["finished"] for name, step in steps(folder).items()}
+    ran = command(*words)
+    assert ran.returncode == 0 and ran.stdout.count("current") == 2 * len(
+        before
+    )  # in the plan, and as it goes
+    assert {name: step["finished"] for name, step in steps(folder).items()} == before
+
+
+def test_what_changed_is_done_again_and_what_follows(done, tmp_path):
+    folder, words = done
+    image, label = Path(words[1]), Path(words[3])
+    case = Case("ball", image, (label,), keep_every=2, device="cpu", steps={})
+    states = dict(plan(case, folder))
+    assert states["prepare"] == "current" and states["train"] == "run"  # other options of training
+    moved, _ = write_case(tmp_path / "other", shift=1)
+    states = dict(plan(Case("ball", moved, (label,), keep_every=2, device="cpu"), folder))
+    assert set(states.values()) == {"run"}
+
+
+def test_scores_and_volumes_come_back_as_objects(done):
+    folder, _ = done
+    result = medgs.CaseResult(folder)
+    assert result.complete and not result.missing
+    assert 0 < result.scores["img/heldout/model/psnr"] < 100
+    assert result.scores["seg/heldout/sdf/dice"] > 0.5
+    dense = result.volume("img")
+    assert dense.shape[:2] == (16, 14) and np.allclose(dense.affine[:3, 3], AFFINE[:3, 3])
+
+
+def test_arrays_go_in(tmp_path):
+    image, label = ball()
+    options = {"train": ["--iterations", "3", "--num_pts", "100"]}
+    told: list[str] = []
+    result = run_case(
+        image,
+        label.astype(bool),
+        tmp_path / "case",
+        affine=AFFINE,
+        device="cpu",
+        options=options,
+        say=told.append,
+    )
+    assert result.complete, result.record.failure
+    again = run_case(
+        image,
+        label.astype(bool),
+        tmp_path / "case",
+        affine=AFFINE,
+        device="cpu",
+        options=options,
+        say=told.append,
+    )
+    assert again.complete and sum("current" in line for line in told) == 4
+    with pytest.raises(UserError, match="no volume"):
+        run_case(image[0], output=tmp_path / "flat", say=told.append)
+
+
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (["-i", "nothing.nii.gz"], "nothing.nii.gz does not exist"),
+        (["-i", "IMAGE", "--train.iterations", "-5"], "--iterations"),
+        (["-i", "IMAGE", "--train.nonsense", "1"], "nonsense"),
+        (["-i", "IMAGE", "--prepare.bits", "7"], "--bits"),
+        (["-i", "IMAGE", "--train.model_path", "x"], "medgs.py gives that option itself"),
+        (["-i", "IMAGE", "--cases", "x.csv"], "either -i"),
+        (["--cases", "x.csv"], "x.csv does not exist"),
+    ],
+)
+def test_mistakes_are_named_before_anything_starts(tmp_path, words, named):
+    image, _ = write_case(tmp_path / "in")
+    words = [str(image) if word == "IMAGE" else word for word in words]
+    ran = command(*words, "-o", tmp_path / "out", cwd=tmp_path)
+    assert ran.returncode == 2 and named in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+    assert ran.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_a_step_that_fails_ends_the_case_with_its_line(tmp_path):
+    (tmp_path / "broken.nii.gz").write_bytes(b"no volume")
+    ran = command("-i", tmp_path / "broken.nii.gz", "-o", tmp_path / "out", *TINY)
+    assert ran.returncode == 2 and "broken.nii.gz" in ran.stderr
+    record = steps(tmp_path / "out")
+    assert record["prepare"]["status"] == 2 and "broken.nii.gz" in record["prepare"]["reason"]
+    assert "train" not in record
+
+
+def test_a_stopped_case_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+    image, _ = write_case(tmp_path / "in")
+    words = ["-i", image, *TINY[:1], "400", *TINY[2:]]
+    whole = command(*words, "-o", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "medgs.py"), *map(str, words), "-o", str(tmp_path / "cut")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "cut" / "model" / "cfg_args").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 143
+    finally:
+        process.kill()
+    assert steps(tmp_path / "cut")["train"]["status"] == 143
+    again = command(*words, "-o", tmp_path / "cut")
+    assert again.returncode == 0 and "resume" in again.stdout, again.stderr
+    assert steps(tmp_path / "cut")["train"]["attempts"] == 2
+    first, second = (
+        torch.load(tmp_path / name / "model" / "chkpnt400.pth", weights_only=True)[0]
+        for name in ("whole", "cut")
+    )
+    for key in ("_xyz", "_opacity", "_w1", "m", "sigma"):
+        assert torch.equal(first[key], second[key]), key
+
+
+# ---- many cases ------------------------------------------------------------------------------------------------------
+
+
+def write_table(folder: Path) -> Path:
+    """Three cases, of which b is a broken volume."""
+    for name, shift in (("a", 0), ("b", 1), ("c", 2)):
+        write_case(folder / name, shift)
+    (folder / "b" / "image.nii.gz").write_bytes(b"no volume")
+    table = folder / "cases.csv"
+    lines = ["case,image,label,options", "a,a/image.nii.gz,a/label.nii.gz,", "b,b/image.nii.gz,,"]
+    table.write_text("\n".join([*lines, "c,c/image.nii.gz,,--train.iterations 5"]) + "\n")
+    return table
+
+
+def check_cohort(table: Path, out: Path, *words: object) -> None:
+    """The broken case is named, the others are done; a second start repeats what failed alone."""
+    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
+    assert ran.returncode == 1, ran.stderr
+    assert "2 of 3 cases done" in ran.stdout
+    assert "b failed: prepare: " in ran.stderr and "b/image.nii.gz" in ran.stderr
+    rows = {row["case"]: row for row in csv.DictReader((out / "summary.csv").open())}
+    assert [rows[name]["state"] for name in "abc"] == ["done", "failed", "done"]
+    mean = [float(rows[name]["img/heldout/model/psnr"]) for name in "ac"]
+    assert float(rows["mean"]["img/heldout/model/psnr"]) == pytest.approx(np.mean(mean))
+    assert "2 of 3 cases done" in (out / "summary.html").read_text()
+    before = {name: steps(out / name)["train"]["finished"] for name in "ac"}
+    write_case(table.parent / "b", 1)
+    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
+    assert ran.returncode == 0 and "3 of 3 cases done" in ran.stdout, ran.stderr
+    assert {name: steps(out / name)["train"]["finished"] for name in "ac"} == before
+
+
+def test_a_case_that_fails_leaves_the_others(tmp_path):
+    check_cohort(write_table(tmp_path / "in"), tmp_path / "out")
+    model = tmp_path / "out" / "c" / "model"
+    assert (model / "chkpnt5.pth").exists()  # the row's own option
+
+
+@pytest.mark.slow
+def test_cases_side_by_side(tmp_path):
+    pytest.importorskip("snakemake", reason="pip install -r requirements-cluster.txt")
+    check_cohort(write_table(tmp_path / "in"), tmp_path / "out", "--jobs", 2)
+
+
+def test_a_part_is_done_alone(tmp_path):
+    table = write_table(tmp_path / "in")
+    ran = command("--cases", table, "-o", tmp_path / "out", "-num_parts", 3, "-part_id", 2, *TINY)
+    assert ran.returncode == 0 and "1 of 1 cases done" in ran.stdout, ran.stderr
+    assert not (tmp_path / "out" / "a").exists()
+
+
+@given(st.integers(0, 30), st.integers(1, 8))
+def test_parts_are_all_of_it_once(count, parts):
+    rows = [Row(f"case{k}", Path("x")) for k in range(count)]
+    split = [part(rows, parts, k) for k in range(parts)]
+    assert sorted(row.name for one in split for row in one) == sorted(row.name for row in rows)
+    assert max(map(len, split)) - min(map(len, split)) <= 1
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("case,volume\na,b\n", "no column image"),
+        ("case,image,lable\na,b,c\n", "column lable"),
+        ("case,image\na,missing.nii.gz\n", "line 2"),
+        ("case,image\na,here.nii.gz\na,here.nii.gz\n", "two cases are named a"),
+        ("case,image\n../a,here.nii.gz\n", "names a folder"),
+        ("case,image\n", "no cases"),
+        ("case,image\na,here.nii.gz,more\n", "more values than columns"),
+    ],
+)
+def test_tables_that_cannot_be_are_refused(tmp_path, text, named):
+    (tmp_path / "here.nii.gz").touch()
+    (tmp_path / "cases.csv").write_text(text)
+    with pytest.raises(UserError, match=named):
+        read_cases(tmp_path / "cases.csv")
+
+
+def test_tables_are_read_with_tabs_and_marks(tmp_path):
+    (tmp_path / "a b.nii.gz").touch()
+    (tmp_path / "l.nii.gz").touch()
+    (tmp_path / "cases.tsv").write_bytes(
+        "\ufeffImage\tLabel\tcase\r\na b.nii.gz\tl.nii.gz;l.nii.gz\tone\r\n".encode()
+    )
+    assert read_cases(tmp_path / "cases.tsv") == [
+        Row("one", tmp_path / "a b.nii.gz", (tmp_path / "l.nii.gz", tmp_path / "l.nii.gz"))
+    ]
+
+
+def test_folders_of_cases_are_found(tmp_path):
+    def touch(*names: str) -> None:
+        for name in names:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+
+    touch("bids/sub-01/anat/sub-01_T1w.nii.gz", "bids/sub-02/ses-a/anat/sub-02_ses-a_T1w.nii.gz")
+    touch("bids/derivatives/seg/sub-01/anat/sub-01_dseg.nii.gz", "bids/participants.tsv")
+    first, second = read_cases(tmp_path / "bids")
+    assert first.name == "sub-01_T1w" and first.labels[0].name == "sub-01_dseg.nii.gz"
+    assert second.name == "sub-02_ses-a_T1w" and not second.labels
+
+    touch("nn/imagesTr/liver_1_0000.nii.gz", "nn/imagesTr/liver_1_0001.nii.gz", "nn/labelsTr/liver_1.nii.gz")
+    (row,) = read_cases(tmp_path / "nn")
+    assert row.name == "liver_1" and row.image.name == "liver_1_0000.nii.gz" and len(row.labels) == 1
+
+    touch("loose/x.nii.gz", "loose/x_label.nii.gz", "loose/y.mha")
+    assert [(row.name, len(row.labels)) for row in read_cases(tmp_path / "loose")] == [("x", 1), ("y", 0)]
+
+    touch("each/p/image.nii.gz", "each/p/mask.nii.gz", "each/q/1.dcm")
+    p, q = read_cases(tmp_path / "each")
+    assert (
+        p.image.name == "image.nii.gz"
+        and p.labels[0].name == "mask.nii.gz"
+        and q.image == tmp_path / "each" / "q"
+    )
+
+
+def test_every_training_has_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,GPU-3")
+    with one_gpu(1, tmp_path) as first, one_gpu(1, tmp_path) as second:
+        assert {first, second} == {"0", "GPU-3"}
+    with one_gpu(2, tmp_path) as first, one_gpu(2, tmp_path) as second, one_gpu(2, tmp_path) as third:
+        assert {first, second} == {"0", "GPU-3"} and third in ("0", "GPU-3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with one_gpu(1, tmp_path) as none:
+        assert none is None
+
+
+def test_a_summary_says_where_classical_interpolation_is_better(tmp_path):
+    model = tmp_path / "a" / "model"
+    model.mkdir(parents=True)
+    rows = [
+        {"iteration": 5, "task": "img", "frames": "heldout", "method": method, "psnr": psnr, "ssim": 0.5}
+        for method, psnr in (("model", 20.0), ("linear", 21.0), ("cubic", 19.0))
+    ]
+    (model / "evaluation.json").write_text(json.dumps(rows))
+    (row,) = summarise(tmp_path, ["a"])
+    assert row.state == "waiting" and row.warnings == ["img: linear is better on held-out slices"]
+    assert os.path.exists(tmp_path / "summary.html")
