@@ -27,7 +27,8 @@ from patient.geometry import FILE_NAME, Geometry
 from patient.rendered_volume import Grid, RenderedVolume
 from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION
 from scene.trained import Trained
 from utils.errors import UserError, run
 from utils.images import WRITABLE, limit_pixels, write_image, write_levels

@@ -24,7 +24,7 @@ from benchmarks.scenes import (
 )
 from gaussian_renderer import ACTIVE, editing
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE
+from scene.parameters import IMAGE
 from utils.spherical_harmonics import to_colour
 
 VIEWS = 5  # of the folded scene: what an iteration with in-between frames draws

@@ -25,7 +25,7 @@ from benchmarks.scenes import (
 )
 from gaussian_renderer import ACTIVE, editing
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE
+from scene.parameters import IMAGE
 from utils.spherical_harmonics import to_colour
 
 

@@ -15,7 +15,8 @@ from benchmarks.scenes import VIEWS, Bench, neighbours
 from benchmarks.workload import CPU, CUDA, Attainable, Recorder, count
 from gaussian_renderer import ACTIVE, rasterizer
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, GaussianModel
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE
 
 
 def throughput(bench: Bench) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gaussian_renderer.oracle import LOW_PASS
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, GaussianModel
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE
 from utils.errors import UserError
 from utils.spherical_harmonics import to_colour
 

@@ -25,29 +25,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scene.parameters import COLOURS, PARAMETERS, SEGMENTATION_HEAD
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# Parameter -> key and shape in the file. Letters stand for sizes that must agree: N Gaussians, W = 2P
-# coefficients and R = (D + 1)^2 - 1 harmonics above degree 0.
+# Parameter -> key and shape in the file: colours have three channels there. N is the number of Gaussians.
 _PARAMS: dict[str, tuple[str, tuple[int | str, ...]]] = {
-    "xyz": ("_xyz", ("N", 3)),
-    "f_dc": ("_features_dc", ("N", 1, 3)),
-    "f_rest": ("_features_rest", ("N", "R", 3)),
-    "opacity": ("_opacity", ("N", 1)),
-    "scaling": ("_scaling", ("N", 3)),
-    "rotation": ("_rotation", ("N", 1)),
-    "m": ("m", ("N", 1)),
-    "sigma": ("sigma", ("N", 1, 1)),
-    "w1": ("_w1", ("N", "W")),
+    name: (parameter.key, ("N", *(3 if n in ("C", "S") else n for n in parameter.shape)))
+    for name, parameter in PARAMETERS.items()
 }
-_SEG_PARAMS: dict[str, tuple[str, tuple[int | str, ...]]] = {
-    "f_dc_seg": ("_features_dc_seg", ("N", 1, 3)),
-    "f_rest_seg": ("_features_rest_seg", ("N", "R", 3)),
-    "opacity_seg": ("_opacity_seg", ("N", 1)),
-}
-_COLOURS = ("f_dc", "f_rest", "f_dc_seg", "f_rest_seg")
-_SEG_HEAD = ("opacity_seg", "f_dc_seg", "f_rest_seg")  # the one group of seg_head_only, in this order
 _STATISTICS: dict[str, tuple[int | str, ...]] = {
     "max_radii2D": ("N",),
     "xyz_gradient_accum": ("N", 1),
@@ -75,9 +61,7 @@ class Checkpoint:
     """All that a run is, in an iteration before its update. Where ``extras`` has "trained", ``params`` and
     ``time_func`` are running averages, and ``optimizer`` belongs to what is trained.
 
-    params: raw values by name, float32: xyz (N, 3), f_dc (N, 1, C), f_rest (N, (D+1)^2-1, C), opacity (N, 1),
-        scaling (N, 3), rotation (N, 1), m (N, 1), sigma (N, 1, 1), w1 (N, 2P); with a segmentation head also
-        f_dc_seg, f_rest_seg, opacity_seg. C is 1 (grey) or 3.
+    params: raw values by name, float32, as in `scene.parameters`; C is 1 (grey) or 3.
     time_func: (K,) durations of the frames, or (K - 1, 1) logits of learned ones (DFF).
     spatial_lr_scale: the scene extent E that xyz's rate is scaled by.
     statistics: max_radii2D (N,), xyz_gradient_accum, denom, m_gradient_accum, m_denom (N, 1), as far as kept.
@@ -141,13 +125,13 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         # Learned times are a parameter; fixed ones would only gather gradients.
         "time_func": _own(checkpoint.time_func, as_parameter=checkpoint.uses_dff),
     }
-    for name, (key, _) in {**_PARAMS, **_SEG_PARAMS}.items():
+    for name, (key, _) in _PARAMS.items():
         if name not in params:
             state[key] = torch.empty(0)
         else:
             # Plain tensors would stay frozen in the published program.
             state[key] = _own(
-                _in_colour(params[name]) if name in _COLOURS else params[name], as_parameter=True
+                _in_colour(params[name]) if name in COLOURS else params[name], as_parameter=True
             )
 
     num_points, device = params["xyz"].shape[0], params["xyz"].device
@@ -160,7 +144,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     if optimizer is not None and checkpoint.channels == 1:
         for index, name in _indexed_params(optimizer):
             entry = optimizer["state"].get(index)
-            if entry and name in _COLOURS:
+            if entry and name in COLOURS:
                 moments[index] = {key: entry[key] for key in _MOMENTS}
                 # Each of three equal channels of a mean over channels has a third of the gradient.
                 entry["exp_avg"] = _own(_in_colour(entry["exp_avg"] / 3))
@@ -250,11 +234,9 @@ def newest_readable(folder: Path, map_location: torch.device | str) -> tuple[Pat
 
 def as_grey(params: dict[str, Tensor]) -> dict[str, Tensor]:
     """`params` with one colour channel where all three are equal in every colour, else as they are."""
-    colours = [params[name] for name in _COLOURS if name in params]
+    colours = [params[name] for name in COLOURS if name in params]
     if all(torch.equal(colour, colour[:, :, :1].expand_as(colour)) for colour in colours):
-        return {
-            name: value[:, :, :1].clone() if name in _COLOURS else value for name, value in params.items()
-        }
+        return {name: value[:, :, :1].clone() if name in COLOURS else value for name, value in params.items()}
     return params
 
 
@@ -296,7 +278,7 @@ def _plain(value: Any) -> Any:
 def _indexed_params(optimizer: Mapping[str, Any]) -> Iterator[tuple[int, str]]:
     """(index in the optimizer's state, parameter's name) of each parameter of its groups."""
     for group in optimizer["param_groups"]:
-        names = _SEG_HEAD if group["name"] == "seg_head" else (group["name"],)
+        names = SEGMENTATION_HEAD if group["name"] == "seg_head" else (group["name"],)
         yield from zip(group["params"], names, strict=True)
 
 
@@ -373,9 +355,8 @@ class _Reader:
     def checkpoint(self, iteration: int) -> Checkpoint:
         if self.value(self.state, "version", int) != 2:
             raise self.fault("version", f"is {self.state['version']}, not 2")
-        params = {name: self.tensor(self.state, key, shape) for name, (key, shape) in _PARAMS.items()}
-        if self._has_seg_head():
-            params.update({n: self.tensor(self.state, key, shape) for n, (key, shape) in _SEG_PARAMS.items()})
+        present = [name for name in _PARAMS if name not in SEGMENTATION_HEAD or self._has_seg_head()]
+        params = {name: self.tensor(self.state, *_PARAMS[name]) for name in present}
         statistics = {
             key: self.tensor(self.state, key, shape, finite=False)
             for key, shape in _STATISTICS.items()
@@ -448,7 +429,7 @@ class _Reader:
 
     def _has_seg_head(self) -> bool:
         """Published files without one hold torch.empty(0) there, the oldest of them nothing."""
-        values = [self.state.get(key) for key, _ in _SEG_PARAMS.values()]
+        values = [self.state.get(_PARAMS[name][0]) for name in SEGMENTATION_HEAD]
         return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
 
     def _time_func(self) -> Tensor:
@@ -531,7 +512,7 @@ class _Reader:
 
     def _take_grey(self, checkpoint: Checkpoint, ours: dict[Any, Any]) -> None:
         """Grey colours have one channel; their moments are in `ours`, exactly."""
-        for name in _COLOURS:
+        for name in COLOURS:
             if name in checkpoint.params:
                 checkpoint.params[name] = checkpoint.params[name][:, :, :1].clone()
         if checkpoint.optimizer is None:
@@ -539,7 +520,7 @@ class _Reader:
         moments = self.value(ours, "moments", dict)
         for index, name in _indexed_params(checkpoint.optimizer):
             entry = checkpoint.optimizer["state"].get(index)
-            if entry and name in _COLOURS:
+            if entry and name in COLOURS:
                 exact = self.value(moments, index, dict)
                 shape = checkpoint.params[name].shape
                 entry.update({moment: self.tensor(exact, moment, tuple(shape)) for moment in _MOMENTS})
@@ -550,6 +531,6 @@ class _Reader:
             return
         for index, name in _indexed_params(optimizer):
             entry = optimizer["state"].get(index)
-            if entry and name in _COLOURS:
+            if entry and name in COLOURS:
                 entry["exp_avg"] = entry["exp_avg"].sum(2, keepdim=True)
                 entry["exp_avg_sq"] = 3 * entry["exp_avg_sq"].sum(2, keepdim=True)

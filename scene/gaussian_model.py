@@ -8,15 +8,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from arguments import ModelOptions, OptimisationOptions
+from arguments import ModelOptions
 from scene.cameras import Camera
+from scene.parameters import IMAGE, PARAMETERS, SEGMENTATION, head_parameters, sizes_of
 from utils.spherical_harmonics import C0, basis, from_colour
-
-IMAGE, SEGMENTATION = "img", "seg"
-"""Names of the heads. Plain segmentation training uses the image head; a segmentation head is its copy beside it."""
-
-GEOMETRY = ("xyz", "scaling", "rotation", "m", "sigma", "w1")
-_SUFFIX = {IMAGE: "", SEGMENTATION: "_seg"}
 
 # Initial values (method of the release).
 _GREY = 127 / 255
@@ -29,16 +24,17 @@ _LOGIT_EPS = 1e-6  # keeps the logit of a uniform draw finite
 class GaussianModel:
     """Raw parameters by the names of their optimizer groups, and what they mean when active.
 
-    params: xyz (N, 3), f_dc (N, 1, C), f_rest (N, (D+1)^2 - 1, C), opacity (N, 1), scaling (N, 3), rotation (N, 1),
-        m (N, 1), sigma (N, 1, 1), w1 (N, 2P); with a segmentation head also f_dc_seg, f_rest_seg, opacity_seg.
-        C is 1 for grey data and 3 for colour.
+    params: those of `scene.parameters`, in its order; those of the segmentation head where there is one. C is 1 for
+        grey data and 3 for colour.
     time_func: (K,) frame durations, or (K - 1, 1) logits of learned ones, a parameter then (`--use_dff`).
     """
 
     def __init__(self, params: Mapping[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
+        sizes_of(params)  # raises ValueError where they do not fit together
         self.params = {
-            name: nn.Parameter(value.detach().clone(memory_format=torch.contiguous_format))
-            for name, value in params.items()
+            name: nn.Parameter(params[name].detach().clone(memory_format=torch.contiguous_format))
+            for name in PARAMETERS
+            if name in params
         }
         self.time_func = nn.Parameter(time_func.detach().clone(), requires_grad=time_func.ndim == 2)
         self.active_sh_degree = active_sh_degree
@@ -136,12 +132,12 @@ class GaussianModel:
 
     @property
     def heads(self) -> tuple[str, ...]:
-        return (IMAGE, SEGMENTATION) if "opacity_seg" in self.params else (IMAGE,)
+        return (IMAGE, SEGMENTATION) if head_parameters(SEGMENTATION).opacity in self.params else (IMAGE,)
 
     def add_segmentation_head(self) -> None:
         """A second head, a copy of the image head."""
-        for name in head_parameters(IMAGE):
-            self.params[f"{name}_seg"] = nn.Parameter(self.params[name].detach().clone())
+        for source, name in zip(head_parameters(IMAGE), head_parameters(SEGMENTATION), strict=True):
+            self.params[name] = nn.Parameter(self.params[source].detach().clone())
 
     # ---- active values -----------------------------------------------------------------------------------------------
 
@@ -170,13 +166,13 @@ class GaussianModel:
 
     def raw_opacities(self, heads: Sequence[str]) -> Tensor:
         """(heads, N), logits."""
-        return _stack([self.params["opacity" + _SUFFIX[head]].flatten() for head in heads])
+        return _joined([self.params[head_parameters(head).opacity].flatten() for head in heads])
 
     def raw_colours(self, heads: Sequence[str], camera: Camera) -> Tensor:
         """(heads, N, C): x of the colour max(0, C0 x + 0.5). The harmonics above degree 0 are seen from the camera in
         the direction of the raw (x, 0, z)."""
         if self.active_sh_degree == 0:
-            return _stack([self.params["f_dc" + _SUFFIX[head]].flatten(1) for head in heads])
+            return _joined([self.params[head_parameters(head).colour].flatten(1) for head in heads])
         x, _, z = self.params["xyz"].unbind(1)
         offset = torch.stack(
             [x, torch.full_like(x, camera.distance), z], 1
@@ -184,10 +180,11 @@ class GaussianModel:
         harmonics = basis(offset / offset.norm(dim=1, keepdim=True), self.active_sh_degree)  # (N, K)
         colours = []
         for head in heads:
-            f_dc, f_rest = (self.params[name + _SUFFIX[head]] for name in ("f_dc", "f_rest"))
+            names = head_parameters(head)
+            f_dc, f_rest = self.params[names.colour], self.params[names.harmonics]
             rest = torch.einsum("nk,nkc->nc", harmonics, f_rest[:, : harmonics.shape[1]])
             colours.append(f_dc[:, 0] + rest / C0)
-        return _stack(colours)
+        return _joined(colours)
 
     def scales(self) -> Tensor:
         """(N, 2), along the Gaussian's own two axes in the plane, at t = m; plane units."""
@@ -198,67 +195,5 @@ class GaussianModel:
         return torch.exp(self.params["sigma"][:, 0, 0])
 
 
-def _stack(heads: list[Tensor]) -> Tensor:
+def _joined(heads: list[Tensor]) -> Tensor:
     return heads[0][None] if len(heads) == 1 else torch.stack(heads)
-
-
-def head_parameters(head: str) -> tuple[str, ...]:
-    """The parameters of one head."""
-    return tuple(name + _SUFFIX[head] for name in ("f_dc", "f_rest", "opacity"))
-
-
-def make_optimizer(
-    model: GaussianModel,
-    options: OptimisationOptions,
-    head_only: bool = False,
-    kind: type[torch.optim.Adam] = torch.optim.Adam,
-) -> torch.optim.Adam:
-    """Adam (a ``kind`` of it) with one named group a parameter, in the order of the published checkpoint; xyz's rate
-    is set by :func:`set_rates`. With ``head_only``, the one group of the segmentation head, and all else frozen."""
-    if head_only:
-        for name, parameter in model.params.items():
-            parameter.requires_grad_(name in head_parameters(SEGMENTATION))
-        model.time_func.requires_grad_(False)
-        names = ("opacity_seg", "f_dc_seg", "f_rest_seg")
-        groups = [
-            {"params": [model.params[name] for name in names], "lr": options.seg_head_lr, "name": "seg_head"}
-        ]
-    else:
-        rates = {
-            "xyz": 0.0,
-            "f_dc": options.feature_lr,
-            "f_rest": options.feature_lr / options.feature_rest_divisor,
-            "opacity": options.opacity_lr,
-            "scaling": options.scaling_lr,
-            "rotation": options.rotation_lr,
-            "m": options.m_lr,
-            "sigma": options.sigma_lr,
-            "w1": options.w1_lr,
-        }
-        groups = [{"params": [model.params[name]], "lr": rate, "name": name} for name, rate in rates.items()]
-        if model.uses_dff:
-            groups.append({"params": [model.time_func], "lr": options.time_func_lr, "name": "time_func"})
-        if SEGMENTATION in model.heads:
-            groups += [
-                {"params": [model.params[f"{name}_seg"]], "lr": rates[name], "name": f"{name}_seg"}
-                for name in ("f_dc", "f_rest", "opacity")
-            ]
-    return kind(groups, lr=0.0, eps=options.adam_eps)
-
-
-def set_rates(
-    model: GaussianModel,
-    optimizer: torch.optim.Adam,
-    iteration: int,
-    options: OptimisationOptions,
-    extent: float,
-) -> None:
-    """The schedule: xyz's rate decays log-linearly, and one more degree of the harmonics comes into use now and
-    then."""
-    share = min(max(iteration / options.position_lr_max_steps, 0), 1)
-    log_rate = (1 - share) * math.log(options.position_lr_init) + share * math.log(options.position_lr_final)
-    for group in optimizer.param_groups:
-        if group["name"] == "xyz":
-            group["lr"] = extent * math.exp(log_rate)
-    if iteration % options.sh_degree_interval == 0:
-        model.active_sh_degree = min(model.active_sh_degree + 1, model.sh_degree)

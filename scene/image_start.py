@@ -17,7 +17,8 @@ from torch import Tensor
 from arguments import ModelOptions
 from scene.cameras import Camera
 from scene.frames import Frames
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, head_parameters
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION, head_parameters
 from utils.spherical_harmonics import C0
 
 EDGE_BLUR = 1.0
@@ -105,9 +106,9 @@ def image_start(
         "scaling": torch.log(SCALE * spacing / unit)[:, None].expand(-1, 3),
     }
     for head in heads:
-        colour, _, opacity = head_parameters(head)
-        new[colour] = ((values[head][order] - 0.5) / C0)[:, None]
-        new[opacity] = torch.full((n, 1), math.log(OPACITY / (1 - OPACITY)))
+        names = head_parameters(head)
+        new[names.colour] = ((values[head][order] - 0.5) / C0)[:, None]
+        new[names.opacity] = torch.full((n, 1), math.log(OPACITY / (1 - OPACITY)))
     for name, value in new.items():
         p[name].copy_(value)
     return model

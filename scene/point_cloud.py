@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from scene.checkpoint import as_grey
+from scene.parameters import PARAMETERS, SEGMENTATION_HEAD, Parameter
 from utils.errors import UserError
 from utils.files import atomic_write
 
+# Columns in the published order; those of the segmentation head, which are ours, come last.
+_ORDER = [*(name for name in PARAMETERS if name not in SEGMENTATION_HEAD), *SEGMENTATION_HEAD]
 _MAX_HEADER = 4 << 20  # bytes; a column for each of 50 thousand frames fits
 _LOGITS = "time_func holds logits of learned frame times"  # a comment that tells (K - 1, 1) from (K,)
 
@@ -28,33 +31,20 @@ _LOGITS = "time_func holds logits of learned frame times"  # a comment that tell
 def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor], time_func: Tensor) -> None:
     """Write the raw parameters (named and shaped as in `Checkpoint.params`) and `time_func` to `path`."""
     values = {name: value.detach().float().cpu() for name, value in params.items()}
-    xyz = values["xyz"]
-    columns: list[tuple[str, Tensor]] = [
-        *zip("xyz", xyz.unbind(1), strict=True),
-        *((name, torch.zeros(len(xyz))) for name in ("nx", "ny", "nz")),
-        *_colour_columns("f_dc", values["f_dc"]),
-        *_colour_columns("f_rest", values["f_rest"]),
-        ("opacity", values["opacity"][:, 0]),
-    ]
-    for prefix, name in (
-        ("scale", "scaling"),
-        ("rot", "rotation"),
-        ("m", "m"),
-        ("sigma", "sigma"),
-        ("w1", "w1"),
-    ):
-        columns += ((f"{prefix}_{i}", column) for i, column in enumerate(values[name].flatten(1).unbind(1)))
-    if "opacity_seg" in values:
-        columns.append(("seg_opacity", values["opacity_seg"][:, 0]))
-        columns += _colour_columns("seg_f_dc", values["f_dc_seg"])
-        columns += _colour_columns("seg_f_rest", values["f_rest_seg"])
+    columns: list[tuple[str, Tensor]] = []
+    for name in _ORDER:
+        if name in values:
+            flat = _flattened(values[name], PARAMETERS[name].is_colour)
+            columns += zip(PARAMETERS[name].column_names(flat.shape[1]), flat.unbind(1), strict=True)
+        if name == "xyz":
+            columns += ((normal, torch.zeros(len(values[name]))) for normal in ("nx", "ny", "nz"))
 
     times = time_func.detach().float().cpu().flatten()
     header = [
         "ply",
         "format binary_little_endian 1.0",
         *([f"comment {_LOGITS}"] if time_func.ndim == 2 else []),
-        f"element vertex {len(xyz)}",
+        f"element vertex {len(columns[0][1])}",
         *(f"property float {name}" for name, _ in columns),
         "element time 1",
         *(f"property float time_func_{k}" for k in range(len(times))),
@@ -88,39 +78,25 @@ def read_point_cloud(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], T
 
     place = {name: i for i, name in enumerate(columns)}
 
-    def take(names: list[str]) -> Tensor:  # (N, len(names))
+    def numbered(prefix: str) -> int:
+        return sum(re.fullmatch(rf"{prefix}_\d+", name) is not None for name in columns)
+
+    if numbered("f_rest") % 3:
+        raise UserError(f"{path} has {numbered('f_rest')} columns f_rest_*, not three for each harmonic")
+    sizes = {"C": 3, "S": 3, "R": numbered("f_rest") // 3, "W": numbered("w1")}
+
+    def taken(parameter: Parameter) -> Tensor:  # (N, ...)
+        names = parameter.column_names(parameter.size(sizes))
         missing = [name for name in names if name not in place]
         if missing:
             raise UserError(f"{path} has no column {missing[0]}: it is no point cloud of this method")
-        return torch.from_numpy(table[:, [place[name] for name in names]].astype(np.float32))
+        values = torch.from_numpy(table[:, [place[name] for name in names]].astype(np.float32))
+        if parameter.is_colour:
+            return values.view(num_points, 3, len(names) // 3).transpose(1, 2).contiguous()
+        return values.view(num_points, *(sizes[n] if isinstance(n, str) else n for n in parameter.shape))
 
-    def count(prefix: str) -> int:
-        return sum(re.fullmatch(rf"{prefix}_\d+", name) is not None for name in columns)
-
-    def numbered(prefix: str, number: int) -> Tensor:
-        return take([f"{prefix}_{i}" for i in range(number)])
-
-    def colours(prefix: str, number: int) -> Tensor:  # (N, number / 3, 3)
-        if number % 3:
-            raise UserError(f"{path} has {number} columns {prefix}_*, not three for each harmonic")
-        return numbered(prefix, number).view(num_points, 3, number // 3).transpose(1, 2).contiguous()
-
-    harmonics = count("f_rest")
-    params = {
-        "xyz": take(["x", "y", "z"]),
-        "f_dc": colours("f_dc", 3),
-        "f_rest": colours("f_rest", harmonics),
-        "opacity": take(["opacity"]),
-        "scaling": numbered("scale", 3),
-        "rotation": numbered("rot", 1),
-        "m": numbered("m", 1),
-        "sigma": numbered("sigma", 1)[:, :, None],
-        "w1": numbered("w1", count("w1")),
-    }
-    if "seg_opacity" in place:
-        params["f_dc_seg"] = colours("seg_f_dc", 3)
-        params["f_rest_seg"] = colours("seg_f_rest", harmonics)
-        params["opacity_seg"] = take(["seg_opacity"])
+    present = [name for name in _ORDER if name not in SEGMENTATION_HEAD or "seg_opacity" in place]
+    params = {name: taken(PARAMETERS[name]) for name in present}
     return as_grey(params), durations[:, None] if _LOGITS in comments else durations
 
 
@@ -143,10 +119,9 @@ def write_points(path: str | os.PathLike[str], points: Tensor, colours: Tensor) 
         table.tofile(file)
 
 
-def _colour_columns(prefix: str, colours: Tensor) -> list[tuple[str, Tensor]]:
-    """(N, R, C) -> 3R named columns, all of red first; grey ones three times."""
-    flat = colours.expand(-1, -1, 3).transpose(1, 2).flatten(1)
-    return [(f"{prefix}_{i}", column) for i, column in enumerate(flat.unbind(1))]
+def _flattened(values: Tensor, is_colour: bool) -> Tensor:
+    """(N, ...) -> (N, columns); colours (N, R, C) -> (N, 3R), all of red first, grey ones three times."""
+    return (values.expand(-1, -1, 3).transpose(1, 2) if is_colour else values).flatten(1)
 
 
 def _read_header(

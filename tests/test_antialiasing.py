@@ -22,7 +22,8 @@ from gaussian_renderer import (
     render_frames,
 )
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION
 from training.evaluation import evaluate
 from training.run import Training
 from utils.images import read_image

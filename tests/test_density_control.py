@@ -10,9 +10,11 @@ from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
 from gaussian_renderer.oracle import LOW_PASS, fold
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION
 from training.density_control import DensityControl, reset_opacity
 from training.iteration import IterationResult
+from training.optimizer import make_optimizer
 from training.run import Training
 
 OPTIONS = OptimisationOptions()

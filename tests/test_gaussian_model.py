@@ -11,7 +11,9 @@ from torch import Tensor
 from arguments import ModelOptions, OptimisationOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
 from scene.cameras import Camera
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel, make_optimizer, set_rates
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION
+from training.optimizer import make_optimizer, set_rates
 from utils.spherical_harmonics import basis, to_colour
 
 N = 4000

@@ -9,8 +9,9 @@ from arguments import ModelOptions
 from gaussian_renderer import render_frames
 from scene.cameras import Camera
 from scene.frames import Frames
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.gaussian_model import GaussianModel
 from scene.image_start import image_start
+from scene.parameters import IMAGE, SEGMENTATION
 from utils.metrics import Scores
 from utils.spherical_harmonics import to_colour
 

@@ -25,7 +25,7 @@ from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
 from in_between.prediction import InBetween
 from scene.frames import Frames
-from scene.gaussian_model import IMAGE, SEGMENTATION, head_parameters
+from scene.parameters import IMAGE, SEGMENTATION, head_parameters
 from train import train
 from training.batches import Batch, Sampler, Views, requested_renders
 from training.evaluation import evaluate

@@ -24,7 +24,8 @@ from gaussian_renderer import ACTIVE, editing, oracle
 from patient.geometry import FrameCut, Geometry, cut_geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION
 from utils.errors import UserError, run
 from utils.images import read_image, to_unit, write_image
 from utils.spherical_harmonics import from_colour, to_colour

@@ -17,6 +17,7 @@ from gaussian_renderer import rasterizer
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint
 from scene.gaussian_model import GaussianModel
+from scene.parameters import IMAGE, SEGMENTATION, head_parameters, numbers_per_gaussian
 from utils.errors import UserError
 from utils.memory import free_memory
 
@@ -120,12 +121,14 @@ def with_bound(
         return options
     if before > 0:
         return replace(options, max_gaussians=before)
-    heads = 2 if options.pipeline == "joint" or options.seg_head_only else 1
-    raw = 11 + 2 * options.poly_degree + heads * (channels * (options.sh_degree + 1) ** 2 + 1)
+    heads = (IMAGE, SEGMENTATION) if options.pipeline == "joint" or options.seg_head_only else (IMAGE,)
+    harmonics = (options.sh_degree + 1) ** 2 - 1
+    sizes = {"C": channels, "S": channels, "R": harmonics, "W": 2 * options.poly_degree}
+    raw = numbers_per_gaussian(sizes, heads)
     # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
     # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
     # where Gaussians are as small as after training).
-    images = heads * (2 * options.batch_size - 1)
+    images = len(heads) * (2 * options.batch_size - 1)
     size = 4 * (5 * raw + 5 + 100 * images)
     most = int(_MEMORY_SHARE * free_memory(device)) // size
     start = len(saved.params["xyz"]) if saved else options.num_pts
@@ -140,7 +143,7 @@ def with_bound(
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:
     """Opacities of all heads become min(opacity, ``value``), and their moments zero."""
     limit = torch.logit(torch.tensor(value)).item()
-    for name in [n for n in model.params if n.startswith("opacity")]:
+    for name in (head_parameters(head).opacity for head in model.heads):
         parameter = model.params[name]
         _replace(
             model,

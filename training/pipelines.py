@@ -13,7 +13,7 @@ from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, rasterizer
 from in_between.prediction import InBetween
 from scene.frames import Frames
-from scene.gaussian_model import IMAGE, SEGMENTATION
+from scene.parameters import IMAGE, SEGMENTATION
 from utils import losses
 
 

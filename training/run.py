@@ -18,9 +18,10 @@ from patient.geometry import FILE_NAME, Geometry
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, save_checkpoint
 from scene.frames import write_mirror
-from scene.gaussian_model import SEGMENTATION, GaussianModel, make_optimizer, set_rates
+from scene.gaussian_model import GaussianModel
 from scene.heldout import HeldOut
 from scene.image_start import image_start
+from scene.parameters import SEGMENTATION
 from scene.point_cloud import write_point_cloud, write_points
 from training.batches import Sampler, Views
 from training.data import check_batch, expected_between, read_data
@@ -28,6 +29,7 @@ from training.density_control import DensityControl, reset_opacity, with_bound
 from training.evaluation import Evaluation, TaskScores
 from training.finite import magnitudes, moments, not_finite
 from training.iteration import IterationResult, Objective, forward_backward
+from training.optimizer import make_optimizer, set_rates
 from training.pipelines import Task, tasks
 from training.recording import RecordedStep
 from training.reports import Metrics
