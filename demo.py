@@ -5,6 +5,8 @@ python demo.py --data data/case --model output/case --mesh meshes/case.ply --out
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import itertools
 import re

@@ -10,6 +10,8 @@ PRED and REF are a case each, or folders of cases of the same names. Nothing is 
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import csv
 import io

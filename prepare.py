@@ -13,6 +13,8 @@ beside OUT first and renamed at the end: OUT is complete or untouched.
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -8,6 +8,8 @@ writes OUTPUT/render_img/00000_0.png, 00000_1.png, ...; --help lists every optio
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import os
 import re
 from collections import deque

@@ -11,6 +11,8 @@ Several organs in one run: a case folder for each, or with --labels one stack of
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import multiprocessing
 import os

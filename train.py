@@ -8,6 +8,8 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import os
 import sys
 

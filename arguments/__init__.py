@@ -330,9 +330,9 @@ class RunOptions:
 
     preset: str = _option(
         "published",
-        "defaults of the other options: those of the paper; those for the best frames in between (best); or those "
-        "of best in a tenth of the iterations (fast)",
-        choices=("published", "best", "fast"),
+        "defaults of the other options: those of the paper; those for the best frames in between (best); nearly those, "
+        "in a fifth of the iterations (fast); or a useful result in minutes on a CPU (quick)",
+        choices=("published", "best", "fast", "quick"),
     )
     model_path: str = _option("", "output folder (default: a fresh one under ./output/)", short="m")
     pipeline: str = _option("img", "which losses apply", choices=("img", "seg", "joint"))
@@ -357,6 +357,11 @@ class RunOptions:
         8, "--eval: the last of each N frames is held out, but never the last of all", source=_KERBL, low=2
     )
     iterations: int = _option(30_000, "iterations to train", source=_KERBL, low=1)
+    scale_schedule: bool = _option(
+        False,
+        "with --preset published: every iteration at which something begins or ends goes with --iterations, as it does "
+        "with the other presets",
+    )
     test_iterations: tuple[int, ...] = _option(
         (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate there"
     )
@@ -396,7 +401,10 @@ class TrainOptions(MachineOptions, OptimisationOptions, ModelOptions, DataOption
             raise UserError("--pipeline joint needs the masks too: give --seg_source_path ROOT")
         if self.start_checkpoint == AUTO and not self.model_path:
             raise UserError("--start_checkpoint auto looks into the output folder: give it too, -m FOLDER")
-        if self.max_gaussians and self.num_pts > self.max_gaussians:
+        sized = (
+            self.preset != "published" and "num_pts" not in self.given
+        )  # by the data, later, and within the bound
+        if self.max_gaussians and self.num_pts > self.max_gaussians and not sized:
             raise UserError(
                 f"--num_pts {self.num_pts} starts with more Gaussians than --max_gaussians {self.max_gaussians} allows"
             )
@@ -519,43 +527,64 @@ _IN_BETWEEN = {
     "ibfr_from_iter": 1,
     "lambda_ibfr_seg": 2.0,
 }
+_FAST = _IN_BETWEEN | {
+    "opacity_reset_interval": 100_000,
+    "lambda_ibfr": 5.0,
+    "lambda_ibfr_dssim": 0.6,
+    "ibfr_alpha_min": 0.0,
+    "ibfr_alpha_max": 1.0,
+    "average_decay": 0.99,
+    # More frames an iteration, each with a smaller share of the loss; and twice the rates.
+    "batch_size": 9,
+    "position_lr_init": 3.2e-4,
+    "feature_lr": 5e-3,
+    "scaling_lr": 1e-2,
+    "rotation_lr": 2e-3,
+    "m_lr": 2e-3,
+    "sigma_lr": 2e-3,
+    "w1_lr": 2e-3,
+}
 PRESETS: dict[str, dict[str, Any]] = {
     "published": {},
     "best": _IN_BETWEEN
     | {
+        "iterations": 6000,
+        "position_lr_max_steps": 6000,
+        "densify_from_iter": 100,
+        "densify_until_iter": 4000,
+        "sigma_until_iter": 4000,
         "lambda_ibfr": 3.5,
         "lambda_ibfr_dssim": 0.4,
         "ibfr_skip": 3,
         "sigma_low_views": 0.5,
         "densify_grad_threshold": 1.7e-4,
-        "average_from_iter": 27_000,
+        "average_from_iter": 5400,
+        "average_decay": 0.995,
     },
-    "fast": _IN_BETWEEN
+    "fast": _FAST
     | {
-        "iterations": 3000,
-        "position_lr_max_steps": 3000,
-        "densify_until_iter": 2000,
-        "sigma_until_iter": 2000,
-        "opacity_reset_interval": 100_000,
-        "lambda_ibfr": 5.0,
-        "lambda_ibfr_dssim": 0.6,
-        "ibfr_alpha_min": 0.0,
-        "ibfr_alpha_max": 1.0,
-        "average_from_iter": 2500,
-        "average_decay": 0.99,
-        # More frames an iteration, each with a smaller share of the loss; and twice the rates.
-        "batch_size": 9,
+        "iterations": 1200,
+        "position_lr_max_steps": 1200,
+        "densify_from_iter": 200,
+        "densify_until_iter": 800,
+        "sigma_until_iter": 800,
+        "average_from_iter": 1000,
+        "densify_grad_threshold": 2e-4,
+    },
+    "quick": _FAST
+    | {
+        "camera": "one",
+        "iterations": 600,
+        "position_lr_max_steps": 600,
+        "densify_from_iter": 100,
+        "densify_until_iter": 400,
+        "sigma_until_iter": 400,
+        "average_from_iter": 500,
         "densify_grad_threshold": 1e-4,
-        "position_lr_init": 3.2e-4,
-        "feature_lr": 5e-3,
-        "scaling_lr": 1e-2,
-        "rotation_lr": 2e-3,
-        "m_lr": 2e-3,
-        "sigma_lr": 2e-3,
-        "w1_lr": 2e-3,
     },
 }
-"""Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md)."""
+"""Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md). Sizes and
+schedules follow the data and --iterations (training/schedule.py)."""
 
 
 # ---- command line -> options -------------------------------------------------------------------------------

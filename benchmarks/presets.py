@@ -34,6 +34,7 @@ from benchmarks.preset_tables import Row, tables
 from gaussian_renderer import rasterizer
 from pictures.figures import draw_montage
 from scene.checkpoint import load_checkpoint, newest
+from training.schedule import SCHEDULE, scaled
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
 from utils.images import write_image
@@ -42,13 +43,6 @@ from utils.metrics import Scores
 RENDERS = {"img": "render_img", "seg": "render_mask"}  # folders that render.py writes
 
 FULL = TrainOptions.iterations
-SCHEDULE = (
-    "position_lr_max_steps",
-    "densify_until_iter",
-    "sigma_until_iter",
-    "ibfr_from_iter",
-    "average_from_iter",
-)  # go with iterations; 0 stays 0
 ABLATION: dict[str, dict[str, Any]] = {
     "all ingredients": {},
     "taught linear blends": {"ibfr_target": "linear"},
@@ -122,9 +116,6 @@ def train_options(
     """Options of train.py: the preset's, but for ``changes``; with ``iterations``, its schedule shrinks alike."""
     defaults = {name: getattr(TrainOptions, name) for name in ("iterations", *SCHEDULE)} | PRESETS[preset]
     length = defaults["iterations"]
-
-    def scaled(iteration: int, of: int, to: int) -> int:
-        return max(min(iteration, 1), iteration * to // of)
 
     values = {} if pipeline != "seg" else {"poly_degree": 2}  # the published choice for masks
     for name, value in changes.items():

@@ -124,7 +124,7 @@ def test_a_preset_gives_defaults_alone():
     """What the command line gives stands, also where it is the published value, and whatever the order."""
     plain, fast = train_options(["-s", "data"]), train_options(["-s", "data", "--preset", "fast"])
     assert (plain.iterations, plain.ibfr_target) == (30_000, "linear")
-    assert (fast.iterations, fast.ibfr_target) == (3000, "motion")
+    assert (fast.iterations, fast.ibfr_target) == (1200, "motion")
     assert fast.given == plain.given | {"preset"}
     mixed = train_options(
         ["--iterations", "30000", "-s", "data", "--preset", "fast", "--ibfr_target", "linear"]

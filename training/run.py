@@ -34,6 +34,7 @@ from training.pipelines import Task, tasks
 from training.recording import RecordedStep
 from training.reports import Metrics
 from training.resuming import as_saved, changes, check_continues, check_fits, starting_point, with_model_of
+from training.schedule import fitted, warn
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.metrics import psnr
@@ -70,8 +71,10 @@ class Training:
         options, saved = starting_point(options, device, say)
         data = read_data(options, device, say)
         frames, geometry = data.frames, data.geometry
+        options = fitted(options, len(frames) * frames.height * frames.width)
         todo = tasks(options, frames, data.masks)
         check_batch(options, todo)
+        warn(options, any(task.in_betweens for task in todo), say)
         if saved is not None:
             check_fits(options, saved, frames)
         camera = Camera(frames.width, frames.height, options.distance)

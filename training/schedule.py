@@ -1,0 +1,94 @@
+"""How large a run is and when things happen in it: in proportion to its data and to its iterations.
+
+Numbers of the presets are those for PIXELS of data and the preset's iterations; what the command line gives stands.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from arguments import PRESETS, TrainOptions
+
+SCHEDULE = (
+    "position_lr_max_steps",
+    "sigma_until_iter",
+    "ibfr_from_iter",
+    "densify_from_iter",
+    "densify_until_iter",
+    "prune_scale_from_iter",
+    "average_from_iter",
+)
+"""Options that say when: they go with the iterations. Intervals between two events stay."""
+
+PIXELS = 69 * 197 * 233
+"""The data that sizes are given for: every second slice of the brain that presets were chosen on."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """A number that grows with the data, ``at`` for PIXELS in proportion to their number to the power ``power``, and is
+    at least ``least``."""
+
+    at: int
+    power: float
+    least: int = 1
+
+    def of(self, pixels: int) -> int:
+        return max(round(self.at * (pixels / PIXELS) ** self.power), self.least)
+
+
+SIZES: dict[str, dict[str, Size]] = {
+    # Points on surfaces grow as the power 2/3 of what they bound; small volumes train as fast with all of them.
+    "best": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(6000, 1 / 4, least=6000)},
+    "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 1 / 4, least=1200)},
+    # For minutes on a CPU: time grows with the number of Gaussians there.
+    "quick": {"num_pts": Size(40_000, 1 / 3), "max_gaussians": Size(80_000, 1 / 3)},
+}
+"""What presets size by the data, beside the numbers in `arguments.PRESETS`."""
+
+
+def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
+    """``options`` of the size that suits ``pixels`` in all frames, with the schedule of their iterations."""
+    sizes = SIZES.get(options.preset, {})
+    grown: dict[str, Any] = {
+        name: size.of(pixels) for name, size in sizes.items() if name not in options.given
+    }
+    most = options.max_gaussians if "max_gaussians" in options.given else 0
+    if most and "num_pts" in grown:
+        grown["num_pts"] = min(grown["num_pts"], most)
+    if "max_gaussians" in grown:
+        grown["max_gaussians"] = max(grown["max_gaussians"], grown.get("num_pts", options.num_pts))
+    iterations = grown.pop("iterations", options.iterations)
+    return with_iterations(replace(options, **grown), iterations)
+
+
+def with_iterations(options: TrainOptions, iterations: int) -> TrainOptions:
+    """``options`` of a run of so many iterations, whose SCHEDULE shrinks or stretches alike.
+
+    The published preset keeps its absolute numbers unless --scale_schedule asks otherwise; 0 stays 0.
+    """
+    changes: dict[str, Any] = {"iterations": iterations}
+    if options.preset != "published" or options.scale_schedule:
+        defaults = {name: getattr(TrainOptions, name) for name in ("iterations", *SCHEDULE)}
+        defaults |= PRESETS[options.preset]
+        for name in SCHEDULE:
+            if name not in options.given:
+                changes[name] = scaled(defaults[name], defaults["iterations"], iterations)
+    return replace(options, **changes)
+
+
+def scaled(iteration: int, of: int, to: int) -> int:
+    """``iteration`` of a run of ``of`` iterations in one of ``to``; 0 alone becomes 0."""
+    return max(min(iteration, 1), iteration * to // of)
+
+
+def warn(options: TrainOptions, in_betweens: bool, say: Callable[[str], object]) -> None:
+    """Says where a run would end before it has begun to teach the in-betweens that are expected of it."""
+    if in_betweens and options.ibfr_from_iter >= options.iterations:
+        say(
+            f"warning: frames in between are never taught: that begins at iteration {options.ibfr_from_iter} "
+            f"(--ibfr_from_iter), and this run has {options.iterations}. They will look wrong; add --scale_schedule, "
+            "or take --preset quick or fast, whose schedules follow --iterations"
+        )
