@@ -8,7 +8,9 @@ A page asks for it with a comment, which the build replaces with Markdown:
 from __future__ import annotations
 
 import argparse
+import ast
 import importlib
+import itertools
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -34,7 +36,7 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 
 def programs() -> list[str]:
     """The root scripts, in the order in which one meets them."""
-    order = ["prepare.py", "train.py", "render.py", "slices_to_ply.py", "evaluate.py"]
+    order = ["medgs.py", "prepare.py", "train.py", "render.py", "slices_to_ply.py", "evaluate.py"]
     found = sorted(path.name for path in ROOT.glob("*.py"))
     return [name for name in order if name in found] + [name for name in found if name not in order]
 
@@ -105,6 +107,44 @@ def presets() -> str:
     return table(["option", "published", *names], rows)
 
 
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def fields(module: str, name: str) -> str:
+    """The fields of a dataclass, and the docstring under each."""
+    source = ast.parse((ROOT / module).read_text(encoding="utf-8"))
+    body = next(node for node in source.body if isinstance(node, ast.ClassDef) and node.name == name).body
+    rows = [
+        [f"`{field.target.id}`", " ".join(text.value.value.split())]
+        for field, text in itertools.pairwise(body)
+        if isinstance(field, ast.AnnAssign)
+        and isinstance(field.target, ast.Name)
+        and isinstance(text, ast.Expr)
+        and isinstance(text.value, ast.Constant)
+    ]
+    return table(["field", "meaning"], rows)
+
+
+def parameters() -> str:
+    """The table of per-Gaussian parameters: where each lies in a checkpoint and in a point cloud, and its rate."""
+    from scene.parameters import PARAMETERS
+
+    def columns(parameter: Any) -> str:
+        named = parameter.columns
+        return f"`{named}_*`" if isinstance(named, str) else " ".join(f"`{name}`" for name in named)
+
+    def rate(parameter: Any) -> str:
+        if parameter.rate is None:
+            return "`--position_lr_*`, times E"
+        return f"`--{parameter.rate}`" + (f" / `--{parameter.divisor}`" if parameter.divisor else "")
+
+    rows = [
+        [f"`{p.name}`", f"({', '.join(map(str, ('N', *p.shape)))})", f"`{p.key}`", columns(p), rate(p)]
+        for p in PARAMETERS.values()
+    ]
+    return table(["parameter", "shape", "checkpoint key", "PLY columns", "learning rate"], rows)
+
+
 # ---- measurements ----------------------------------------------------------------------------------------------------
 
 
@@ -118,5 +158,7 @@ def recorded() -> str:
 GENERATORS: dict[str, Callable[..., str]] = {
     "options": options,
     "presets": presets,
+    "fields": fields,
+    "parameters": parameters,
     "recorded": recorded,
 }
