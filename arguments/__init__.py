@@ -616,7 +616,11 @@ def render_options(arguments: Sequence[str] | None = None) -> RenderOptions:
 
     Raises `UserError`, also where there is a `cfg_args` that cannot be read; without one, the defaults serve.
     """
-    given = _parse(render_parser(), arguments)
+    return model_options(_parse(render_parser(), arguments))
+
+
+def model_options(given: Mapping[str, Any]) -> RenderOptions:
+    """The same for any program that draws a trained model; given: name -> value, as its command line had it."""
     path = Path(given.get("model_path", "")) / "cfg_args"
     saved = read_cfg_args(path) if given.get("model_path") and path.exists() else {}
     return merge(RenderOptions, given, saved, str(path))

@@ -221,11 +221,17 @@ def in_space(mesh: Trimesh, space: str) -> Trimesh:
 
 
 def write_mesh(path: str | os.PathLike[str], mesh: Trimesh) -> None:
-    """A mesh as the suffix of `path` says (FORMATS), binary where the format has it, unit and space in its header.
+    """Write a mesh in the format that the suffix of `path` says (see `mesh_bytes`)."""
+    data = mesh_bytes(mesh, Path(path).suffix.lower().removeprefix("."))
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def mesh_bytes(mesh: Trimesh, kind: str) -> bytes:
+    """A mesh as a file of a `kind` of FORMATS, binary where the format has it, unit and space in its header.
 
     GLB is in metres with y up, as its standard says; a mesh in voxels counts one as a millimetre there.
     """
-    kind = Path(path).suffix.lower().removeprefix(".")
     comments = [f"SPACE={mesh.metadata['space']}"] if mesh.metadata["space"] else []
     comments += [UNITS[mesh.metadata["unit"]]] if mesh.metadata["unit"] else []
     if kind == "ply":
@@ -247,8 +253,7 @@ def write_mesh(path: str | os.PathLike[str], mesh: Trimesh) -> None:
         raise UserError(
             f"meshes are written as {', '.join(FORMATS)}, not as {kind or 'a file without suffix'}"
         )
-    with atomic_write(path) as temporary:
-        temporary.write_bytes(data)
+    return data
 
 
 def read_mesh(path: str | os.PathLike[str]) -> Trimesh:

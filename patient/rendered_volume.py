@@ -109,8 +109,9 @@ class RenderedVolume:
         """image (H, W), float in [0, 1], is slice ``slot``."""
         self._slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
 
-    def write(self, path: str | os.PathLike[str]) -> None:
-        """The NIfTI file, complete or not there."""
+    @property
+    def image(self) -> nibabel.Nifti1Image:
+        """The volume as nibabel has it."""
         image = nibabel.Nifti1Image(self.values, self.grid.affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(self.grid.affine, "scanner")
@@ -120,9 +121,13 @@ class RenderedVolume:
         if not self.mask:  # levels as they are, and what they mean in the header: half the size of floats
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
+        return image
+
+    def write(self, path: str | os.PathLike[str]) -> None:
+        """The NIfTI file, complete or not there."""
         # Little is left to gain above the first level of compression. The same volume is the same file: no time in it.
         with (
             atomic_write(path) as temporary,
             gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,
         ):
-            image.to_stream(file)
+            self.image.to_stream(file)

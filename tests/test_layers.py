@@ -17,6 +17,7 @@ FLOORS = (  # a folder may import from those before it, and from itself
     "scene",
     "gaussian_renderer",
     "training",
+    "viewer",
     "cases",
 )
 MODULES = sorted(path for folder in FLOORS for path in (ROOT / folder).rglob("*.py"))

@@ -118,6 +118,18 @@ def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
                 place.rmdir()
 
 
+def is_owned(folder: Path) -> bool:
+    """Whether a run on this machine holds ``folder`` now, by what its lock says; the lock itself is not touched."""
+    try:
+        _, process, _, host = (folder / LOCK).read_text().split()
+        os.kill(int(process), 0)
+    except PermissionError:  # another user's, and alive
+        return True
+    except (OSError, ValueError):
+        return False
+    return host == socket.gethostname()
+
+
 def remove_temporaries(folder: Path) -> None:
     """Remove the files that `atomic_write` was at in `folder` when its process was killed."""
     for file in folder.iterdir() if folder.is_dir() else ():

@@ -1,0 +1,359 @@
+"""A trained case with all that is worth looking at beside its model: input, held-out frames, mesh, reference."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from scipy.ndimage import map_coordinates
+from trimesh import Trimesh
+
+from arguments import RenderOptions, TrainOptions, read_cfg_args
+from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, rasterizer, render
+from gaussian_renderer.oracle import LOW_PASS
+from patient.geometry import FILE_NAME, Geometry
+from patient.meshes import in_space, read_mesh, smooth, surface
+from patient.readers import read_volume
+from patient.rendered_volume import Grid, RenderedVolume
+from scene.frames import Frames
+from scene.gaussian_model import IMAGE, SEGMENTATION, GaussianModel
+from scene.heldout import HeldOut
+from scene.trained import Trained
+from training.data import read_data
+from utils.errors import UserError
+from utils.metrics import Scores
+
+AT_FRAME = 1e-4  # positions this close to a frame are that frame
+_AT_ONCE = 8  # views of a dense volume, between two of which a live one is drawn
+_MOST_SUB_FRAMES = 8
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """What the model was trained on and scored on, as far as it is still where it was."""
+
+    images: Frames | None = None
+    masks: Frames | None = None
+    heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task
+    missing: str = ""
+    """Why there is nothing, in words."""
+
+
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """A volume to compare with: intensities, and from RAS millimetres to its voxels (4, 4)."""
+
+    values: np.ndarray
+    to_voxels: np.ndarray
+    name: str
+
+
+@dataclass(eq=False)
+class Case:
+    """A model and its surroundings. Positions are a frame's index plus a fraction, from 0 to K - 1."""
+
+    options: RenderOptions
+    trained: Trained
+    geometry: Geometry | None
+    inputs: Inputs
+    pipeline: str
+    reference: Reference | None = None
+    mesh: Trimesh | None = None
+    """In RAS where it is in millimetres."""
+    _drawing: threading.Lock = field(default_factory=threading.Lock)
+
+    @classmethod
+    def open(
+        cls,
+        options: RenderOptions,
+        reference: str | None = None,
+        mesh: str | None = None,
+        say: Callable[[str], object] = print,
+    ) -> Case:
+        """The case in ``options.model_path``. Input frames that are gone are said, and no error: the model can do
+        without. Raises `UserError` where there is no model, or where ``reference`` or ``mesh`` cannot be read."""
+        trained = Trained.load(options, say)
+        folder = Path(options.model_path)
+        geometry = Geometry.load(folder / FILE_NAME) if (folder / FILE_NAME).exists() else None
+        if geometry is not None and len(geometry.slices) != trained.model.num_frames:
+            say(f"{folder / FILE_NAME} is of other frames than the model: nothing is placed in the patient")
+            geometry = None
+        inputs, pipeline = _inputs(options, say)
+        case = cls(options, trained, geometry, inputs, pipeline)
+        if reference is not None:
+            case.reference = _reference(reference, geometry)
+        if mesh is not None:
+            case.mesh = read_mesh(mesh)
+            if case.mesh.metadata["unit"] == "mm":
+                case.mesh = in_space(case.mesh, "RAS")
+        return case
+
+    def reload(self) -> None:
+        """Takes the newest checkpoint of the folder."""
+        trained = Trained.load(replace(self.options, iteration=-1), lambda _: None)
+        with self._drawing:
+            self.trained = trained
+
+    # ---- the sequence ------------------------------------------------------------------------------------------------
+
+    @property
+    def model(self) -> GaussianModel:
+        return self.trained.model
+
+    @property
+    def name(self) -> str:
+        return Path(self.options.model_path).resolve().name
+
+    @property
+    def has_masks(self) -> bool:
+        return SEGMENTATION in self.model.heads or self.pipeline == "seg"
+
+    @cached_property
+    def placed(self) -> Geometry:
+        """Where renders lie; where nobody knows, a stack of voxels of size 1, upright as frames are."""
+        if self.geometry is not None and self.geometry.affine is not None:
+            return self.geometry
+        count, camera = self.model.num_frames, self.trained.camera
+        plain = ((-1.0, 0.0, 0.0, 0.0), (0.0, -1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+        return Geometry(
+            axes=(0, 1, 2),
+            flips=(True, True),
+            size=(camera.width, camera.height),
+            affine=plain,
+            slices=tuple(range(count)),
+            slice_count=count,
+            positions=tuple(map(float, range(count))),
+            window=self.geometry.window
+            if self.geometry
+            else (0.0, float(2 ** min(self.trained.bits, 16) - 1)),
+            bits=16,
+            source=self.name,
+        )
+
+    @property
+    def unit(self) -> str:
+        """Of places: mm, or voxels where nobody knows."""
+        return "mm" if self.geometry is not None and self.geometry.affine is not None else "voxels"
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Columns and rows of a render."""
+        return self.trained.camera.width, self.trained.camera.height
+
+    @torch.no_grad()
+    def draw(self, positions: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
+        """What render.py writes at ``positions``: images (V, C, H, W) in [0, 1], masks (V, H, W) in [0, 1]."""
+        views = len(positions)
+        outputs = [(IMAGE, ACTIVE)]
+        if self.has_masks:
+            outputs.append((self.model.heads[-1], ACTIVE_SEGMENTATION))
+        with self._drawing:
+            trained = self.trained
+            drawn = render(
+                trained.model,
+                trained.camera,
+                positions,
+                [False] * views,
+                [Render(view, *output) for output in outputs for view in range(views)],
+                trained.background,
+                self.options.rasterizer,
+                antialiasing=trained.antialiasing,
+            ).images.clamp_(0, 1)
+            values = drawn.cpu().unflatten(0, (len(outputs), views)).numpy()
+        return values[0], values[1].mean(1) if self.has_masks else None
+
+    @torch.no_grad()
+    def ellipses(self, position: float, most: int) -> dict[str, Any]:
+        """The Gaussians that are active at ``position``, or ``most`` of them, evenly picked.
+
+        ``values`` is (n, 7) float32: centre u, v, half axes in px (one standard deviation), angle of the first from u
+        towards v, opacity, sigma. ``active`` is how many there are, ``total`` how many the model has.
+        """
+        with self._drawing:
+            trained = self.trained
+            p, camera = trained.model.params, trained.camera
+            means, conics, _, active = rasterizer(self.options.rasterizer).fold(
+                p["xyz"],
+                p["w1"],
+                p["m"].flatten(),
+                p["sigma"].flatten(),
+                p["scaling"],
+                p["rotation"].flatten(),
+                trained.model.times([position]),
+                torch.ones(1, device=trained.model.device),
+                camera.pixels_per_unit,
+                camera.width,
+                camera.height,
+            )
+            opacities = trained.model.opacities([IMAGE])[0]
+            spreads = trained.model.spreads()
+            (chosen,) = torch.nonzero(active[0] & ACTIVE, as_tuple=True)
+            count = len(chosen)
+            if count > most:
+                chosen = chosen[torch.linspace(0, count - 1, most, device=chosen.device).long()]
+            a, b, c = conics[0, chosen].double().unbind(1)
+            inverse = torch.stack([torch.stack([a, b], 1), torch.stack([b, c], 1)], 1)
+            covariance = torch.linalg.inv(inverse) - LOW_PASS * torch.eye(2, device=a.device)
+            sizes, axes = torch.linalg.eigh(covariance)
+            columns = [
+                means[0, chosen],
+                sizes.flip(1).clamp_min(0).sqrt(),
+                torch.atan2(axes[:, 1, 1], axes[:, 0, 1])[:, None],
+                opacities.flatten()[chosen, None],
+                spreads.flatten()[chosen, None],
+            ]
+            values = torch.cat([column.float() for column in columns], 1).cpu().numpy()
+        return {"values": values, "active": count, "total": len(trained.model)}
+
+    # ---- what it is compared with ------------------------------------------------------------------------------------
+
+    @cached_property
+    def heldout_positions(self) -> list[float]:
+        test = self.inputs.heldout.get("img") or self.inputs.heldout.get("seg")
+        return [] if test is None else test.indices
+
+    def comparisons(self) -> list[str]:
+        """What renders can be held against."""
+        task = "seg" if self.pipeline == "seg" else "img"
+        names = ["frame", "linear"] if self.inputs.images is not None else []
+        names += ["heldout"] if task in self.inputs.heldout else []
+        return names + (["reference"] if self.reference is not None else [])
+
+    def against(self, what: str, position: float) -> tuple[np.ndarray, float, str]:
+        """An image (C, H, W) in [0, 1] to hold against the render at ``position``, where it lies, and in words."""
+        images, background = self.inputs.images, self.trained.background.cpu()
+        if what == "reference" and self.reference is not None:
+            return self._resliced(position), position, self.reference.name
+        if what == "heldout" and self.heldout_positions:
+            test = self.inputs.heldout["seg" if self.pipeline == "seg" else "img"]
+            k = int(np.abs(np.array(test.indices) - position).argmin())
+            return (
+                test.frames(k, background=background)[0].cpu().numpy(),
+                test.indices[k],
+                f"held out, slice {test.slices[k]}",
+            )
+        if images is not None and what in ("frame", "linear"):
+            k = min(int(position + 0.5), len(images) - 1)
+            if what == "frame" or abs(position - k) < AT_FRAME:
+                return images(k, background=background)[0].cpu().numpy(), float(k), f"input frame {k}"
+            first = min(int(position), len(images) - 2)
+            share = np.float32(position - first)
+            before, after = images([first, first + 1], background=background).cpu().numpy()
+            return before + (after - before) * share, position, f"linear, {first} to {first + 1}"
+        raise UserError(f"{what} is nothing to compare with here: there is {', '.join(self.comparisons())}")
+
+    def scores(self, position: float, image: np.ndarray) -> dict[str, Any] | None:
+        """PSNR and SSIM of the render (C, H, W) at ``position``, where an input or held-out frame lies there."""
+        for what, places in (
+            ("heldout", self.heldout_positions),
+            ("frame", range(self.model.num_frames if self.inputs.images is not None else 0)),
+        ):
+            if any(abs(position - place) < AT_FRAME for place in places):
+                truth, _, words = self.against(what, position)
+                target = torch.from_numpy(np.ascontiguousarray(truth))[None]
+                scores = Scores.of(torch.from_numpy(image)[None], target.expand(-1, len(image), -1, -1))
+                return {"of": words, "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
+        return None
+
+    def _resliced(self, position: float) -> np.ndarray:
+        """The reference where the frame at ``position`` lies, (1, H, W) in the window of the frames."""
+        assert self.reference is not None
+        width, height = self.size
+        grid = np.stack(np.meshgrid(np.arange(width), np.arange(height)), -1).astype(np.float64)
+        points = np.concatenate([grid, np.full((height, width, 1), position)], -1)
+        patient = self.placed.to_patient(points, self.size)
+        assert patient is not None
+        matrix = self.reference.to_voxels
+        voxels = patient @ matrix[:3, :3].T + matrix[:3, 3]
+        low, high = self.placed.window
+        values = map_coordinates(self.reference.values, np.moveaxis(voxels, -1, 0), order=1, cval=low)
+        return ((values - low) / (high - low)).clip(0, 1).astype(np.float32)[None]
+
+    # ---- the dense volume --------------------------------------------------------------------------------------------
+
+    def sub_frames(self, most_voxels: int) -> int:
+        """Slices a frame that make voxels about as deep as wide, as far as ``most_voxels`` allow."""
+        spacing = self.placed.spacing
+        assert spacing is not None
+        wanted = round(spacing[2] / min(spacing[:2])) if self.unit == "mm" else 4
+        slices = max(1, most_voxels // (self.size[0] * self.size[1]))
+        fitting = max(1, (slices - 1) // max(1, self.model.num_frames - 1))
+        return max(1, min(wanted, fitting, _MOST_SUB_FRAMES))
+
+    def volumes(
+        self, sub_frames: int, progress: Callable[[float], object] = lambda _: None
+    ) -> tuple[RenderedVolume, RenderedVolume | None]:
+        """The sequence rendered densely, as render.py --nifti has it: intensities, and the mask (0 and 1)."""
+        grid = Grid(self.placed, self.size, sub_frames)
+        images = RenderedVolume(grid, mask=False)
+        masks = RenderedVolume(grid, mask=True) if self.has_masks else None
+        step = min(_AT_ONCE, MAX_RENDERS // 2)
+        for first in range(0, len(grid.positions), step):
+            batch = grid.positions[first : first + step]
+            drawn, inside = self.draw(batch)
+            for slot in range(len(batch)):
+                images.put(first + slot, drawn[slot].mean(0))
+                if masks is not None and inside is not None:
+                    masks.put(first + slot, inside[slot])
+            progress((first + len(batch)) / len(grid.positions))
+        return images, masks
+
+
+def mesh_of(masks: nibabel.Nifti1Image) -> Trimesh | None:
+    """The surface of a mask volume, in RAS; None where it is empty. Smoothed by a voxel, as 0 and 1 make stairs."""
+    values = np.asarray(masks.dataobj)
+    if not values.any():
+        return None
+    stack = np.ascontiguousarray(values.T, np.float32)  # (k, j, i)
+    return surface(smooth(stack, (1.0, 1.0, 1.0)), 0.5, masks.affine)
+
+
+def train_options_of(folder: Path, **changes: Any) -> TrainOptions:
+    """The options of the run in ``folder``, from its ``cfg_args``. Raises `UserError` where it has none."""
+    path = folder / "cfg_args"
+    if not path.exists():
+        raise UserError(f"{path} does not exist, so nobody knows what this model was trained on")
+    saved = read_cfg_args(path)
+    names = {option.name for option in fields(TrainOptions) if option.metadata}
+    known = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in saved.items()
+        if name in names
+    }
+    return TrainOptions(**{**known, **changes})
+
+
+def _inputs(options: RenderOptions, say: Callable[[str], object]) -> tuple[Inputs, str]:
+    """The frames that the model was trained on and scored on, and its pipeline."""
+    folder, pipeline = Path(options.model_path), "img"
+    try:
+        changes: dict[str, Any] = {"device": "cpu", "data_device": "cpu"}
+        if "source_path" in options.given:
+            changes["source_path"] = options.source_path
+        run = train_options_of(folder, **changes)
+        pipeline = run.pipeline
+        data = read_data(run, torch.device("cpu"), lambda _: None)
+    except UserError as error:
+        say(f"without input frames: {error}")
+        return Inputs(missing=str(error)), pipeline
+    names = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}[pipeline]
+    heldout = {name: test for name, test in zip(names, data.heldout, strict=False) if test is not None}
+    return Inputs(data.frames, data.masks, heldout), pipeline
+
+
+def _reference(path: str, geometry: Geometry | None) -> Reference:
+    if geometry is None or geometry.affine is None:
+        raise UserError(
+            f"--reference {path}: nobody knows where the model's frames lie, so it cannot be laid over"
+        )
+    volume = read_volume(path)
+    if volume.affine is None or volume.values.ndim != 3:
+        raise UserError(f"--reference {path} is no volume with a place in the patient: give a NIfTI file")
+    return Reference(np.asarray(volume.values, np.float32), np.linalg.inv(volume.affine), Path(path).name)
