@@ -7,6 +7,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+CHROMIUM ?= chromium
 NVCC ?= $(shell command -v nvcc)
 # Three quarters of a minute of training on two cores; the schedule is shortened to match.
 DEMO_TRAIN_FLAGS ?= --num_pts 12000 --iterations 2600 --densify_until_iter 1301 --opacity_reset_interval 100000 \
@@ -32,7 +33,7 @@ SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,f
   -fno-sanitize-recover=all
 OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
 
-.PHONY: help setup demo test lint format docs bench cuda-check sanitize clean
+.PHONY: help setup demo test test-browser chromium lint format docs bench cuda-check sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -95,6 +96,16 @@ bench: setup  ## measure the speed on this machine
 
 test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; compiles the CUDA kernels where nvcc is
 	@$(BIN)/python -m pytest -q
+
+test-browser: setup chromium $(STAMPS)/requirements-dev  ## the viewer and the pages, in Chromium
+	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q --browser -m browser
+
+# Debian's package, installed where that is allowed.
+chromium:
+	@command -v $(CHROMIUM) > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; } || \
+	  { echo "chromium is not installed, and could not be: apt-get install chromium, or name one with CHROMIUM=..." >&2; \
+	    exit 1; }
 
 lint: setup $(STAMPS)/requirements-dev  ## style and types: ruff, clang-format, mypy
 	$(TOOLS) ruff check .

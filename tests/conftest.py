@@ -8,6 +8,7 @@ import torch
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
+    parser.addoption("--browser", action="store_true", help="also run the tests in Chromium")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -19,6 +20,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     skips = {}
     if not torch.cuda.is_available():
         skips["cuda"] = pytest.mark.skip(reason="needs an NVIDIA GPU")
+    if not config.getoption("--browser"):
+        skips["browser"] = pytest.mark.skip(reason="in Chromium: make test-browser")
     if not config.getoption("--slow"):
         skips["slow"] = pytest.mark.skip(reason="slow: run with --slow")
     for item in items:

@@ -9,14 +9,13 @@ async function mountVolume(canvas, {image, mask, mesh, labels = [], moved = () =
   const nv = new niivue.Niivue({
     backColor: backgrounds[dark],
     crosshairColor: [0.34, 0.71, 0.91, 1],
-    crosshairWidth: 1,
+    crosshairWidth: 0.4,
     fontColor: [0.6, 0.65, 0.7, 1],
     isRadiologicalConvention: true,
     isSliceMM: true,
     show3Dcrosshair: true,
     multiplanarShowRender: niivue.SHOW_RENDER.ALWAYS,
     multiplanarLayout: niivue.MULTIPLANAR_TYPE.GRID,
-    multiplanarEqualSize: true,
     dragAndDropEnabled: false,
     logLevel: "error",
     loadingText: "",
@@ -41,27 +40,30 @@ async function mountVolume(canvas, {image, mask, mesh, labels = [], moved = () =
     const rgba255 = [...(labels.length === 1 ? [1, 3, 5].map((i) => parseInt(labels[0].colour.slice(i, i + 2), 16))
       : [230, 170, 130]), 255];
     await nv.addMeshFromUrl({url: "mesh.ply", name: "mesh.ply", buffer: mesh, rgba255});
-    nv.setMeshThicknessOn2D(Math.max(...nv.volumes[0].pixDimsRAS.slice(1, 4)));
+    nv.setMeshThicknessOn2D(Math.min(...nv.volumes[0].pixDimsRAS.slice(1, 4)));
     nv.opts.meshXRay = 0.04;
   }
-  // The current slice as a sheet through the mesh; its corners are moved, so it is made once.
-  let sheet = null;
-  const setSheet = async (corners) => {
-    if (!sheet) {
-      const text = corners.map((c) => `v ${c.join(" ")}\n`).join("") + "f 1 2 3\nf 1 3 4\nf 3 2 1\nf 4 3 1\n";
+  // The current slice as a thin frame about the mesh; its corners are moved, so it is made once.
+  let frame = null;
+  const setFrame = async (corners) => {
+    const middle = corners[0].map((value, axis) => (value + corners[2][axis]) / 2);
+    const points = [...corners, ...corners.map((corner) => corner.map((value, i) => middle[i] + 0.98 * (value - middle[i])))];
+    if (!frame) {
+      const sides = [[1, 2, 6, 5], [2, 3, 7, 6], [3, 4, 8, 7], [4, 1, 5, 8]];
+      const faces = sides.map(([a, b, c, d]) => `f ${a} ${b} ${c}\nf ${a} ${c} ${d}\nf ${c} ${b} ${a}\nf ${d} ${c} ${a}\n`);
+      const text = points.map((point) => `v ${point.join(" ")}\n`).join("") + faces.join("");
       const buffer = new TextEncoder().encode(text).buffer;
-      sheet = await nv.addMeshFromUrl({url: "slice.obj", name: "slice.obj", buffer, rgba255: [86, 180, 233, 110]});
-      sheet.opacity = 0.35;
+      frame = await nv.addMeshFromUrl({url: "slice.obj", name: "slice.obj", buffer, rgba255: [86, 180, 233, 255]});
     }
-    corners.flat().forEach((value, at) => (sheet.pts[at] = value));
-    sheet.updateMesh(nv.gl);
+    points.flat().forEach((value, at) => (frame.pts[at] = value));
+    frame.updateMesh(nv.gl);
   };
   const layouts = {
     planes: niivue.SLICE_TYPE.MULTIPLANAR, axial: niivue.SLICE_TYPE.AXIAL, coronal: niivue.SLICE_TYPE.CORONAL,
     sagittal: niivue.SLICE_TYPE.SAGITTAL, solid: niivue.SLICE_TYPE.RENDER,
   };
   nv.setRenderAzimuthElevation(120, 12);
-  if (mesh) nv.setOpacity(0, 1);
+  nv.setScale(0.85);
   return {
     nv,
     place: () => Array.from(nv.frac2mm(nv.scene.crosshairPos, 0, true)).slice(0, 3),
@@ -72,22 +74,13 @@ async function mountVolume(canvas, {image, mask, mesh, labels = [], moved = () =
       quiet = false;
       nv.drawScene();
     },
-    setSheet,
+    setFrame,
     setWindow(low, high) {
       Object.assign(nv.volumes[0], {cal_min: low, cal_max: high});
       nv.updateGLVolume();
     },
-    setMask(opacity, outline) {
-      if (!mask) return;
-      nv.setAtlasOutline(outline ? 1 : 0);
-      nv.setOpacity(1, opacity);
-    },
-    setMesh(shown) {
-      if (nv.meshes[0] && mesh) nv.setMeshProperty(nv.meshes[0].id, "visible", shown);
-    },
-    setVolume3D(shown) {
-      nv.opts.multiplanarShowRender = niivue.SHOW_RENDER.ALWAYS;
-      nv.setClipPlane(shown ? [2, 0, 0] : [-2, 0, 0]);
+    setMask(opacity) {
+      if (mask) nv.setOpacity(1, opacity);
     },
     setLayout: (name) => nv.setSliceType(layouts[name]),
     setDark(on) {

@@ -76,13 +76,21 @@ export function outline(values, width, height) {
   return segments;
 }
 
+/* RGBA of one colour where ``values`` are 0.5 and more. */
+function filled(values, width, height, colour) {
+  const out = new Uint8ClampedArray(4 * width * height);
+  const rgb = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  for (let pixel = 0; pixel < width * height; pixel++) if (values[pixel] >= 0.5) out.set([...rgb, 255], 4 * pixel);
+  return new ImageData(out, width, height);
+}
+
 export class SliceView {
   /* pixel: width and height of a pixel, mm. */
   constructor(canvas, width, height, pixel) {
     Object.assign(this, {canvas, width, height, zoom: 1, pan: [0, 0], wipe: 0.5, cross: null, labels: []});
     this.aspect = pixel[1] / pixel[0];
     this.context = canvas.getContext("2d");
-    this.buffers = [0, 1].map(() => Object.assign(document.createElement("canvas"), {width, height}));
+    this.buffers = [0, 1, 2].map(() => Object.assign(document.createElement("canvas"), {width, height}));
     this.data = null;
   }
 
@@ -116,7 +124,7 @@ export class SliceView {
     paint.fillStyle = "#000";
     paint.fillRect(0, 0, canvas.width, canvas.height);
     if (!data) return;
-    const [ours, theirs] = this.buffers.map((buffer) => buffer.getContext("2d"));
+    const [ours, theirs] = this.buffers.slice(0, 2).map((buffer) => buffer.getContext("2d"));
     const compared = data.other && state.against ? state.how : null;
     ours.putImageData(compared === "difference" ? difference(data.image, data.other, 0.25)
       : windowed(data.image, state.low, state.high), 0, 0);
@@ -155,11 +163,11 @@ export class SliceView {
       paint.font = `${13 * devicePixelRatio}px system-ui, sans-serif`;
       paint.fillStyle = "#56b4e9";
       const y = canvas.height - 34 * devicePixelRatio;
-      const middle = compared === "wipe" ? left + this.wipe * this.width * scale : panel;
-      paint.textAlign = "right";
-      paint.fillText("ours", middle - 10, y);
-      paint.textAlign = "left";
-      paint.fillText(data.header.against.words, middle + 10, y);
+      const wipe = compared === "wipe", middle = left + this.wipe * this.width * scale;
+      paint.textAlign = wipe ? "right" : "center";
+      paint.fillText("ours", wipe ? middle - 10 : panel / 2, y);
+      paint.textAlign = wipe ? "left" : "center";
+      paint.fillText(data.header.against.words, wipe ? middle + 10 : panel * 1.5, y);
     }
   }
 
@@ -169,19 +177,12 @@ export class SliceView {
       for (const label of this.labels) {
         const binary = this.labels.length === 1;
         const values = Float32Array.from(data.mask.data, (v) => (binary ? v / 255 : v === label.id ? 1 : 0));
-        paint.strokeStyle = paint.fillStyle = label.colour;
+        paint.strokeStyle = label.colour;
         paint.globalAlpha = state.opacity;
         if (state.mask === "fill") {
-          for (let row = 0; row < this.height; row++) {
-            for (let column = 0, from = -1; column <= this.width; column++) {
-              const on = column < this.width && values[row * this.width + column] >= 0.5;
-              if (on && from < 0) from = column;
-              if (!on && from >= 0) {
-                paint.fillRect(from - 0.5, row - 0.5, column - from, 1.02);
-                from = -1;
-              }
-            }
-          }
+          const layer = this.buffers[2].getContext("2d");
+          layer.putImageData(filled(values, this.width, this.height, label.colour), 0, 0);
+          paint.drawImage(this.buffers[2], -0.5, -0.5);
         } else {
           paint.lineWidth = (1.6 * devicePixelRatio) / scale;
           paint.beginPath();

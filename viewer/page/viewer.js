@@ -22,6 +22,7 @@ for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
   const value = {number: Number(text), boolean: text === "true", string: text}[typeof state[name]];
   if (!Number.isNaN(value)) state[name] = value;
 }
+if (about.ct && !location.hash.includes("level=")) [state.level, state.width] = PRESETS["Soft tissue"];
 state.t = Math.min(Math.max(state.t, 0), last);
 if (!about.comparisons.includes(state.against)) state.against = "";
 
@@ -118,7 +119,7 @@ function tellWhere() {
   const place = toPatient(0, 0, state.t);
   const depth = Math.hypot(...minus(place, about.origins[0]));
   const words = about.unit === "mm" ? `${depth.toFixed(2)} mm` : "";
-  $("where").textContent = `frame ${state.t.toFixed(3)} of ${last}   ${words}`;
+  $("where").textContent = `frame ${state.t.toFixed(3)} of ${last}${words && ` · ${words}`}`;
   $("nifti").href = `/api/slice.nii?t=${state.t}`;
 }
 
@@ -195,7 +196,7 @@ function fromVolume(mm) {
   view.cross = [u, v];
   tellPlace(mm);
   moveTo(t, false);
-  setSheet();
+  setFrame();
 }
 
 /* The slice or its crosshair moved: so does the volume's. */
@@ -207,7 +208,7 @@ function sync() {
     const mm = toPatient(...(view.cross ?? [0, 0]), state.t);
     volume.goTo(mm);
     tellPlace(mm);
-    setSheet();
+    setFrame();
   });
 }
 
@@ -215,19 +216,21 @@ function tellPlace(mm) {
   $("place").textContent = about.unit === "mm" ? `R ${mm[0].toFixed(1)}  A ${mm[1].toFixed(1)}  S ${mm[2].toFixed(1)} mm` : "";
 }
 
-let sheet = Promise.resolve();
-function setSheet() {
+let framing = Promise.resolve();
+function setFrame() {
   const [right, bottom] = [about.width - 0.5, about.height - 0.5];
   const corners = [[-0.5, -0.5], [right, -0.5], [right, bottom], [-0.5, bottom]].map(([u, v]) => toPatient(u, v, state.t));
-  sheet = sheet.then(() => volume?.setSheet(corners)).then(() => volume?.redraw());
+  framing = framing.then(() => volume?.setFrame(corners)).then(() => volume?.redraw());
 }
 
 function setMask() {
-  volume?.setMask(state.mask === "none" ? 0 : state.opacity * 0.6, state.mask === "outline");
+  volume?.setMask(state.mask === "none" ? 0 : state.opacity * 0.45);
 }
 
 function setWindow(level, width) {
   Object.assign(state, {level, width: Math.max(width, span / 1000)});
+  const preset = Object.keys(PRESETS).find((name) => PRESETS[name][0] === level && PRESETS[name][1] === width);
+  $("preset").value = about.ct && preset ? preset : "";
   $("level").value = round(state.level);
   $("width").value = round(state.width);
   volume?.setWindow(state.level - state.width / 2, state.level + state.width / 2);
@@ -448,7 +451,7 @@ const bind = (id, name, then) => {
 };
 const options = (id, entries) => $(id).replaceChildren(...entries.map(([value, text]) => new Option(text, value)));
 options("against", [["", "Nothing"], ...about.comparisons.map((name) => [name, COMPARISONS[name]])]);
-options("preset", [["", "Window of the source"], ...(about.ct ? Object.keys(PRESETS).map((name) => [name, name]) : [])]);
+options("preset", [["", "Window of the frames"], ...(about.ct ? Object.keys(PRESETS).map((name) => [name, name]) : [])]);
 $("preset").addEventListener("change", () => {
   const [level, width] = PRESETS[$("preset").value] ?? [(windowLow + windowHigh) / 2, span];
   setWindow(level, width);

@@ -1,0 +1,106 @@
+"""A trained case made by hand: an oblique stack of eight frames with masks, on the disk as train.py leaves it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from arguments import TrainOptions, write_cfg_args
+from patient.geometry import FILE_NAME, FrameCut, Geometry, cut_geometry
+from scene.cameras import Camera
+from scene.checkpoint import Checkpoint, save_checkpoint
+from utils.images import write_image
+from utils.spherical_harmonics import from_colour
+
+WIDTH, HEIGHT, FRAMES = 48, 40, 8
+CAMERA = Camera(WIDTH, HEIGHT)
+
+
+def oblique() -> Geometry:
+    """Frames of 0.8 x 0.8 mm, 3 mm apart, turned about all axes, far from the scanner's centre."""
+    angles = np.radians([20.0, -15.0, 30.0])
+    turn = np.eye(3)
+    for axis, angle in enumerate(angles):
+        others = [i for i in range(3) if i != axis]
+        about = np.eye(3)
+        about[np.ix_(others, others)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
+        turn = turn @ about
+    affine = np.eye(4)
+    affine[:3, :3] = turn @ np.diag([0.8, 0.8, 3.0])
+    affine[:3, 3] = 40.0, -70.0, 25.0
+    shape = (WIDTH, HEIGHT, FRAMES)
+    return cut_geometry(
+        FrameCut((0, 1, 2), (True, True)),
+        affine,
+        shape,
+        window=(-200.0, 300.0),
+        bits=8,
+        source="oblique.nii.gz",
+    )
+
+
+def parameters() -> dict[str, torch.Tensor]:
+    """Gaussians all over, and in the segmentation head a body that drifts."""
+    generator = torch.Generator().manual_seed(3)
+
+    def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
+        return low + (high - low) * torch.rand(shape, generator=generator)
+
+    n = 400
+    half = torch.tensor([CAMERA.half_width, 1.0, CAMERA.half_height])
+    xyz = uniform(-1, 1, n, 3) * half
+    inside = ((xyz[:, [0, 2]] / half[[0, 2]] - torch.tensor([0.2, -0.1])).norm(dim=1) < 0.45)[:, None]
+    return {
+        "xyz": xyz,
+        "f_dc": from_colour(uniform(0.05, 0.9, n, 1, 1)),
+        "f_rest": torch.zeros(n, 0, 1),
+        "opacity": uniform(0, 3, n, 1),
+        "scaling": torch.log(uniform(0.02, 0.05, n, 3)),
+        "rotation": uniform(-2, 2, n, 1),
+        "m": uniform(-2, 2, n, 1),
+        "sigma": torch.log(uniform(0.2, 0.6, n, 1, 1)),
+        "w1": uniform(-0.1, 0.1, n, 4),
+        "opacity_seg": torch.full((n, 1), 3.0),
+        "f_dc_seg": from_colour(inside.float()[:, :, None]),
+        "f_rest_seg": torch.zeros(n, 0, 1),
+    }
+
+
+def save_model(folder: Path, iteration: int = 30, **changes: torch.Tensor) -> None:
+    extras = {"width": WIDTH, "height": HEIGHT, "distance": 1.0, "bits": 8, "background": torch.zeros(1)}
+    times = torch.full((FRAMES,), 1 / FRAMES)
+    state = Checkpoint(iteration, {**parameters(), **changes}, times, 0, 1.1, extras=extras)
+    save_checkpoint(folder / f"chkpnt{iteration}.pth", state)
+
+
+def make_case(root: Path) -> Path:
+    """The model's folder under ``root``, with its input frames in ``root``/data."""
+    folder, data = root / "case", root / "data"
+    rows, columns = np.mgrid[:HEIGHT, :WIDTH]
+    for k in range(FRAMES):
+        blob = np.exp(-(((columns - 20 - k) / 9) ** 2) - ((rows - 18) / 8) ** 2)
+        write_image(data / "img" / "original" / f"{k:04d}.png", blob.astype(np.float32), 8)
+        write_image(data / "seg" / "original" / f"{k:04d}.png", (blob > 0.5).astype(np.float32), 8)
+    oblique().save(data / FILE_NAME)
+    oblique().save(folder / FILE_NAME)
+    options = TrainOptions(
+        source_path=str(data / "img"),
+        seg_source_path=str(data / "seg"),
+        pipeline="joint",
+        model_path=str(folder),
+        iterations=30,
+    )
+    write_cfg_args(folder / "cfg_args", options)
+    save_model(folder)
+    scores = [
+        {"iteration": 30, "task": "img", "frames": "heldout", "method": method, "count": 7, "l1": 0.02, "psnr": psnr,
+         "ssim": 0.9}
+        for method, psnr in (("model", 25.0), ("linear", 26.5), ("cubic", 24.0))
+    ]  # fmt: skip
+    scores.append({**scores[0], "frames": "training", "psnr": 33.0})
+    (folder / "evaluation.json").write_text(json.dumps(scores))
+    (folder / "time.json").write_text(json.dumps({"time": 61.0, "elapsed": 33.0}))
+    return folder
