@@ -21,7 +21,7 @@ LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
 
     def say(message: str) -> None:
         if not options.quiet:
@@ -56,34 +56,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(prog="view.py", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("-m", "--model_path", required=True, help="the trained model's folder")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    line = ArgumentParser(prog="view.py", description=(__doc__ or "").split("\n")[0])
+    line.add_argument("-m", "--model_path", required=True, help="the trained model's folder")
+    line.add_argument(
         "--iteration", type=int, default=-1, help="chkpnt<iteration>.pth is shown (default -1: the newest)"
     )
-    parser.add_argument(
+    line.add_argument(
         "-s", "--source_path", help="data root of the input frames, where it is not where it was in training"
     )
-    parser.add_argument(
+    line.add_argument(
         "--reference", help="a volume to compare with, such as the source: NIfTI, DICOM, NRRD, ..."
     )
-    parser.add_argument("--mesh", help="a mesh of slices_to_ply.py (default: made of the model's masks)")
-    parser.add_argument(
+    line.add_argument("--mesh", help="a mesh of slices_to_ply.py (default: made of the model's masks)")
+    line.add_argument(
         "--port", type=_port, default=8080, help="to serve on; 0: any that is free (default: 8080)"
     )
-    parser.add_argument(
+    line.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to serve on (default: 127.0.0.1, this machine alone; with another, whoever reaches it can look)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
-    parser.add_argument(
-        "--threads", type=positive, metavar="N", help="processors to draw with (default: all)"
-    )
-    parser.add_argument("--quiet", action="store_true", help="print errors only")
-    parser.add_argument("--debug", action="store_true", help="print the traceback of an error too")
-    return parser
+    line.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
+    line.add_argument("--threads", type=positive, metavar="N", help="processors to draw with (default: all)")
+    line.add_argument("--quiet", action="store_true", help="print errors only")
+    line.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+    return line
 
 
 def _port(text: str) -> int:

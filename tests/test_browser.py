@@ -13,7 +13,7 @@ import nibabel
 import numpy as np
 import pytest
 import uvicorn
-from cases import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
+from oblique_case import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
 
 import render
 from arguments import model_options

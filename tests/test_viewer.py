@@ -12,7 +12,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from cases import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
+from oblique_case import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
 
 from arguments import model_options
 from gaussian_renderer.editing import subset
