@@ -18,7 +18,7 @@ import io
 import json
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ import torch
 from trimesh import Trimesh
 
 from patient.geometry import HELDOUT, FrameCut, Geometry
+from patient.labels import LabelTable, Meaning, meaning_of, plain_numbers, segmentation, whole
 from patient.meshes import FORMATS, in_space, read_mesh, surface
 from patient.readers import read_volume
 from patient.stacks import INNER, case_geometry, read_stack, sub_frames
@@ -35,7 +36,17 @@ from patient.surfaces import SAMPLES, rigid_alignment, surface_scores
 from patient.volumes import Volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
-from utils.images import MAX_PIXELS, READABLE, frame_number, image_files, limit_pixels, read_image, to_unit
+from utils.images import (
+    MAX_PIXELS,
+    READABLE,
+    frame_number,
+    image_files,
+    is_indexed,
+    limit_pixels,
+    read_image,
+    read_levels,
+    to_unit,
+)
 from utils.metrics import Scores
 
 THRESHOLD = 0.5  # of masks, on the scale from 0 to 1
@@ -79,6 +90,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     summary = _summary(rows)
     if rows and not options.quiet:
         print(_table([*rows, *summary]))
+        for row in rows:
+            for note in row.get("notes", ()):
+                print(f"{row['case']}: {note}")
         print("\n".join(f"{name}: {text}" for name, text in settings.items()))
     if options.csv:
         text = io.StringIO()
@@ -88,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _write(options.csv, text.getvalue())
     if options.json:
         about = {"what": options.what, "prediction": options.prediction, "reference": options.reference}
-        results = {**about, "settings": settings, "rows": rows, "summary": summary, "failed": failed}
+        lines = [[_stated(row) for row in part] for part in (rows, summary)]
+        results = {**about, "settings": settings, "rows": lines[0], "summary": lines[1], "failed": failed}
         _write(options.json, json.dumps(results, indent=1, allow_nan=False) + "\n")
     for name, reason in failed.items():
         print(f"evaluate.py: failed: {name}: {reason}", file=sys.stderr)
@@ -121,8 +136,26 @@ def parser() -> argparse.ArgumentParser:
                 type=float,
                 nargs="+",
                 metavar="V",
-                help="of label volumes (default: all but 0)",
+                help="labels that count, as one mask (default: all but 0)",
             )
+        if what == "masks":
+            kind.add_argument(
+                "--labels",
+                nargs="+",
+                metavar="ID",
+                help="score these labels one by one: numbers, names, or all",
+            )
+            kind.add_argument(
+                "--label_names", metavar="FILE", help="names of labels, as prepare.py reads them"
+            )
+            kind.add_argument("--soft", action="store_true", help="inside is half of full scale and more")
+            kind.add_argument(
+                "--surfaces", action="store_true", help="ASD and HD95 of the surfaces too, in mm"
+            )
+        else:
+            kind.set_defaults(labels=None, label_names=None, soft=False, surfaces=False)
+        if what == "masks":
+            kind.set_defaults(samples=SAMPLES, seed=0)
         if what == "meshes":
             kind.add_argument(
                 "--samples",
@@ -165,8 +198,8 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
         return lambda predicted, reference: _score_meshes(predicted, reference, options), settings
     if options.what == "masks":
         settings = {
-            "threshold": f"{THRESHOLD} of full scale",
-            "scores": "over the pixels of all frames together",
+            "inside": "what is not 0 of masks and label maps, half of full scale and more of soft masks",
+            "scores": "over the pixels of all frames together; of several labels the mean of theirs",
         }
         return lambda predicted, reference: _score_masks(predicted, reference, options), settings
     perceptual, word = lpips_distance()
@@ -373,16 +406,205 @@ def lpips_distance() -> tuple[Callable[..., float] | None, str]:
 # ---- masks -----------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Side:
+    """What is scored, or what is right: numbers as stored, and what they mean."""
+
+    name: str
+    frames: list[np.ndarray]
+    """(row, column) each."""
+    meaning: Meaning | None
+    """None where they may be labels, a soft mask or a picture; then `question` asks which."""
+    question: str = ""
+    table: LabelTable = field(default_factory=LabelTable)
+    affine: np.ndarray | None = None
+    """(column, row, frame) to RAS millimetres, of a volume."""
+    volume: bool = False
+
+
 def _score_masks(predicted: Path, reference: Path, options: argparse.Namespace) -> Row:
-    masks, truth = _mask_stacks(predicted, reference, options)
-    scores = Scores(overlaps=[int((masks & truth).sum())], sizes=[int(masks.sum() + truth.sum())])
-    return {"frames": len(masks), "dice": scores.dice, "iou": scores.iou}
+    sides = _resolved(*_mask_sides(predicted, reference, options))
+    meanings = [side.meaning for side in sides]
+    notes = [note for meaning in meanings if meaning is not None for note in meaning.notes]
+    table = _labels(sides, options)
+    if table is None:
+        masks, truth = (_inside(side, options.label_value, notes) for side in sides)
+        return _row([("", masks, truth)], sides, options, notes)
+    numbers = [np.stack([side.meaning.numbers(f) for f in side.frames]) for side in sides if side.meaning]
+    parts = [(label.name, *(stack == label.id for stack in numbers)) for label in table]
+    return _row(parts, sides, options, notes)
 
 
-def _mask_stacks(
-    predicted: Path, reference: Path, options: argparse.Namespace
-) -> tuple[np.ndarray, np.ndarray]:
-    """Prediction and reference, (frame, row, column) bool each."""
+def _row(
+    parts: list[tuple[str, np.ndarray, np.ndarray]],
+    sides: tuple[Side, Side],
+    options: argparse.Namespace,
+    notes: list[str],
+) -> Row:
+    """Scores of masks (frame, row, column) by name, and of several the means of those that are defined."""
+    columns: dict[str, list[float]] = {"dice": [], "iou": []}
+    by_label: Row = {}
+    for name, masks, truth in parts:
+        scores = Scores(overlaps=[int((masks & truth).sum())], sizes=[int(masks.sum() + truth.sum())])
+        own = {"dice": scores.dice, "iou": scores.iou}
+        if options.surfaces:
+            own |= _surface_distances(masks, truth, sides, options)
+        if np.isnan(scores.dice):
+            notes.append(f"{name or 'both'}: nothing is inside in either, so the scores are undefined")
+        for column, value in own.items():
+            columns.setdefault(column, []).append(value)
+            if name:
+                by_label[f"{column} {name}"] = value
+    row: Row = {"frames": len(parts[0][1])}
+    if parts[0][0]:
+        row["labels"] = len(parts)
+    row |= {column: _mean(values) for column, values in columns.items()}
+    return row | by_label | ({"notes": notes} if notes else {})
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are defined; NaN of none."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _surface_distances(
+    masks: np.ndarray, truth: np.ndarray, sides: tuple[Side, Side], options: argparse.Namespace
+) -> Row:
+    """ASD and HD95 of the surfaces of two masks; undefined where one is empty."""
+    affine = sides[1].affine if sides[1].affine is not None else sides[0].affine
+    if affine is None:
+        raise UserError(
+            "--surfaces: nobody knows where these frames lie: score volumes, or frames of prepare.py"
+        )
+    if not (masks.any() and truth.any()):
+        return {"asd": float("nan"), "hd95": float("nan")}
+    meshes = [surface(stack.astype(np.float32), THRESHOLD, affine) for stack in (masks, truth)]
+    scores = surface_scores(*meshes, options.samples, options.seed)
+    return {"asd": scores.asd, "hd95": scores.hd95}
+
+
+def _labels(sides: tuple[Side, Side], options: argparse.Namespace) -> LabelTable | None:
+    """The labels to score one by one: those asked for, or all of two label maps."""
+    kinds = {side.meaning.kind for side in sides if side.meaning is not None}
+    ids = sorted({i for side in sides if side.meaning is not None for i in side.meaning.ids})
+    names = (
+        LabelTable.read(options.label_names)
+        if options.label_names
+        else max((side.table for side in sides), key=len)
+    )
+    if options.labels:
+        if kinds != {"labels"}:
+            raise UserError(
+                "--labels scores label maps, and one of the two is a mask: leave it out, or --label_value V"
+            )
+        if tuple(options.labels) == ("all",):
+            return names.of(ids)
+        chosen = []
+        for word in options.labels:
+            number = names.find(word)
+            if number is None or number not in ids:
+                raise UserError(f"--labels {word}: there is no such label, but {names.of(ids).words()}")
+            chosen.append(number)
+        return names.of(chosen)
+    several = kinds == {"labels"} and len(ids) > 1 and not options.label_value
+    return names.of(ids) if several else None
+
+
+def _inside(side: Side, wanted: Sequence[float] | None, notes: list[str]) -> np.ndarray:
+    """(frame, row, column) bool, of labels those of --label_value or all of them."""
+    meaning = side.meaning
+    assert meaning is not None  # _resolved saw to it
+    chosen = bool(wanted) and meaning.kind != "soft" and (side.volume or meaning.kind == "labels")
+    if chosen:
+        inside = np.stack([np.isin(whole(frame), wanted) for frame in side.frames])
+    else:
+        inside = np.stack([meaning.inside(frame) for frame in side.frames])
+        if meaning.kind == "labels" and len(meaning.ids) > 1:
+            notes.append(f"{side.name}: labels {', '.join(map(str, meaning.ids))} count as one mask")
+    if chosen and not inside.any():
+        present = ", ".join(f"{value:g}" for value in np.unique(np.stack(side.frames))[:12])
+        raise UserError(f"{side.name} is empty: nothing is labelled as asked (it holds {present})")
+    return inside
+
+
+def _resolved(first: Side, second: Side) -> tuple[Side, Side]:
+    """Both with a meaning: beside a mask, levels in between can only be a soft mask."""
+    sides = []
+    for side, other in ((first, second), (second, first)):
+        if side.meaning is None:
+            if other.meaning is None or other.meaning.kind == "labels":
+                raise UserError(side.question)
+            meaning = meaning_of(side.frames, side.name, soft=True)
+            note = f"{side.name} has levels in between, and {other.name} is a mask: inside from half of full scale"
+            side = replace(side, meaning=replace(meaning, notes=(*meaning.notes, note)))
+        sides.append(side)
+    empty = [
+        side
+        for side in sides
+        if side.volume and not (side.meaning and (side.meaning.ids or side.meaning.kind == "soft"))
+    ]
+    if len(empty) == 1:
+        raise UserError(f"{empty[0].name} is empty: nothing is labelled as asked (it holds 0)")
+    return sides[0], sides[1]
+
+
+def _volume_side(volume: Volume, options: argparse.Namespace, frames: np.ndarray | None = None) -> Side:
+    """A label volume; frames: (frame, row, column) as it was cut, else volume[:, :, k].T."""
+    values = np.nan_to_num(volume.values)
+    if values.ndim != 3:
+        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
+    frames = values.transpose(2, 1, 0) if frames is None else np.nan_to_num(frames)
+    picture = volume.full_scale is not None
+    meaning, question = _meaning(list(frames), volume.name, options, lossy=volume.lossy, picture=picture)
+    return Side(volume.name, list(frames), meaning, question, affine=volume.affine, volume=True)
+
+
+def _files_side(files: list[Path], options: argparse.Namespace) -> Side:
+    """Frames in files; renders are soft, unless frames.json says that they are label maps."""
+    folder = files[0].parent
+    geometry = case_geometry(folder if folder.name in INNER else folder.parent)
+    table = LabelTable() if geometry is None or geometry.labels is None else geometry.labels
+    stored = [read_levels(file) for file in files]
+    for file, frame in zip(files, stored, strict=True):
+        if frame.shape[:2] != stored[0].shape[:2]:
+            raise UserError(f"{file} is {_size(frame)} pixels, the others {_size(stored[0])}")
+    found: Meaning | None = None
+    frames, question = stored, ""
+    lossy = any(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
+    if options.soft or (folder.name in RENDERS["masks"] and not table.ids and not options.labels):
+        segmented = segmentation(files, stored, soft=True)
+        frames, found = segmented.frames, segmented.meaning
+    else:
+        frames, notes = plain_numbers(stored, folder)
+        indexed = all(is_indexed(file) for file in files)
+        found, question = _meaning(frames, folder, options, known=table.ids, lossy=lossy, indexed=indexed)
+        if found is not None and notes:
+            found = replace(found, notes=(*notes, *found.notes))
+        if folder.name in RENDERS["masks"] and (found is None or found.kind != "labels"):
+            found = meaning_of(frames, folder, soft=True)
+    affine = None
+    if options.surfaces and geometry is not None and len(files) == len(geometry.slices):
+        affine = geometry.for_renders((stored[0].shape[1], stored[0].shape[0]), 1)
+    return Side(str(folder), frames, found, question, table, affine)
+
+
+def _meaning(
+    frames: list[np.ndarray], name: Path | str, options: argparse.Namespace, **hints: Any
+) -> tuple[Meaning | None, str]:
+    """What numbers mean; where they leave it open, what the options say; else None, and the question."""
+    try:
+        return meaning_of(frames, name, soft=options.soft, labels=bool(options.labels), **hints), ""
+    except UserError as error:
+        if options.label_value and not options.labels:
+            return meaning_of(frames, name, labels=True, **hints), ""
+        if options.soft or options.labels:
+            raise
+        return None, str(error)
+
+
+def _mask_sides(predicted: Path, reference: Path, options: argparse.Namespace) -> tuple[Side, Side]:
+    """Prediction and reference, of the same frames."""
     if predicted.is_file():
         if not reference.is_file():
             raise UserError(f"{predicted} is a volume, so {reference} has to be one too")
@@ -390,60 +612,44 @@ def _mask_stacks(
             raise UserError("--held_out and --keep_every are for renders, not for volumes")
         first, second = (read_volume(path) for path in (predicted, reference))
         _check_same_grid(first, second)
-        return _inside(first, options.label_value), _inside(second, options.label_value)
+        return _volume_side(first, options), _volume_side(second, options)
     if reference.is_dir():
         pairs = _frame_pairs("masks", predicted, reference, options)
-        stacks: list[list[np.ndarray]] = [[], []]
-        for files in pairs:
-            for stack, file in zip(stacks, files, strict=True):
-                stack.append(_image(file).mean(axis=2) >= THRESHOLD)
-                if stack[-1].shape != stacks[0][0].shape:
-                    raise UserError(f"{file} is {_size(stack[-1])} pixels, the others {_size(stacks[0][0])}")
-        return np.stack(stacks[0]), np.stack(stacks[1])
+        sides = [_files_side(list(files), options) for files in zip(*pairs, strict=True)]
+        sizes = [side.frames[0].shape for side in sides]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{pairs[0][1]} is {_size(sides[1].frames[0])} pixels, the others {_size(sides[0].frames[0])}"
+            )
+        return sides[0], sides[1]
 
     renders = _frames_folder("masks", predicted)
     assert renders is not None  # _pairs saw images there
     geometry = case_geometry(renders if renders.name in INNER else renders.parent)
-    truth = _cut(_inside(read_volume(reference), options.label_value), geometry)
+    volume = read_volume(reference)
+    if volume.values.ndim != 3:
+        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
+    cut = _cut(volume.values, geometry)
     matched = _matches(renders, options)
-    masks = []
-    for path, slice_ in matched:
-        masks.append(_image(path).mean(axis=2) >= THRESHOLD)
-        if slice_ >= len(truth) or masks[-1].shape != truth.shape[1:]:
-            rows, columns = truth.shape[1:]
+    masks = _files_side([path for path, _ in matched], options)
+    for (path, slice_), mask in zip(matched, masks.frames, strict=True):
+        if slice_ >= len(cut) or mask.shape != cut.shape[1:]:
+            rows, columns = cut.shape[1:]
             raise UserError(
-                f"{path}, slice {slice_} of {_size(masks[-1])} pixels, is not of {reference}, which has {len(truth)}"
+                f"{path}, slice {slice_} of {_size(mask)} pixels, is not of {reference}, which has {len(cut)}"
                 f" slices of {columns} x {rows}"
             )
-    return np.stack(masks), truth[[slice_ for _, slice_ in matched]]
+    truth = _volume_side(replace(volume, affine=None), options, cut)
+    return masks, replace(truth, frames=[truth.frames[slice_] for _, slice_ in matched])
 
 
-def _cut(inside: np.ndarray, geometry: Geometry | None) -> np.ndarray:
-    """A label volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
-    volume = inside.transpose(2, 1, 0)
+def _cut(volume: np.ndarray, geometry: Geometry | None) -> np.ndarray:
+    """A volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
     if geometry is None:
         return FrameCut((0, 1, 2), (False, False)).frames(volume)
     (left, top), (columns, rows) = geometry.offset, geometry.size
     frames = FrameCut(geometry.axes, geometry.flips).frames(volume)
     return frames[:, top : top + rows, left : left + columns]
-
-
-def _inside(volume: Volume, wanted: Sequence[float] | None) -> np.ndarray:
-    """Voxels of a label volume that are inside: (frame, row, column) bool, that is (K, J, I)."""
-    values = np.nan_to_num(volume.values)
-    if values.ndim != 3:
-        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
-    inside = (
-        np.isin(values, wanted)
-        if wanted
-        else values >= THRESHOLD
-        if values.dtype.kind == "f"
-        else values != 0
-    )
-    if not inside.any():
-        present = ", ".join(f"{value:g}" for value in np.unique(values)[:12])
-        raise UserError(f"{volume.name} is empty: nothing is labelled as asked (it holds {present})")
-    return inside.transpose(2, 1, 0)
 
 
 def _check_same_grid(first: Volume, second: Volume) -> None:
@@ -486,8 +692,13 @@ def _mesh(path: Path, options: argparse.Namespace) -> Trimesh:
         return _surface(stack.values, THRESHOLD, stack.affine, path, stack.heights)
     if path.suffix.lower().removeprefix(".") not in FORMATS:
         volume = read_volume(path)
-        inside = _inside(volume, options.label_value).astype(np.float32)
-        return _surface(inside, THRESHOLD, volume.affine, path, volume.depths)
+        side = _volume_side(volume, options)
+        if side.meaning is None:
+            raise UserError(side.question)
+        inside = _inside(side, options.label_value, [])
+        if not inside.any():
+            raise UserError(f"{path.name} is empty: nothing is inside")
+        return _surface(inside.astype(np.float32), THRESHOLD, volume.affine, path, volume.depths)
     mesh = read_mesh(path)
     if mesh.metadata["unit"] == "voxels":
         return mesh
@@ -514,25 +725,38 @@ def _summary(rows: list[Row]) -> list[Row]:
     """Mean and standard deviation (n - 1) over the cases; the latter from two of them."""
     if not rows:
         return []
-    names = [name for name, value in rows[0].items() if isinstance(value, float)]
-    columns = {name: [row[name] for row in rows] for name in names}
-    summary = [{"case": "mean", **{name: float(np.mean(column)) for name, column in columns.items()}}]
+    names = [name for name in _columns(rows) if any(isinstance(row.get(name), float) for row in rows)]
+    columns = {name: [row[name] for row in rows if name in row and not np.isnan(row[name])] for name in names}
+    summary = [{"case": "mean", **{name: _mean(column) for name, column in columns.items()}}]
     if len(rows) > 1:
-        deviations = {name: float(np.std(column, ddof=1)) for name, column in columns.items()}
+        deviations = {
+            name: float(np.std(column, ddof=1)) if len(column) > 1 else float("nan")
+            for name, column in columns.items()
+        }
         summary.append({"case": "deviation", **deviations})
     return summary
 
 
+def _stated(row: Row) -> Row:
+    """A row for JSON, which has no NaN: what is undefined is null."""
+    return {
+        name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()
+    }
+
+
 def _columns(rows: list[Row]) -> list[str]:
-    """What tables have; matrices are for JSON."""
-    return [name for name, value in rows[0].items() if not isinstance(value, list)] if rows else ["case"]
+    """What tables have; matrices and notes are for JSON."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list))
+    return list(names) or ["case"]
 
 
 def _table(rows: list[Row]) -> str:
     """Rows under their names, numbers to the right."""
 
     def shown(value: object) -> str:
-        return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)
+        if isinstance(value, float):
+            return "undefined" if np.isnan(value) else f"{value:.4f}"
+        return "" if value is None else str(value)
 
     names = _columns(rows)
     cells = [names, *([shown(row.get(name)) for name in names] for row in rows)]

@@ -16,21 +16,23 @@ from __future__ import annotations
 import utils.threads  # noqa: F401  # isort: skip  (before torch)
 
 import argparse
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
 from patient.geometry import FILE_NAME, HELDOUT, FrameCut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from patient.label_volumes import LabelVolume, Wanted, read_labels
+from patient.labels import LabelTable
 from patient.meshes import otsu
 from patient.readers import READERS, read_volume
 from patient.volumes import Choice, Volume
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
-from utils.images import MAX_PIXELS, limit_pixels, write_image
+from utils.images import MAX_PIXELS, limit_pixels, write_image, write_levels
 
 Say = Callable[[str], None]
 
@@ -75,43 +77,61 @@ def main(arguments: Sequence[str] | None = None) -> int:
     window = _window(volume, measured, options, say)
     label = None
     if options.label is not None:
-        label = _label(options.label, options.label_value, options.frame, volume, say)
+        wanted = Wanted(
+            options.label_value,
+            options.labels,
+            None if options.label_names is None else LabelTable.read(options.label_names),
+            options.soft,
+            options.label_frame,
+            options.label_slices,
+        )
+        label = read_labels(options.label, volume, options.input, wanted, cut.axes[2], say)
     geometry = cut_geometry(
         cut,
         volume.affine,
         volume.values.shape,
         options.keep_every,
-        None if options.crop is None else _box(cut, volume, label, window, options.crop),
+        None
+        if options.crop is None
+        else _box(cut, volume, None if label is None else label.inside, window, options.crop),
         volume.depths if cut.axes[2] == 2 else None,
         window=window,
         bits=options.bits or volume.bits,
         source=volume.name,
         volume=volume.index,
         sizes=volume.sizes and tuple(volume.sizes[axis] for axis in cut.axes),
+        labels=None if label is None else label.table,
     )
     if len(geometry.slices) < 2:
         raise UserError(
             f"{options.input} gives {len(geometry.slices)} frame across axis {geometry.axis} of its shape"
             f" {volume.values.shape[:3]}: at least 2 are needed (see --axis and --keep_every)"
         )
-    masks = None if label is None else cut.frames(label)
-    if masks is not None and not masks[list(geometry.slices)].any():
-        raise UserError(f"{options.label} has nothing labelled in the frames that --keep_every keeps")
+    masks = None if label is None else cut.frames(label.numbers)
+    if label is not None and masks is not None:
+        kept = [index for index in geometry.slices if label.painted[index]]
+        if not masks[kept].any():
+            raise UserError(
+                f"{' '.join(options.label)} has nothing labelled in the frames that --keep_every keeps"
+            )
 
     with atomic_folder(out) as folder:
         _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
         if masks is not None:
-            _write_frames(folder / "seg", masks, None, geometry, mask=True)
+            assert label is not None
+            _write_masks(folder / "seg", masks, label, geometry)
         geometry.save(folder / FILE_NAME)
 
     say(_summary(geometry))
     if geometry.durations() is not None:
         say("  unevenly spaced: frames.json has their positions, and train.py takes true times from them")
-    say(
-        f"  {out / 'img'}: {len(geometry.slices)} frames of {geometry.bits} bits; train with -s {out / 'img'}"
-    )
+    root = shlex.quote(str(out / "img"))
+    say(f"  {out / 'img'}: {len(geometry.slices)} frames of {geometry.bits} bits; train with -s {root}")
     if masks is not None:
-        say(f"  {out / 'seg'}: their masks; train with --pipeline joint --seg_source_path {out / 'seg'}")
+        some = "" if len(kept) == len(geometry.slices) else f" (of {len(kept)} frames)"
+        what = "label maps" if geometry.labels is not None else "masks"
+        root = shlex.quote(str(out / "seg"))
+        say(f"  {out / 'seg'}: their {what}{some}; train with --pipeline joint --seg_source_path {root}")
     return 0
 
 
@@ -123,7 +143,10 @@ def parser() -> argparse.ArgumentParser:
         "-i", "--input", required=True, help=f"volume ({kinds}), or a folder of DICOM files or images"
     )
     parser.add_argument(
-        "-l", "--label", help="its label, of the same kinds; another grid is resampled (nearest)"
+        "-l",
+        "--label",
+        nargs="+",
+        help="its label, of the same kinds, or a mask for each structure; another grid is resampled (nearest)",
     )
     parser.add_argument("--series", metavar="UID", help="which series of a DICOM folder that holds several")
     parser.add_argument(
@@ -145,7 +168,30 @@ def parser() -> argparse.ArgumentParser:
         help="make an even volume of a tracked sequence (PLUS, SlicerIGT), with voxels of this size",
     )
     parser.add_argument(
-        "--label_value", type=float, nargs="+", metavar="V", help="which labels count (default: all but 0)"
+        "--label_value",
+        type=float,
+        nargs="+",
+        metavar="V",
+        help="labels that count, as one mask (default: all but 0)",
+    )
+    parser.add_argument(
+        "--labels", nargs="+", metavar="ID", help="labels that are kept apart: numbers, names, or all"
+    )
+    parser.add_argument(
+        "--label_names",
+        metavar="FILE",
+        help="names and colours of labels: JSON, CSV, nnU-Net's dataset.json, 3D Slicer's or ITK-SNAP's table",
+    )
+    parser.add_argument(
+        "--soft", action="store_true", help="the label is a probability: inside from half of full scale"
+    )
+    parser.add_argument("--label_frame", type=int, metavar="INDEX", help="which layer of a 4-D label, from 0")
+    parser.add_argument(
+        "--label_slices",
+        default="auto",
+        metavar="auto|all|LIST",
+        help="slices that somebody painted, such as 0,5,10 or 0:50:5; auto: all, but where no two neighbours are"
+        " labelled those that are",
     )
     parser.add_argument("-o", "--output", required=True, help="folder to write")
     parser.add_argument(
@@ -325,114 +371,14 @@ def _box(
     return box[0], box[1], box[2]
 
 
-def _label(
-    path: str, wanted: Sequence[float] | None, index: int | None, volume: Volume, say: Say
-) -> np.ndarray:  # (I, J, K) bool
-    """The label on the volume's grid."""
-    label = read_volume(path, index)
-    for note in label.notes:
-        say(f"  note on {path}: {note}")
-    shape = volume.values.shape[:3]
-    if label.lossy:
-        raise UserError(
-            f"{path} is compressed like a video or JPEG, which does not keep labels exactly: give PNG, TIFF or a volume"
-        )
-    values = label.values
-    if values.ndim == 4:
-        if np.ptp(values[..., :3], axis=3).any():  # opacity is no label
-            raise UserError(f"{path} holds colours: a label holds one number a voxel")
-        values = values[..., 0]
-    if bad := values.size - np.count_nonzero(np.isfinite(values)):
-        say(f"  note: {bad:,} voxels of {path} are NaN or infinite; they count as background")
-        values = np.nan_to_num(values, posinf=0, neginf=0)
-    if wanted:
-        inside = np.isin(values, wanted)
-        absent = [f"{value:g}" for value in wanted if not (values == value).any()]
-        if absent and inside.any():
-            say(f"  note: no voxel of {path} has the value {' or '.join(absent)}")
-    elif values.dtype.kind == "f" and not np.array_equal(values, np.rint(values)):
-        say("  note: the label has fractions; voxels of 0.5 and more count as inside")
-        inside = values >= 0.5
-    else:
-        inside = values != 0
-    count = np.count_nonzero(inside)
-    if not count:
-        present = ", ".join(f"{value:g}" for value in np.unique(values)[:12])
-        what = f"of value {' or '.join(f'{value:g}' for value in wanted)}" if wanted else "labelled"
-        raise UserError(f"{path} is empty: nothing is {what} (it holds {present})")
-
-    if volume.affine is None or label.affine is None:
-        if inside.shape != shape:
-            raise UserError(f"{path} has shape {inside.shape}, but {volume.name} {shape}: they have to agree")
-        if not np.array_equal(_depths(volume), _depths(label)):
-            raise UserError(
-                f"{path} and {volume.name} are numbered differently: a mask has the number of its frame"
-            )
-        if (volume.affine is None) != (label.affine is None):
-            say(
-                f"  note: only one of them knows millimetres; [:, :, k] of {path} is taken as the mask of frame k"
-            )
-    elif not _same_grid(volume, label):
-        to_label = np.linalg.inv(label.affine) @ volume.affine
-        resampled = _resample(inside, _depths(label), to_label, shape, _depths(volume))
-        if not resampled.any():
-            raise UserError(
-                f"{path} of shape {inside.shape} does not overlap {volume.name} of shape {shape}: their affines place"
-                " them apart"
-            )
-        kept = np.count_nonzero(resampled) * abs(np.linalg.det(to_label)) / count
-        say(
-            f"  note: {path} lies on another grid; nearest-neighbour resampling keeps {kept:.1%} of its volume"
-        )
-        inside, count = resampled, np.count_nonzero(resampled)
-    say(f"{path}: {count:,} voxels inside, {count / inside.size:.2%} of the volume")
-    return inside
-
-
-def _same_grid(first: Volume, second: Volume) -> bool:
-    """Whether two grids agree to a hundredth of a voxel in every corner, and so do their slices."""
-    shape = first.values.shape[:3]
-    if first.affine is None or second.affine is None or shape != second.values.shape[:3]:
-        return False
-    indices = np.array(list(np.ndindex(2, 2, 2))) * (np.array(shape) - 1)
-    apart = np.abs(apply_affine(first.affine, indices) - apply_affine(second.affine, indices)).max()
-    depths = np.abs(_depths(first) - _depths(second)).max()
-    return bool(apart < 0.01 * min(voxel_sizes(first.affine)) and depths < 0.01)
-
-
-def _depths(volume: Volume) -> np.ndarray:  # (K,)
-    return np.arange(volume.values.shape[2], dtype=float) if volume.depths is None else volume.depths
-
-
-def _resample(
-    inside: np.ndarray, depths: np.ndarray, to_label: np.ndarray, shape: tuple[int, ...], targets: np.ndarray
-) -> np.ndarray:
-    """A label's mask on a volume's grid of `shape`: each voxel takes the one that it lies in, if any.
-
-    inside: (I, J, K) bool, with slices at `depths`. to_label: indices of the volume to the label's. targets: where the
-    volume's slices lie.
-    """
-    resampled = np.zeros(shape, bool)
-    plane = np.stack(np.meshgrid(np.arange(shape[0]), np.arange(shape[1]), indexing="ij"), -1)  # (I, J, 2)
-    for k, depth in enumerate(targets):
-        at = plane @ to_label[:3, :2].T + (to_label[:3, 2] * depth + to_label[:3, 3])  # (I, J, 3)
-        before, after = np.minimum(at[..., 2], 0), np.maximum(at[..., 2] - depths[-1], 0)
-        at[..., 2] = np.interp(at[..., 2], depths, np.arange(len(depths))) + before + after  # to slices
-        nearest = np.floor(at + (0.5 + 1e-6)).astype(int)  # rounding errors do not cut off a border
-        there = ((nearest >= 0) & (nearest < inside.shape)).all(axis=-1)
-        resampled[:, :, k][there] = inside[tuple(nearest[there].T)]
-    return resampled
-
-
 def _write_frames(
     root: Path,
     stack: np.ndarray,
     full_scale: tuple[float, float] | None,
     geometry: Geometry,
-    mask: bool = False,
 ) -> None:
     """The kept and the held-out frames of stack (frame, row, column[, channel]) as PNG files."""
-    low, high = (0.0, 1.0) if mask else geometry.window
+    low, high = geometry.window
     (left, top), (columns, rows) = geometry.offset, geometry.size
     for folder, field in KINDS.items():
         for number, index in enumerate(getattr(geometry, field)):
@@ -441,7 +387,22 @@ def _write_frames(
             if unit.shape[2:] == (4,) and full_scale is not None:
                 unit[:, :, 3] = stored[:, :, 3] / full_scale[1]  # opacity is no intensity
             name = number if folder == "original" else index
-            write_image(root / folder / f"{name:04d}.png", unit, 8 if mask else geometry.bits)
+            write_image(root / folder / f"{name:04d}.png", unit, geometry.bits)
+
+
+def _write_masks(root: Path, masks: np.ndarray, label: LabelVolume, geometry: Geometry) -> None:
+    """The painted frames of masks (frame, row, column): 0 and 255, or label numbers of 8 or 16 bits."""
+    (left, top), (columns, rows) = geometry.offset, geometry.size
+    wide = label.table is not None and max(label.table.ids) > 255
+    for folder, field in KINDS.items():
+        for number, index in enumerate(getattr(geometry, field)):
+            if not label.painted[index]:
+                continue
+            levels = masks[index, top : top + rows, left : left + columns]
+            if label.table is None:
+                levels = (levels != 0) * np.uint8(255)
+            name = number if folder == "original" else index
+            write_levels(root / folder / f"{name:04d}.png", levels.astype(np.uint16 if wide else np.uint8))
 
 
 def _describe(volume: Volume) -> str:

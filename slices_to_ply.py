@@ -272,17 +272,17 @@ def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
 
 def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
     """Read, smooth, mesh and write a case; what is worth knowing goes to `lines`."""
-    stack = read_stack(case.folder, options.extension, options.nifti, options.inter)
+    kind = None if options.labels is None else "labels"
+    stack = read_stack(case.folder, options.extension, options.nifti, options.inter, kind)
     frames = frame_paths(case.folder, options.extension)
     lines.append(
         f"{case.name}: {len(frames)} frames of {frames[0].parent}, {stack.inter} per slice; {stack.place}"
     )
-    if options.labels is None:
+    if stack.numbers is None or (options.labels is None and len(stack.meaning.ids) < 2):
         _write(case.name, stack, stack.values, options, lines)
         return
-    stored = np.rint(stack.values * stack.full_scale).astype(np.int32)
-    for value in _labels(stored, options.labels):
-        _write(f"{case.name}_{value}", stack, (stored == value).astype(np.float32), options, lines)
+    for value in _labels(stack.numbers, options.labels or []):
+        _write(f"{case.name}_{value}", stack, (stack.numbers == value).astype(np.float32), options, lines)
 
 
 def _labels(stored: np.ndarray, wanted: list[int]) -> list[int]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from patient.labels import LabelTable
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -76,6 +77,8 @@ class Geometry:
     """Their places, as `positions`."""
     sizes: tuple[float | None, float | None, float | None] | None = None
     """Without an affine: millimetres from one (column, row, frame) to the next, as far as the source says them."""
+    labels: LabelTable | None = None
+    """Names and colours of the label map that the masks are; None where they are masks of one structure."""
 
     @property
     def axis(self) -> int:
@@ -182,6 +185,7 @@ class Geometry:
     def to_json(self) -> str:
         """Every field, a line each, and what follows from them (axis, spacing, ...) for people and other programs."""
         told = {"version": _VERSION, "axis": self.axis, "spacing": self.spacing, **asdict(self)}
+        told["labels"] = None if self.labels is None else self.labels.to_json()
         told |= {"heldout_indices": self.heldout_indices(), "durations": self.durations()}
         return "{\n" + ",\n".join(f' "{name}": {json.dumps(value)}' for name, value in told.items()) + "\n}"
 
@@ -195,7 +199,10 @@ class Geometry:
                     f"its version is {told['version']}, and this program reads version {_VERSION}"
                 )
             needed = [field.name for field in fields(cls) if field.name in told or field.default is MISSING]
-            geometry = cls(**{name: _tuples(told[name]) for name in needed})
+            given = {name: _tuples(told[name]) for name in needed}
+            if told.get("labels") is not None:
+                given["labels"] = LabelTable.from_json(told["labels"])
+            geometry = cls(**given)
             if len(geometry.slices) != len(geometry.positions) or not geometry.slices:
                 raise ValueError("slices and positions disagree")
             if len(geometry.heldout_slices) != len(geometry.heldout_positions):

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from patient.geometry import HELDOUT, FrameCut, Geometry, cut_geometry, voxel_sizes
+from patient.labels import Kind, Meaning, segmentation
 from patient.readers.nifti import nifti_grid
 from utils.errors import UserError
-from utils.images import image_files, read_image, to_grey
+from utils.images import image_files, read_image, read_levels, to_grey
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 INNER = ("original", HELDOUT)  # folders of a data root
@@ -25,15 +27,17 @@ class Stack:
     """Frames and where they lie."""
 
     values: np.ndarray
-    """(frame, row, column) float32 in [0, 1]; with in-betweens `inter` of them per slice."""
+    """(frame, row, column) float32 in [0, 1], of masks 0 and 1; with in-betweens `inter` of them per slice."""
     affine: np.ndarray | None
     """(column, row, frame) to RAS millimetres (4, 4), of evenly spaced frames; None where nobody knows."""
     heights: np.ndarray | None
     """The frame coordinate of each frame, (frames,), where slices are unevenly spaced; else None."""
     inter: int
     """Frames per slice."""
-    full_scale: int
-    """What 1 is in the files: 255, 65535, or 1 for floats."""
+    meaning: Meaning | None
+    """What the files' numbers mean; None of grey levels, such as renders of images."""
+    numbers: np.ndarray | None
+    """(frame, row, column) int32 labels, of a label map."""
     place: str
     """Who says where the frames lie, in words."""
 
@@ -73,19 +77,23 @@ def read_stack(
     extension: str = ".png",
     nifti: str | os.PathLike[str] | None = None,
     inter: int | None = None,
+    kind: Kind | None = None,
 ) -> Stack:
     """The frames of a case folder (`frame_paths`), read and placed.
 
     Their place comes from frames.json in the folder or its parent; else from `<case>.nii.gz` in the folder `nifti`,
     or a NIfTI file in the case folder, which say that frame k is volume[:, :, k].T. inter: frames per slice, needed
-    only where neither names nor geometry tell. Raises UserError.
+    only where neither names nor geometry tell. kind: "labels" or "soft" where a user says so. Raises UserError.
     """
     paths = frame_paths(folder, extension)
     if not paths:
         raise UserError(f"{folder} has no {extension} frames")
     geometry, place = _geometry(folder, nifti)
     inter = _inter(paths, geometry, inter)
-    values, full_scale = read_frames(paths)
+    own = geometry or case_geometry(folder)
+    values, numbers, meaning = read_frames(
+        paths, kind, () if own is None or own.labels is None else own.labels.ids
+    )
     if min(values.shape) < 2:
         rows, columns = values.shape[1:]
         raise UserError(f"{len(paths)} frame of {columns} x {rows} pixels encloses no volume")
@@ -97,26 +105,39 @@ def read_stack(
                 " --inter ask for"
             )
         affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), len(values), inter)
-    return Stack(values, affine, heights, inter, full_scale, place)
+    return Stack(values, affine, heights, inter, meaning, numbers, place)
 
 
-def read_frames(paths: list[Path]) -> tuple[np.ndarray, int]:
-    """Grey values (frame, row, column) float32 in [0, 1], and what 1 is in the files. Raises UserError."""
-    values = np.empty((0, 0, 0), np.float32)
-    full_scale = 1
-    for number, path in enumerate(paths):
-        stored = read_image(path)
-        frame = to_grey(stored)
-        if number == 0:
-            values = np.empty((len(paths), *frame.shape), np.float32)
-            full_scale = int(np.iinfo(stored.dtype).max) if stored.dtype.kind == "u" else 1
-        if frame.shape != values.shape[1:]:
+def read_frames(
+    paths: list[Path], kind: Kind | None = None, known: Iterable[int] = ()
+) -> tuple[np.ndarray, np.ndarray | None, Meaning | None]:
+    """Values (frame, row, column) float32 in [0, 1], labels of a label map, and what the numbers mean.
+
+    Renders, of masks too, are levels in between, and so is what may be labels, a soft mask or a picture: then there is
+    no meaning, and a threshold parts inside from outside. known: ids that frames.json names. Raises UserError.
+    """
+    stored = [read_levels(path) for path in paths]
+    for path, frame in zip(paths, stored, strict=True):
+        if frame.shape[:2] != stored[0].shape[:2]:
+            rows, columns = stored[0].shape[:2]
             raise UserError(
-                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {values.shape[2]} x"
-                f" {values.shape[1]}: frames have one size"
+                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {columns} x {rows}: frames have"
+                " one size"
             )
-        values[number] = frame
-    return values, full_scale
+    rendered = paths[0].parent.name in FRAME_FOLDERS and kind is None
+    if not rendered or known:
+        try:
+            found = segmentation(paths, stored, soft=kind == "soft", labels=kind == "labels", known=known)
+        except UserError:
+            if kind is not None:
+                raise
+        else:
+            meaning = found.meaning
+            if meaning.kind == "labels" or not rendered:
+                labelled = meaning.kind == "labels"
+                numbers = np.stack([meaning.numbers(f) for f in found.frames]) if labelled else None
+                return np.stack([meaning.shares(frame) for frame in found.frames]), numbers, meaning
+    return np.stack([to_grey(read_image(path)) for path in paths]), None, None
 
 
 def case_geometry(folder: Path) -> Geometry | None:

@@ -31,7 +31,8 @@ def plot_scores(
     axes = figure.add_subplot()
     digits = 2 if "dB" in unit else 4
     for order, (name, values) in enumerate(scores.items()):
-        mean = float(np.mean(values))
+        known = [value for value in values if np.isfinite(value)]  # Dice of nothing against nothing is none
+        mean = float(np.mean(known)) if known else float("nan")
         style: dict[str, Any] = (
             {"marker": ".", "linewidth": 1.2} if order == 0 else {"linestyle": "--", "linewidth": 1}
         )

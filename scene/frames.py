@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +13,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from patient.labels import Meaning, read_segmentation
+from patient.stacks import case_geometry
 from utils.errors import UserError
 from utils.files import atomic_folder
 from utils.images import READABLE, WRITABLE, frame_number, image_files, read_image, to_unit, write_image
 
 WIDEST = 1600  # pixels; resolution -1 scales wider frames down to this
 DIVISORS = (1, 2, 4, 8)  # values of `resolution` that divide; others are a width in pixels
+
+_ASK = "prepare.py -l makes masks of it: with --label_value of some labels, with --soft of probabilities"
 
 # A sequence takes the widest type of its frames, in this order.
 _DTYPES = (np.dtype(np.uint8), np.dtype(np.uint16), np.dtype(np.float32))
@@ -41,6 +45,8 @@ class Frames:
     has_alpha: bool = False
     device: torch.device | str = "cpu"
     """Where frames are handed out; `levels.device` is where they are kept."""
+    meaning: Meaning | None = None
+    """Of masks, what their files' numbers mean; here inside is 1."""
 
     @classmethod
     def read(
@@ -51,6 +57,8 @@ class Frames:
         data_device: torch.device | str | None = None,
         say: Callable[[str], object] = print,
         consecutive: bool = True,
+        masks: bool = False,
+        meaning: Meaning | None = None,
     ) -> Frames:
         """Read all image files of `folder`, in the order of the number that ends their names.
 
@@ -59,6 +67,8 @@ class Frames:
         device: where frames are handed out. data_device: where they are kept (None: there too).
         say: gets one line for each thing that the user should know, such as a gap in the numbering.
         consecutive: whether numbers ought to follow each other, so that a gap is worth a line.
+        masks: read them by the rule of `patient.labels`: one channel, 1 is inside; a soft mask keeps its levels.
+        meaning: of masks, that of the sequence that they were taken out of.
 
         RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout goes.
         Raises `UserError`: no folder, no frames, no or equal numbers, different sizes, unreadable files.
@@ -68,8 +78,10 @@ class Frames:
             _report_gaps([frame_number(file) for file in files], say)
         planes: list[np.ndarray] = []
         alphas: list[np.ndarray | None] = []
-        for file in files:
-            array = read_image(file)
+        arrays: Iterable[np.ndarray] = map(read_image, files)
+        if masks:
+            arrays, meaning = _masks(files, meaning, say)
+        for file, array in zip(files, arrays, strict=True):
             height, width = array.shape[:2]
             if not planes:
                 first = height, width
@@ -89,9 +101,8 @@ class Frames:
         device = torch.device(device)
         levels = torch.from_numpy(_stack(planes, alphas)).to(data_device)
         has_alpha = any(alpha is not None for alpha in alphas)
-        return cls(
-            levels, [file.name for file in files], [frame_number(file) for file in files], has_alpha, device
-        )
+        numbers = [frame_number(file) for file in files]
+        return cls(levels, [file.name for file in files], numbers, has_alpha, device, meaning)
 
     def __len__(self) -> int:
         return self.levels.shape[0]
@@ -179,6 +190,28 @@ def frame_files(folder: str | os.PathLike[str]) -> list[Path]:
         if other is not file:
             raise UserError(f"{other} and {file.name} have the same number: remove or rename one of them")
     return [by_number[number] for number in sorted(by_number)]
+
+
+def _masks(
+    files: list[Path], known: Meaning | None, say: Callable[[str], object]
+) -> tuple[list[np.ndarray], Meaning]:
+    """Masks in full scale of their type: bytes 0 and 255, or soft ones as they are."""
+    geometry = case_geometry(files[0].parent)
+    labels = () if geometry is None or geometry.labels is None else geometry.labels.ids
+    found = read_segmentation(files, known, known=labels, ask=_ASK)
+    meaning = found.meaning
+    if known is None:
+        for note in meaning.notes:
+            say(note)
+        if meaning.kind == "labels" and len(meaning.ids) > 1:
+            say(f"{files[0].parent}: labels {', '.join(map(str, meaning.ids))} count as one mask")
+    full = (
+        [np.uint8(255) * meaning.inside(frame) for frame in found.frames] if meaning.kind != "soft" else None
+    )
+    if full is None:
+        kept = all(frame.dtype in _DTYPES and _full(frame.dtype) == meaning.scale for frame in found.frames)
+        full = found.frames if kept else [meaning.shares(frame) for frame in found.frames]
+    return full, meaning
 
 
 def write_mirror(

@@ -65,14 +65,14 @@ def hold_out(
     options: TrainOptions,
     sequences: Sequence[tuple[str, Frames]],
     geometry: Geometry | None,
-    read: Callable[[Path], Frames],
+    read: Callable[[Path, Frames], Frames],
     say: Callable[[str], object],
 ) -> tuple[list[Frames], Geometry | None, list[HeldOut | None]]:
     """What to train on, its geometry, and for each sequence what to test on.
 
     sequences: data root and frames of the images, or the masks, or both; they are numbered alike. geometry: of the
-    frames. read: a folder's frames. A root's folder ``heldout/`` is the test, where there is one; else ``--eval`` takes
-    every N-th frame out of the sequence.
+    frames. read: a folder's frames, held out of a sequence. A root's folder ``heldout/`` is the test, where there is
+    one; else ``--eval`` takes every N-th frame out of the sequence.
     """
     frames = [sequence for _, sequence in sequences]
     tests = [_read_test(Path(root), kept, geometry, read, say) for root, kept in sequences]
@@ -110,7 +110,7 @@ def _read_test(
     root: Path,
     kept: Frames,
     geometry: Geometry | None,
-    read: Callable[[Path], Frames],
+    read: Callable[[Path, Frames], Frames],
     say: Callable[[str], object],
 ) -> HeldOut | None:
     """The frames of ``root/heldout``, whose numbers are slices that the geometry says were left out."""
@@ -120,7 +120,7 @@ def _read_test(
     if geometry is None:
         say(f"{folder} is not evaluated: no frames.json says where its frames lie (prepare.py writes one)")
         return None
-    frames = read(folder)
+    frames = read(folder, kept)
     places = dict(zip(geometry.heldout_slices, geometry.heldout_positions, strict=True))
     unknown = [
         name for name, number in zip(frames.names, frames.numbers, strict=True) if number not in places

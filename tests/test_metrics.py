@@ -72,10 +72,15 @@ def test_dice_is_pooled_over_the_frames_and_counts_from_one_half():
     assert scores.frame_dice == pytest.approx([2 * 1 / 4, 2 * 1 / 3])
 
 
-@pytest.mark.parametrize(("predicted", "truth", "expected"), [(0, 0, 1), (1, 0, 0), (0, 1, 0), (1, 1, 1)])
+@pytest.mark.parametrize(
+    ("predicted", "truth", "expected"), [(0, 0, np.nan), (1, 0, 0), (0, 1, 0), (1, 1, 1)]
+)
 def test_dice_of_empty_masks(predicted, truth, expected):
+    """Of nothing against nothing there is no Dice: it is not a number, and not 1."""
     images = torch.full((2, 1, 3, 3), float(predicted))
-    assert Scores.of(images, torch.full_like(images, float(truth))).dice == expected
+    scores = Scores.of(images, torch.full_like(images, float(truth)))
+    assert scores.dice == pytest.approx(expected, nan_ok=True)
+    assert scores.iou == pytest.approx(expected, nan_ok=True)
 
 
 def test_masks_in_colour_count_by_the_mean_of_their_channels():

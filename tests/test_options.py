@@ -108,6 +108,11 @@ SHOWN_BY = {
     "prepare.py": {
         **dict.fromkeys(("input", "label", "label_value", "output", "axis", "window"), "test_prepare.py"),
         **dict.fromkeys(("percentiles", "bits", "keep_every", "frame", "force", "quiet"), "test_prepare.py"),
+        "labels": "test_labels.py::test_labels_that_are_kept_apart",
+        "label_names": "test_labels.py::test_labels_that_are_kept_apart",
+        "soft": "test_labels.py::test_what_may_be_either_is_asked_for",
+        "label_frame": "test_labels.py::test_a_label_of_several_layers",
+        "label_slices": "test_labels.py::test_masks_on_some_slices",
         "series": "test_volumes.py::test_series_are_chosen_by_uid",
         "ct_window": "test_volumes.py::test_ct_windows",
         "crop": "test_volumes.py::test_crop_to_the_label_and_its_margin",
@@ -129,6 +134,10 @@ SHOWN_BY = {
     },
     "evaluate.py": {
         **dict.fromkeys(("keep_every", "held_out", "label_value", "samples", "quiet"), "test_evaluate.py"),
+        "labels": "test_labels.py::test_label_maps_are_scored_label_by_label",
+        "label_names": "test_labels.py::test_label_maps_are_scored_label_by_label",
+        "surfaces": "test_labels.py::test_label_maps_are_scored_label_by_label",
+        "soft": "test_labels.py::test_what_may_be_either_is_asked_for",
         "seed": "test_evaluate.py::test_points_are_drawn_by_their_seed",
         "space": "test_evaluate.py::test_a_space_that_nobody_tells_is_asked_for",
         "align": "test_evaluate.py::test_a_shift_is_measured_and_only_forgiven_when_asked",

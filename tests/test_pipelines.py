@@ -595,7 +595,10 @@ def test_evaluation_of_grey_masks_by_a_colour_model(tmp_path):
     train(training)
     for task in training.tasks:
         scores, image = evaluate(training.objective, task, 0)
-        assert image.shape == (3, 20, 24) and 0 <= scores.dice <= 1 and len(scores.psnr) == FRAMES
+        assert image.shape == (3, 20, 24) and len(scores.psnr) == FRAMES
+        assert 0 <= scores.dice <= 1 or (task.name == "img" and np.isnan(scores.dice)), (
+            "dark images have no Dice"
+        )
     train_at(seg, tmp_path / "reverse", *joint(images), "--iterations", 3)  # colour masks of grey images
 
 

@@ -39,13 +39,17 @@ def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], 
     """Reads the frames of ``-s``, and for joint training the masks that belong to them."""
     data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
 
-    def read(root: str) -> Frames:
-        return Frames.read(options.folder_of(root), options.resolution, device, data_device, say)
+    def read(root: str, masks: bool) -> Frames:
+        folder = options.folder_of(root)
+        return Frames.read(folder, options.resolution, device, data_device, say, masks=masks)
 
-    def read_heldout(folder: Path) -> Frames:
-        return Frames.read(folder, options.resolution, device, data_device, say, consecutive=False)
+    def read_heldout(folder: Path, kept: Frames) -> Frames:
+        masks = kept.meaning is not None
+        return Frames.read(
+            folder, options.resolution, device, data_device, say, False, masks=masks, meaning=kept.meaning
+        )
 
-    sequences = [(options.source_path, read(options.source_path))]
+    sequences = [(options.source_path, read(options.source_path, options.pipeline == "seg"))]
     geometry = Geometry.find(options.source_path)
     if geometry is not None and len(geometry.slices) != len(sequences[0][1]):
         raise UserError(
@@ -54,7 +58,7 @@ def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], 
         )
     if options.pipeline == "joint":
         assert options.seg_source_path is not None
-        masks = read(options.seg_source_path)
+        masks = read(options.seg_source_path, True)
         _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
         sequences.append((options.seg_source_path, masks))
     (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)

@@ -131,7 +131,7 @@ class Report:
         """Prints, logs, plots and saves the scores of an evaluation."""
         for evaluated in tasks:
             name, scores = evaluated.task, evaluated.scores
-            also = f", Dice {scores.dice:.4f}" if name == "seg" else ""
+            also = f", Dice {_dice(scores.dice)}" if name == "seg" else ""
             self.say(
                 f"[{iteration}] {name}: L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, "
                 f"SSIM {scores.mean_ssim:.4f}{also} on {len(scores)} frames"
@@ -159,7 +159,9 @@ class Report:
 
         def words(scores: Scores) -> str:
             return (
-                f"Dice {scores.dice:.4f}" if mask else f"{scores.mean_psnr:.2f} dB / {scores.mean_ssim:.4f}"
+                f"Dice {_dice(scores.dice)}"
+                if mask
+                else f"{scores.mean_psnr:.2f} dB / {scores.mean_ssim:.4f}"
             )
 
         ours, *others = (f"{NAMES[method]} {words(scores)}" for method, scores in everyone.items())
@@ -184,7 +186,7 @@ class Report:
 
         def figures(scores: Scores) -> list[str]:
             return [
-                f"Dice {scores.frame_dice[k]:.4f}"
+                f"Dice {_dice(scores.frame_dice[k])}"
                 if mask
                 else f"{scores.psnr[k]:.2f} dB, SSIM {scores.ssim[k]:.3f}"
                 for k in pictures.places
@@ -212,7 +214,10 @@ class Report:
         if task == "seg":
             means["dice"] = scores.dice
         about = {"iteration": iteration, "task": task, "frames": frames, "method": method}
-        self.rows.append({**about, "count": len(scores), **means})
+        stated = {
+            name: None if math.isnan(value) else value for name, value in means.items()
+        }  # JSON has no NaN
+        self.rows.append({**about, "count": len(scores), **stated})
         if self.writer is not None:
             place = "/".join([task] + [frames] * (frames != "training") + [method] * (method != "model"))
             for name in means.keys() - {"l1"}:
@@ -234,6 +239,10 @@ class Report:
 def _arrays(images: Tensor) -> Sequence[Any]:
     """(M, C, H, W) -> M arrays (H, W, C)."""
     return [image.permute(1, 2, 0).numpy() for image in images]
+
+
+def _dice(value: float) -> str:
+    return "undefined (nothing is inside)" if math.isnan(value) else f"{value:.4f}"
 
 
 def _earlier_rows(path: Path, iteration: int) -> list[dict[str, Any]]:

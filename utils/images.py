@@ -73,15 +73,19 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     Palettes become the colours they stand for, 1-bit images 0 and 255, grey with transparency RGBA. Raises UserError
     for a missing or damaged file, a kind of image that is not a frame, and more pixels than `limit_pixels` said.
     """
-    path = Path(path)
+    return _read(Path(path))
+
+
+def _read(path: Path, levels: bool = False) -> np.ndarray:
+    """`read_image`, or `read_levels`."""
     suffix = path.suffix.lower()
     try:
         if suffix == ".npy":
-            array = _read_npy(path)
+            array = _read_npy(path, levels)
         elif suffix in (".tif", ".tiff"):
-            array = _read_tiff(path)
+            array = _read_tiff(path, levels)
         else:
-            array = _read_pillow(path)
+            array = _read_pillow(path, levels)
     except UserError:
         raise
     except FileNotFoundError:
@@ -102,6 +106,24 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
     return (
         array if array.flags.writeable else array.copy()
     )  # torch.from_numpy warns about Pillow's own buffers
+
+
+def read_levels(path: str | os.PathLike[str]) -> np.ndarray:
+    """One mask or label map as stored numbers: (H, W), or (H, W, 3 or 4) where it has colours.
+
+    Palette images are their indices, 1-bit ones 0 and 1; whole numbers of any width and sign, and finite floats of any
+    size, are given as they are. Raises UserError as `read_image`.
+    """
+    return _read(Path(path), levels=True)
+
+
+def is_indexed(path: str | os.PathLike[str]) -> bool:
+    """Whether an image file is one of palette indices, by its header."""
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("P", "PA")
+    except (OSError, ValueError, SyntaxError):  # kinds that Pillow does not know have no palette
+        return False
 
 
 def to_unit(array: np.ndarray) -> np.ndarray:
@@ -182,16 +204,16 @@ def check_pixels(path: Path, width: int, height: int) -> None:
         )
 
 
-def _read_npy(path: Path) -> np.ndarray:
+def _read_npy(path: Path, levels: bool) -> np.ndarray:
     array = np.load(
         path, mmap_mode="r", allow_pickle=False
     )  # a header only: sizes are checked before any reading
     if array.ndim >= 2:
         check_pixels(path, array.shape[1], array.shape[0])
-    return _frame_type(path, np.array(array))
+    return _frame_type(path, np.array(array), levels)
 
 
-def _read_tiff(path: Path) -> np.ndarray:
+def _read_tiff(path: Path, levels: bool) -> np.ndarray:
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != 1:
             raise UserError(f"{path} holds {len(file.pages)} pages: write each frame into a file of its own")
@@ -203,8 +225,8 @@ def _read_tiff(path: Path) -> np.ndarray:
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
-            return _read_pillow(path)  # LZW, JPEG and fax codes, which Pillow brings along
-        if photometric == tifffile.PHOTOMETRIC.PALETTE:
+            return _read_pillow(path, levels)  # LZW, JPEG and fax codes, which Pillow brings along
+        if photometric == tifffile.PHOTOMETRIC.PALETTE and not levels:
             return (page.colormap[:, array] // 257).astype(np.uint8).transpose(1, 2, 0)
     if planar == tifffile.PLANARCONFIG.SEPARATE and array.ndim == 3:
         array = array.transpose(1, 2, 0)
@@ -214,10 +236,15 @@ def _read_tiff(path: Path) -> np.ndarray:
         array = np.invert(array)
     if array.ndim == 3 and array.shape[2] == 2:
         array = array[:, :, (0, 0, 0, 1)]
-    return _frame_type(path, array)
+    return _frame_type(path, array, levels)
 
 
-def _frame_type(path: Path, array: np.ndarray) -> np.ndarray:
+def _frame_type(path: Path, array: np.ndarray, levels: bool) -> np.ndarray:
+    if levels and array.dtype.kind in "iuf":
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise UserError(f"{path} holds NaN or infinite values: a mask has a number for each pixel")
+        kind = array.dtype.newbyteorder("=")
+        return np.ascontiguousarray(array, np.float32 if kind == np.float16 else kind)
     if array.dtype == np.bool_:
         return array.astype(np.uint8) * np.uint8(255)
     if array.dtype in (np.uint8, np.uint16):
@@ -229,7 +256,7 @@ def _frame_type(path: Path, array: np.ndarray) -> np.ndarray:
     raise UserError(f"{path} holds {array.dtype}: frames are uint8, uint16 or floats in [0, 1]")
 
 
-def _read_pillow(path: Path) -> np.ndarray:
+def _read_pillow(path: Path, levels: bool) -> np.ndarray:
     with Image.open(path) as image:
         check_pixels(path, *image.size)
         if getattr(image, "n_frames", 1) > 1:
@@ -237,6 +264,10 @@ def _read_pillow(path: Path) -> np.ndarray:
         raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else ""
         if raw_mode in ("RGB;16B", "RGBA;16B", "LA;16B"):
             return _read_png16(path, raw_mode)
+        if levels and image.mode in ("P", "PA"):
+            return np.asarray(image if image.mode == "P" else image.getchannel("P"))
+        if levels and image.mode in ("1", "I", "F"):
+            return np.asarray(image).astype(np.uint8) if image.mode == "1" else np.asarray(image)
         if image.mode.startswith("I"):
             array = np.asarray(image)
             if array.min() < 0 or array.max() > 65535:

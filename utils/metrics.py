@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -84,19 +85,20 @@ class Scores:
 
     @property
     def dice(self) -> float:
-        """Pooled over all frames, as of one volume; 1 where both are empty."""
+        """Pooled over all frames, as of one volume; NaN, undefined, where both are empty."""
         return _dice(sum(self.overlaps), sum(self.sizes))
 
     @property
     def iou(self) -> float:
         """Intersection over union (Jaccard), pooled as `dice`."""
         overlap, size = sum(self.overlaps), sum(self.sizes)
-        return overlap / (size - overlap) if size else 1.0
+        return overlap / (size - overlap) if size else math.nan
 
     @property
     def frame_dice(self) -> list[float]:
+        """Of each frame; NaN where both are empty."""
         return [_dice(*counts) for counts in zip(self.overlaps, self.sizes, strict=True)]
 
 
 def _dice(overlap: int, size: int) -> float:
-    return 2 * overlap / size if size else 1.0
+    return 2 * overlap / size if size else math.nan
