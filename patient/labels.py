@@ -34,7 +34,7 @@ _SATURATED = 0.95  # share of pixels inside from which on it is worth a line
 _SOLID = 0.1  # of the pixels of middle levels, share amid equal neighbours: regions have insides, soft borders have not
 _JPEG_BAND = 0.15  # of full scale about 0 and 1, where JPEG leaves a mask's levels
 
-_MOST_COLOURS = 128  # of a label map; more are a picture
+_MOST_COLOURS = 64  # of a label map; more are a picture
 
 ASK = "say which: --labels for a label map, --soft for a mask that is inside from half of full scale"
 
