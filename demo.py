@@ -25,7 +25,7 @@ from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
 from utils.images import image_files, read_image, to_unit
 
-matplotlib.use("Agg")  # before pyplot, which else looks for a display
+matplotlib.use("Agg")  # before pyplot, which would look for a display
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -72,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise UserError(f"{model / 'render_img'} has no renders: run render.py -m {model} --interp 8 first")
     if len(inputs) < 2 or renders.sub_frames < 2:
         raise UserError(
-            f"{model / 'render_img'} has nothing in between frames: run render.py -m {model} --interp 8"
+            f"{model / 'render_img'} has nothing between the frames: run render.py -m {model} --interp 8"
         )
     mesh = read_mesh(options.mesh)
     if mesh.metadata["space"] == "RAS":
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     spacing = geometry.spacing if geometry is not None else None
     pixel_aspect = spacing[1] / spacing[0] if spacing else 1.0  # height of a pixel over its width
 
-    # Inches. The frames take the left 62 % of the width; what their shape needs in height decides the sheet's.
+    # Inches. The frames take the left 62 % of the width; their shape decides the height of the sheet.
     width, header = 16.0, 1.25
     rows, columns = renders.read(0, 0).shape[:2]
     frame_width = 0.62 * width / COLUMNS
@@ -139,7 +139,7 @@ def _draw_frames(
     masks: Renders | None,
     psnrs: list[float],
 ) -> None:
-    """Three rows of frames of `size` inches below and right of `corner`: inputs, their renders, frames in between."""
+    """Three rows of frames of `size` inches, below and right of `corner`: inputs, their renders, frames in between."""
 
     def cell(row: int, column: int, image: np.ndarray, caption: str, mask: np.ndarray | None = None) -> None:
         bottom = corner[1] - row * (size[1] + GAP) - size[1]
@@ -150,7 +150,9 @@ def _draw_frames(
             middle = (bottom + size[1] / 2) / figure.get_figheight()
             figure.text(0.03, middle, name, color=ACCENT, fontsize=14, rotation=90, va="center")
 
-    shown = np.linspace(0, len(inputs) - 1, COLUMNS + 2).round().astype(int)[1:-1]  # the ends are often empty
+    shown = (
+        np.linspace(0, len(inputs) - 1, COLUMNS + 2).round().astype(int)[1:-1]
+    )  # the first and last frames are often empty
     for column, k in enumerate(shown.tolist()):
         cell(0, column, _opaque(read_image(inputs[k])), f"frame {k}")
         cell(1, column, renders.read(k, 0), f"{psnrs[k]:.1f} dB", masks.read(k, 0) if masks else None)
@@ -199,7 +201,7 @@ def _opaque(image: np.ndarray) -> np.ndarray:
 
 
 def _psnr(render: np.ndarray, frame: np.ndarray) -> float:
-    """10 log10(1 / MSE), the MSE floored at 1e-10; a frame trained at another resolution is resized to the render."""
+    """10 log10(1 / MSE), the MSE floored at 1e-10; the frame is resized if the model has another resolution."""
     if render.shape[:2] != frame.shape[:2]:
         frame = resize(frame, (*render.shape[:2], *frame.shape[2:]), order=1, anti_aliasing=True)
     if render.ndim != frame.ndim:
@@ -208,7 +210,7 @@ def _psnr(render: np.ndarray, frame: np.ndarray) -> float:
 
 
 def _liveliest(inputs: list[Path]) -> int:
-    """The frame of the middle half that differs most from its next one: where in-between frames have most to show."""
+    """The frame in the middle half that differs most from the next: where in-between frames show most."""
     first, last = len(inputs) // 4, max(len(inputs) * 3 // 4, len(inputs) // 4 + 1)
     frames = [_opaque(read_image(path)) for path in inputs[first : last + 1]]
     changes = [np.mean((now - then) ** 2) for then, now in itertools.pairwise(frames)]

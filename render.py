@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Renders the frames of a trained model, and frames between them.
+"""Render the frames of a trained model, and frames between them.
 
     python render.py -m OUTPUT --interp 4
 
@@ -36,18 +36,18 @@ from utils.errors import UserError, run
 from utils.images import WRITABLE, limit_pixels, write_image, write_levels
 from utils.spherical_harmonics import to_colour
 
-# What the views that are rendered at once may take, unless one alone takes more. A view takes what `fold` says of each
-# Gaussian, and the lists of the tiles, a few entries each; and the image, as floats, levels and bytes.
+# What the views that are rendered together may take, unless one alone takes more. A view takes the output of `fold` for
+# each Gaussian, a few entries per Gaussian in the tiles' lists, and the image, as floats, levels and bytes.
 MEMORY = 2**30  # bytes
 BYTES_PER_GAUSSIAN, BYTES_PER_VALUE = 100, 16
-WRITERS = min(32, os.cpu_count() or 1)  # threads that encode images while the next are rendered
+WRITERS = min(32, os.cpu_count() or 1)  # threads that encode images while the next ones are rendered
 
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of images: whose opacity and colour they show, by which activity test."""
+    """A folder of images: which head they show, by which activity test."""
 
     folder: Path
     head: str
@@ -91,7 +91,7 @@ class Renderer:
         return drawn.images.unflatten(0, (-1, views))
 
     def _edited(self, position: float) -> Tensor:
-        """One view, (outputs, 1, C, H, W), of the Gaussians that the mask leaves, as the user's function has them."""
+        """One view, (outputs, 1, C, H, W), of the Gaussians that the mask keeps, changed by the user's function."""
         cut = editing.cut(self.model, position)
         drawn = torch.stack([cut.active(out.test) for out in self.outputs])  # (outputs, N)
         if self.mask is not None:
@@ -152,15 +152,15 @@ def main() -> None:
 
 
 def check(options: RenderOptions) -> None:
-    """What can be refused before anything is read."""
+    """Refuse what can be refused before anything is read."""
     if options.extension.lower() not in WRITABLE:
         raise UserError(f"--extension {options.extension}: images are written as {', '.join(WRITABLE)}")
     if options.modify and options.rasterizer == "oracle":
-        raise UserError("--modify is drawn by the compiled rasteriser alone: leave out --rasterizer oracle")
+        raise UserError("--modify needs the compiled rasteriser: leave out --rasterizer oracle")
 
 
 def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:
-    """What ``--pipeline`` asks for. Masks come from the segmentation head, or where there is none from the image's."""
+    """The outputs of ``--pipeline``. Masks come from the segmentation head, or without one from the image head."""
     folder = Path(options.model_path)
     images = Output(folder / "render_img", IMAGE, ACTIVE)
     masks = Output(folder / "render_mask", model.heads[-1], ACTIVE_SEGMENTATION)
@@ -168,40 +168,42 @@ def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:
 
 
 def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
-    """Where train.py of another program left no frames.json beside the model, take that of the source frames."""
+    """If another program's train.py left no frames.json in the model folder, copy that of the source frames."""
     kept = Path(options.model_path) / FILE_NAME
     if kept.exists() or not options.source_path:
         return
     geometry = Geometry.find(options.source_path)
     if geometry is not None and len(geometry.slices) == num_frames:
         geometry.save(kept)
-        say(f"the frames' place in the patient: {kept}")
+        say(f"where the frames lie in the patient: {kept}")
 
 
 def volumes_of(renderer: Renderer, options: RenderOptions) -> list[RenderedVolume]:
-    """For ``--nifti``: an empty volume for each output. Refuses what has no place in a patient, or no one intensity."""
+    """For ``--nifti``: an empty volume for each output. Refuses models without a place in a patient, or in colour."""
     if not options.nifti:
         return []
     path = Path(options.model_path) / FILE_NAME
     if not path.exists():
         raise UserError(
-            f"--nifti: there is no {path}, so nobody knows where the frames lie; train on a folder of prepare.py, "
-            "or give it here with -s"
+            f"--nifti: there is no {path} to say where the frames lie; train on a folder of prepare.py, or give it "
+            "here with -s"
         )
     geometry, model = Geometry.load(path), renderer.model
     if len(geometry.slices) != model.num_frames:
         raise UserError(
-            f"--nifti: {path} is of {len(geometry.slices)} frames, the model of {model.num_frames}: put the "
+            f"--nifti: {path} is for {len(geometry.slices)} frames, the model for {model.num_frames}: put the "
             "frames.json of these frames there"
         )
     if model.channels != 1:
-        raise UserError("--nifti: a volume holds one intensity, and this is a colour model; leave it out")
+        raise UserError(
+            "--nifti: a volume holds one intensity, and this is a colour model: leave out --nifti"
+        )
     grid = Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
     return [RenderedVolume(grid, mask=out.folder.name == "render_mask") for out in renderer.outputs]
 
 
 def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
-    """How many views to render in one go: what --chunks asks for, if that fits into MEMORY."""
+    """How many views to render together: what --chunks asks for, as far as MEMORY allows."""
     camera, model, outputs = renderer.camera, renderer.model, len(renderer.outputs)
     pixels = outputs * model.channels * camera.width * camera.height
     fitting = MEMORY // (BYTES_PER_GAUSSIAN * len(model) + BYTES_PER_VALUE * pixels)
@@ -211,15 +213,15 @@ def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
 def write_images(
     renderer: Renderer, bits: int, volumes: Sequence[RenderedVolume], options: RenderOptions, say: Say
 ) -> list[str]:
-    """Renders chunk after chunk, while threads write what is done; no more than two chunks are in memory, or one image
-    a thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
+    """Render chunk after chunk while threads write what is done; at most two chunks are in memory, or one image per
+    thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
     numbers = [(k, i) for k in range(renderer.model.num_frames) for i in range(options.interp)]
     names = {k + i / options.interp: f"{k:05d}_{i}{options.extension}" for k, i in numbers}
     slots = {position: slot for slot, position in enumerate(volumes[0].grid.positions)} if volumes else {}
     positions = sorted(names.keys() | slots.keys())
     bits = 8 if bits == 8 else 16
     if bits > 8 and options.extension.lower() in (".jpg", ".jpeg"):
-        say("JPEG holds 8 bits a channel: the 16 of these frames are rounded to them")
+        say("JPEG holds 8 bits per channel: these frames' 16 bits are rounded")
         bits = 8
 
     floats = options.extension.lower() == ".npy"
@@ -262,7 +264,7 @@ def write_images(
 
 
 def levels_of(images: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] as levels of a file: uint8, or for 16 bits int32, as not every device has uint16."""
+    """Values in [0, 1] as a file's levels: uint8, or int32 for 16 bits, since not every device has uint16."""
     levels = (images.nan_to_num(0) * (2**bits - 1)).round_()
     return levels.to(torch.uint8 if bits == 8 else torch.int32)
 
@@ -280,7 +282,7 @@ def write_volumes(renderer: Renderer, volumes: Sequence[RenderedVolume], say: Sa
 def write_sequence(
     renderer: Renderer, names: Sequence[str], kind: str, options: RenderOptions, say: Say
 ) -> None:
-    """The video of what was written, up to the last frame."""
+    """Write the video of the rendered images, up to the last frame."""
     assert options.video is not None
     folders = [out.folder for out in renderer.outputs]
     shots = [
@@ -298,8 +300,8 @@ def write_sequence(
 
 
 def remove_older(folder: Path, names: set[str], extension: str) -> int:
-    """Removes the images of an earlier render that are not among ``names``: with other sub-frames left between
-    these, the sequence would be a mixture of two models."""
+    """Remove images of an earlier render that are not among ``names``: left between the new ones, they would make the
+    sequence a mixture of two models."""
     older = [
         file
         for file in folder.iterdir()

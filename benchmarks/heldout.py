@@ -183,7 +183,7 @@ def neighbours(kept: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray
 
 
 def tvl1_flows(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> dict[int, tuple[Flow, Flow]]:
-    """scikit-image's TV-L1 flow, forth and back, around every kept frame k that is followed by some of ``at``.
+    """scikit-image's TV-L1 flow, forward and backward, around every kept frame k that is followed by some of ``at``.
     frames: the kept ones, (K, H, W) float32 in [0, 1]."""
     options = {"attachment": 10, "num_warp": 5}
     return {

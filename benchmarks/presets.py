@@ -5,7 +5,7 @@
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
 trained on, those in between are compared, in 8 bits. What NAME.json has already is not measured again, so that it can
-be filled bit by bit and on several machines, and the same command with nothing left to do prints its tables. What
+be filled step by step and on several machines, and the same command with nothing left to do prints its tables. What
 follows -- goes to train.py.
 """
 

@@ -22,7 +22,7 @@ class Kernels:
     """How a backend's kernels blend: whole tiles at once, at so many arithmetic instructions a pixel.
 
     A sum, a product, a fused product and sum, a comparison, a selection or a division is one instruction. Loads, logic
-    of masks and the loop itself are left out: what is reckoned from these is a lower bound. One colour channel.
+    of masks and the loop itself are left out: what is computed from these is a lower bound. One colour channel.
     """
 
     tile: int  # side, px; a Gaussian that reaches a tile is evaluated at all of its pixels

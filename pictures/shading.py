@@ -1,4 +1,4 @@
-"""Pictures of meshes: shaded from afar, and a sheet of three views with axes."""
+"""Pictures of meshes: one shaded view, and a sheet of three views with axes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from utils.files import atomic_write
 SKIN = np.array([0.93, 0.67, 0.52])
 BACKGROUND, TEXT, FAINT, ACCENT = "#101317", "#e9edf1", "#8d98a5", "#ffb454"
 VOXEL_AXES = ("column", "row", "frame")
-# Towards the eye in LPS, then what runs to the right and what upwards: (axis, its sign, names of the ends).
+# Direction to the eye in LPS, then what runs right and what runs up: (axis, its sign, names of the ends).
 VIEWS = (
     ("from the front", (0, -1, 0), (0, 1, "R", "L"), (2, 1, "I", "S")),
     ("from the left", (1, 0, 0), (1, 1, "A", "P"), (2, 1, "I", "S")),
@@ -24,9 +24,9 @@ VIEWS = (
 
 
 def write_preview(path: str | os.PathLike[str], mesh: Trimesh, title: str) -> None:
-    """A PNG of the mesh (RAS, LPS or voxels) from the front, the left and the feet at one scale, with axes.
+    """Write a PNG of the mesh (RAS, LPS or voxels) from the front, the left and the feet, at one scale, with axes.
 
-    Axes are in the coordinates of the mesh file, R, A, S ... their ends in the patient; voxels have none.
+    Axes show the coordinates of the mesh file. R, A, S ... mark the patient's directions; voxels have none.
     """
     placed = mesh.metadata["space"] is not None
     turned = np.array([-1, -1, 1]) if mesh.metadata["space"] == "RAS" else np.ones(3)  # pictures are of LPS
@@ -69,10 +69,10 @@ def write_preview(path: str | os.PathLike[str], mesh: Trimesh, title: str) -> No
 def shade(
     mesh: Trimesh, to_viewer: np.ndarray, side: int, across: float | None = None
 ) -> tuple[np.ndarray, float]:
-    """A picture of a mesh from afar (no perspective): RGBA (side, side, 4) in [0, 1], and pixels per unit of length.
+    """A picture of a mesh in orthographic projection: RGBA (side, side, 4) in [0, 1], and pixels per unit of length.
 
-    The mesh has z up; to_viewer (3,) points from it to the eye. across: what the side of the picture measures, in the
-    mesh's unit; by default as much as the mesh needs.
+    The mesh has z up; to_viewer (3,) points from it to the eye. across: the length that the side of the picture shows,
+    in the mesh's unit; by default what the mesh needs.
     """
     vertices, triangles = np.asarray(mesh.vertices), np.asarray(mesh.faces)
     back = to_viewer / np.linalg.norm(to_viewer)
@@ -89,7 +89,7 @@ def shade(
     )  # column, row, depth
 
     normals, facing = mesh.vertex_normals @ view.T, mesh.face_normals @ view.T
-    # Of a closed mesh the far side is hidden; of an open one the eye may see the inside.
+    # The far side of a closed mesh is hidden; an open one may show its inside.
     front = triangles[facing[:, 2] > 0] if is_closed(mesh) else triangles
 
     depths, picked = _nearest(points[front].astype(np.float32), normals[front].astype(np.float32), fine)
@@ -97,8 +97,8 @@ def shade(
     picked /= np.linalg.norm(picked, axis=2, keepdims=True) + 1e-12
     picked[picked[:, :, 2] < 0] *= -1
 
-    # Light: a key from the upper left, a weak fill from the right, a highlight; crevices are darker, since a pixel that
-    # lies deeper than its surroundings sees less of the sky.
+    # Light: a key from the upper left, a weak fill from the right, a highlight; crevices are darker, since a pixel
+    # that lies deeper than its surroundings sees less of the sky.
     key, fill = _unit(-0.45, 0.65, 0.65), _unit(0.8, -0.1, 0.4)
     diffuse = np.clip(picked @ key, 0, 1) * 0.78 + np.clip(picked @ fill, 0, 1) * 0.2 + 0.16
     highlight = np.clip(picked @ _unit(*(key + np.array([0, 0, 1]))), 0, 1) ** 40 * 0.22
@@ -115,17 +115,17 @@ def shade(
 
 
 def _nearest(corners: np.ndarray, normals: np.ndarray, side: int) -> tuple[np.ndarray, np.ndarray]:
-    """Depths (side, side), -inf where nothing is, and normals (side, side, 3) of what lies nearest to the eye.
+    """Depths (side, side), -inf where nothing is, and normals (side, side, 3), of the surface nearest to the eye.
 
     corners: (T, 3 corners, column row depth) in pixels; normals: (T, 3 corners, 3). Triangles are sampled more densely
-    than pixels, each by the length of its longest edge, and the samples compete.
+    than pixels, each by its longest edge, and the nearest sample of a pixel wins.
     """
     depths = np.full(side * side, -np.inf, np.float32)
     picked = np.zeros((side * side, 3), np.float32)
     edges = np.linalg.norm(corners[:, :, :2] - np.roll(corners[:, :, :2], 1, axis=1), axis=2).max(axis=1)
     counts = 2 ** np.ceil(np.log2(np.maximum(edges * 1.2, 1))).astype(
         int
-    )  # steps along an edge, under a pixel each
+    )  # steps along an edge, each below a pixel
     for count in np.unique(counts):
         i, j = np.meshgrid(np.arange(count + 1), np.arange(count + 1))
         inside = i + j <= count
@@ -139,7 +139,7 @@ def _nearest(corners: np.ndarray, normals: np.ndarray, side: int) -> tuple[np.nd
             pixels = np.clip(points[:, :2].astype(int), 0, side - 1) @ np.array([1, side])
             order = np.argsort(points[:, 2])
             best = np.full(side * side, -1)
-            best[pixels[order]] = order  # of several writes the last stays: the nearest
+            best[pixels[order]] = order  # of several writes the last one stays: the nearest
             won = np.flatnonzero(best >= 0)
             won = won[points[best[won], 2] > depths[won]]
             samples = best[won]

@@ -1,4 +1,4 @@
-"""A rendered sequence as a video: input frames and the images between them, told apart."""
+"""A rendered sequence as a video that marks which images are input frames and which lie between."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from utils.images import read_image, to_unit
 _SIDE = 480  # px: smaller pictures are enlarged to it
 _GAP, _STRIP = 8, 44  # px: between pictures, and the margin below them
 _ACCENT, _FAINT, _WHITE = (255, 176, 59), (150, 150, 150), (235, 235, 235)
-_MOST_GIF = 50  # images a second; browsers slow down what is faster
+_MOST_GIF = 50  # images per second; browsers slow down anything faster
 
 
 @dataclass(frozen=True)
 class Shot:
-    """One image of the video: the files that are shown side by side, and where in the sequence it is."""
+    """One image of the video: the files shown side by side, and its place in the sequence."""
 
     files: Sequence[Path]
     frame: int
@@ -36,7 +36,7 @@ class Shot:
 
 
 def video_format(wanted: str) -> str:
-    """ "mp4" or "gif" for "auto", "mp4" or "gif". Raises `UserError` where MP4 is asked for and cannot be written."""
+    """ "mp4" or "gif" for "auto", "mp4" or "gif". Raises `UserError` if MP4 is requested and cannot be written."""
     if wanted == "gif" or (wanted == "auto" and _ffmpeg() is None):
         return "gif"
     if _ffmpeg() is None:
@@ -47,9 +47,9 @@ def video_format(wanted: str) -> str:
 
 
 def write_video(path: Path, shots: Sequence[Shot], rate: float, pixel_aspect: float = 1.0) -> None:
-    """``shots`` at ``rate`` images a second, as MP4 or GIF by the suffix of ``path``; complete or not there.
+    """``shots`` at ``rate`` images per second, as MP4 or GIF by the suffix of ``path``; complete or absent.
 
-    pixel_aspect: height of a pixel over its width. Of an MP4 one shot is in memory at a time.
+    pixel_aspect: height of a pixel over its width. An MP4 needs one shot in memory at a time.
     """
     pictures = _pictures(shots, pixel_aspect)
     with atomic_write(path) as temporary:
@@ -71,7 +71,7 @@ def write_video(path: Path, shots: Sequence[Shot], rate: float, pixel_aspect: fl
             finally:
                 writer.close()
         else:
-            # Hundredths of a second, rounded so that the whole has the right length.
+            # Hundredths of a second, rounded so that the total duration is right.
             ends = np.rint(np.arange(len(shots) + 1) * 100 / min(rate, _MOST_GIF))
             palette = _palette()
             first, *others = (
@@ -95,7 +95,7 @@ def _ffmpeg() -> Any:
 
 
 def _pictures(shots: Sequence[Shot], pixel_aspect: float) -> Iterator[Image.Image]:
-    """Each shot as it is shown: (even width, even height) RGB, as encoders want it."""
+    """Each shot as shown: RGB with even width and height, which encoders need."""
     last = max(shot.frame for shot in shots)
     font = _font(17)
     for shot in shots:
@@ -112,7 +112,7 @@ def _pictures(shots: Sequence[Shot], pixel_aspect: float) -> Iterator[Image.Imag
 
 
 def _displayed(array: np.ndarray, pixel_aspect: float) -> Image.Image:
-    """An image file with square pixels, and not too small."""
+    """An image with square pixels, enlarged if it is small."""
     unit = to_unit(array)[..., :3] if array.ndim == 3 else to_unit(array)
     image = Image.fromarray(np.rint(unit * 255).astype(np.uint8)).convert("RGB")
     width, height = image.width * max(1.0, 1 / pixel_aspect), image.height * max(1.0, pixel_aspect)
@@ -123,7 +123,7 @@ def _displayed(array: np.ndarray, pixel_aspect: float) -> Image.Image:
 def _mark(
     draw: ImageDraw.ImageDraw, corner: tuple[int, int], shot: Shot, last: int, font: ImageFont.FreeTypeFont
 ) -> None:
-    """Below the pictures: which frame this is, or which two it lies between, and a line of all frames with a cursor."""
+    """Below the pictures: which frame this is, or which two it lies between, and a timeline with a cursor."""
     width, top = corner
     is_input = shot.sub_frame == 0
     words = f"frame {shot.frame}" if is_input else f"{shot.frame} + {shot.sub_frame}/{shot.sub_frames}"

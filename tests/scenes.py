@@ -1,6 +1,6 @@
 """Random scenes for the folded rasteriser, and one way to draw them with any of its implementations.
 
-Test modules and the processes that they start share this file: it imports neither of them, nor the judge.
+Test modules and the processes that they start share this file: it imports neither of them, nor the oracle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scene:
     tensors: dict[str, Tensor]
 
     def rounded(self, dtype: torch.dtype) -> Scene:
-        """The scene that a kernel of that dtype sees, in float64 for the judge."""
+        """The scene that a kernel of that dtype sees, in float64 for the oracle."""
         return replace(self, tensors={name: t.to(dtype).double() for name, t in self.tensors.items()})
 
     def with_renders(self, renders: Sequence[tuple[int, int, int]]) -> Scene:

@@ -30,7 +30,7 @@ OPS = torch.ops.diff_gaussian_rasterization
 # Examples are the same in every run: a failure is one of the code, not of the day.
 examples = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
-# ------------------------------------------------------------------------------------------------- the judge's verdict
+# ------------------------------------------------------------------------------------------------- against the oracle
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
@@ -50,7 +50,7 @@ def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], 
 
 
 def assert_same_but_for_flips(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
-    """float32 against the judge in float64, on the same rounded input.
+    """float32 against the oracle in float64, on the same rounded input.
 
     Three decisions may fall either way within rounding, so a bounded share of the results may jump: a radius is
     rounded up (by 1 px); an alpha meets 1/255 (and moves the pixel by that much of a colour, which is at most 1.2);

@@ -1,4 +1,4 @@
-"""Iterations recorded as CUDA graphs: what they train is what the loop would without them, bit for bit."""
+"""Iterations recorded as CUDA graphs: what they train is bit-identical to the loop without them."""
 
 from __future__ import annotations
 

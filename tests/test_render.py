@@ -791,15 +791,13 @@ def test_a_tilted_gantry_is_a_shear(tmp_path, call):
 
 def test_volumes_that_have_no_place(tmp_path, call):
     folder = save(tmp_path / "plain", random_gaussians())
-    with pytest.raises(
-        UserError, match=r"--nifti: there is no .*frames.json, so nobody knows where the frames lie"
-    ):
+    with pytest.raises(UserError, match=r"--nifti: there is no .*frames.json to say where the frames lie"):
         call("-m", folder, "--nifti", "--quiet")
     folder, geometry = nifti_case(tmp_path, affine=None)
     with pytest.raises(UserError, match=r"--nifti: scan had no affine"):
         call("-m", folder, "--nifti", "--quiet")
     replace(geometry, slices=(0, 1, 2), positions=(0.0, 1.0, 2.0)).save(folder / "frames.json")
-    with pytest.raises(UserError, match=r"is of 3 frames, the model of 4"):
+    with pytest.raises(UserError, match=r"is for 3 frames, the model for 4"):
         call("-m", folder, "--nifti", "--quiet")
     folder, _ = nifti_case(tmp_path)
     with pytest.raises(UserError, match=r"--nifti: 60001 slices are more than the 32767 .* smaller --interp"):

@@ -1,5 +1,5 @@
-"""Files and folders that are either complete or not there, written beside their place, then renamed into it; and
-folders that one run at a time may write to."""
+"""Files and folders that are complete or absent: written under a temporary name, then renamed. And folders that only
+one run at a time may write to."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
             torch.save(state, temporary)
 
     The temporary name keeps the suffix, so libraries that choose a format by it (or append one) work, and so do
-    `temporary.write_text` and `temporary.open("wb")`. Missing parent folders are made, a symbolic link is written
-    through. When the body raises, the temporary file is removed and an earlier `path` stays as it was; where the disk
-    is full, or the system refuses otherwise, the exception is an OSError that names `path`.
+    `temporary.write_text` and `temporary.open("wb")`. Missing parent folders are created; a symbolic link is followed.
+    If the body raises, the temporary file is removed and an earlier `path` is left as it was. If the disk is full or
+    the system refuses to write, the exception is an OSError that names `path`.
 
-    `sync=False` leaves the flushing to the system: still all or nothing when the program dies, not when the power
-    does. Meant for images by the thousand.
+    `sync=False` leaves flushing to the system: still all or nothing if the program dies, but not if the power fails.
+    Meant for images by the thousand.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -56,10 +56,10 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; it becomes `path` at the end, replacing the folder that was there.
+    """Yield a temporary folder beside `path`; at the end it becomes `path` and replaces an earlier folder.
 
-    Missing parents are made; those are left when the body raises, the temporary folder is not. Whether an earlier
-    folder may be replaced is the caller's question to ask first.
+    Missing parents are created. If the body raises, they stay and the temporary folder is removed. The caller decides
+    beforehand whether an earlier folder may be replaced.
     """
     target = Path(os.path.realpath(path))
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,12 +92,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make the folder `path` where it is not there, and hold it against other runs while the body runs.
+    """Create the folder `path` if it is missing, and hold it against other runs while the body runs.
 
-    The lock is the system's, on the file `.lock`: a process that dies, however it dies, has let go of it, and the
-    file that it leaves behind stops nobody. Folders made here that are still empty at the end are removed again.
+    The lock is the operating system's, on the file `.lock`: it is released however the process ends, and the file left
+    behind blocks nobody. Folders created here that are still empty at the end are removed.
 
-    Raises `UserError` where another run holds the folder, or a file is in its way.
+    Raises `UserError` if another run holds the folder, or a file of that name is in the way.
     """
     folder = Path(path)
     made = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -110,7 +110,9 @@ def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             yield folder
         finally:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is held: who waits for it would hold a ghost
+            (folder / LOCK).unlink(
+                missing_ok=True
+            )  # while held, or a waiting run would lock a file that is gone
             os.close(descriptor)
     finally:
         for place in made:
@@ -131,7 +133,7 @@ def is_owned(folder: Path) -> bool:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Remove the files that `atomic_write` was at in `folder` when its process was killed."""
+    """Remove the files that `atomic_write` left half-written in `folder` when its process was killed."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if _TEMPORARY.fullmatch(file.name) and file.is_file():
             file.unlink(missing_ok=True)
@@ -145,7 +147,7 @@ def _sibling(target: Path) -> Path:
 
 
 def _lock(folder: Path) -> int:
-    """The descriptor of the lock file, locked. Raises `UserError` where another process holds it."""
+    """The descriptor of the lock file, locked. Raises `UserError` if another process holds it."""
     file = folder / LOCK
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -161,7 +163,7 @@ def _lock(folder: Path) -> int:
             if error.errno not in (
                 errno.ENOLCK,
                 errno.ENOTSUP,
-            ):  # a file system without locks has to do without
+            ):  # on a file system without locks, go on without one
                 os.close(descriptor)
                 raise
         # Between opening and locking, the run that held the file may have removed it.
@@ -173,11 +175,11 @@ def _lock(folder: Path) -> int:
 
 
 def _system_error(error: BaseException, target: Path) -> int:
-    """The number of the system's error for which writing failed, 0 where it was no such error; to be asked before the
-    half-written file goes.
+    """The errno with which writing failed, or 0 if it failed for another reason. Call it before the half-written file
+    is removed.
 
-    Libraries raise exceptions of their own then (torch a RuntimeError): the system's may be behind them, and else the
-    disk is asked whether it is full.
+    Libraries raise their own exceptions (torch a RuntimeError). The system's error may be among their causes; if not,
+    ask whether the disk is full.
     """
     behind: BaseException | None = error
     while behind is not None:
@@ -189,7 +191,7 @@ def _system_error(error: BaseException, target: Path) -> int:
 
 
 def _sync(path: Path) -> None:
-    """Put a file's bytes, or a folder's list of names, on the disk before anything is renamed over it."""
+    """Flush a file's bytes, or a folder's entries, to the disk before anything depends on them."""
     if path.is_dir() and os.name == "nt":
         return  # Windows cannot open a folder
     descriptor = os.open(path, os.O_RDONLY)

@@ -9,19 +9,19 @@ import torch
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on `device`; on the CPU, those that the system would give without swapping."""
+    """Free bytes on `device`; on the CPU, what the system can give without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # another system than Linux
+    except (OSError, StopIteration):  # not Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_left_to_the_container()])
 
 
 def _left_to_the_container() -> list[int]:
-    """What a control group (version 2) may still take, where one bounds this process."""
+    """Bytes left to the control group (version 2) of this process, if there is a bound."""
     group = Path("/sys/fs/cgroup")
     try:
         most = (group / "memory.max").read_text().strip()

@@ -10,7 +10,7 @@ C0 = 0.28209479177387814
 
 
 def to_colour(coefficients: Tensor) -> Tensor:
-    """Coefficients of degree 0 -> colours of at least 0."""
+    """Coefficients of degree 0 -> colours, clamped at 0."""
     return (C0 * coefficients + 0.5).clamp_min(0)
 
 
