@@ -657,8 +657,9 @@ def _check_same_grid(first: Volume, second: Volume) -> None:
         raise UserError(
             f"{first.name} has shape {first.values.shape}, {second.name} {second.values.shape}: resample one"
         )
-    placed = first.affine is not None and second.affine is not None
-    if placed and not np.allclose(first.affine, second.affine, atol=1e-2):
+    if first.affine is None or second.affine is None:
+        return
+    if not np.allclose(first.affine, second.affine, atol=1e-2):
         raise UserError(f"{first.name} and {second.name} lie on different grids: resample one")
 
 

@@ -291,8 +291,9 @@ def _axis(wanted: str, volume: Volume) -> int:
 
 def _measured(volume: Volume, say: Say) -> np.ndarray | None:
     """Mask of the voxels that the window is made of, or None of all: finite, and not marked as padding."""
-    inside = None if volume.padded is None else ~volume.padded
-    if inside is not None:
+    inside = None
+    if volume.padded is not None:
+        inside = ~volume.padded
         share = np.count_nonzero(volume.padded) / inside.size
         if not inside.any():
             raise UserError(f"{volume.name} is padding everywhere: nothing was measured")

@@ -51,6 +51,30 @@ def test_atomic_write_serves_libraries_that_want_a_path(tmp_path):
     assert np.load(tmp_path / "a.npy").tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("sync", [True, False])
+def test_atomic_write_flushes_the_file_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch, sync):
+    """Else a power cut can leave an empty file under the final name, or lose the new name."""
+    happened = []
+    fsync, replace = os.fsync, os.replace
+
+    def flushed(descriptor):
+        happened.append(("flushed", os.fstat(descriptor).st_ino))
+        fsync(descriptor)
+
+    def renamed(source, target):
+        happened.append(("renamed", os.stat(source).st_ino))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", flushed)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_write(tmp_path / "a.bin", sync) as temporary:
+        temporary.write_bytes(b"new")
+        assert happened == []
+    file, folder = (path.stat().st_ino for path in (tmp_path / "a.bin", tmp_path))
+    wanted = [("flushed", file), ("renamed", file), ("flushed", folder)]
+    assert happened == (wanted if sync else [("renamed", file)])
+
+
 def test_atomic_write_keeps_the_old_file_when_the_body_fails(tmp_path):
     path = tmp_path / "a.bin"
     path.write_bytes(b"old")

@@ -107,6 +107,19 @@ def test_motion_is_found_deterministically(data, tmp_path):
     assert_same(first, second)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_second_gpu_trains_alike_and_leaves_the_first_alone(data, tmp_path):
+    options = ("--preset", "fast", "--deterministic")
+    before = torch.cuda.memory_allocated(0)
+    torch.cuda.reset_peak_memory_stats(0)
+    train_at(data[0], tmp_path / "second", *CONTROL, *options, "--device", "cuda:1")
+    assert torch.cuda.max_memory_allocated(0) == before
+    train_at(data[0], tmp_path / "first", *CONTROL, *options, "--device", "cuda:0")
+    torch.use_deterministic_algorithms(False)
+    second, first = (load_checkpoint(tmp_path / name / "chkpnt45.pth") for name in ("second", "first"))
+    assert_same(second, first)
+
+
 def test_memory_of_a_recording_outlives_its_last_replay(tmp_path):
     # Large enough for the GPU to be behind when a density step gives the memory back. In a process of its own, as
     # reading what is gone ends all that a process can do on a GPU.

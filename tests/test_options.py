@@ -164,7 +164,11 @@ def shown(program: str) -> dict[str, list[str]]:
             if isinstance(action, argparse._SubParsersAction):
                 for choice in action.choices.values():
                     yield from actions(choice)
-            elif action.option_strings and action.help != argparse.SUPPRESS and action.dest != "help":
+            elif (
+                action.option_strings
+                and action.help != argparse.SUPPRESS
+                and action.dest not in ("help", "version")
+            ):
                 yield action
 
     return {action.dest: action.option_strings for action in actions(PARSERS[program]())}

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from utils.version import VERSION
+
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -35,6 +37,9 @@ class ArgumentParser(argparse.ArgumentParser):
     def __init__(self, *args: object, **kwargs: object) -> None:
         kwargs.setdefault("allow_abbrev", False)
         super().__init__(*args, **kwargs)  # type: ignore[arg-type]
+        self.add_argument(
+            "--version", action="version", version=f"MedGS {VERSION}", help="print the version and exit"
+        )
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (--help lists the options)")

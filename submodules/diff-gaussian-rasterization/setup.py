@@ -72,7 +72,10 @@ with _library.build_environment(target) if compiling else contextlib.nullcontext
         install_requires=REQUIRES,
         packages=[NAME],
         package_data={
-            NAME: [str(p.relative_to(_library.PACKAGE)) for p in sorted(_library.CSRC.rglob("*.*"))]
+            NAME: [
+                "py.typed",
+                *(str(p.relative_to(_library.PACKAGE)) for p in sorted(_library.CSRC.rglob("*.*"))),
+            ]
         },
         **(compiled_part(target) if compiling else {"cmdclass": {"build_py": FreshBuildPy}}),
     )

@@ -10,7 +10,7 @@ view looks along +z with x right and y down; pixel centres lie on integers; floa
 CUDA.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -152,7 +152,8 @@ def rasterize_gaussians(
     )
     means2d = means2d + 0.5 * means2D[:, :2] * means2d.new_tensor([width, height])  # [N, 2] px
     opacities = opacities.reshape(n) * compensations  # [N]
-    colours = colours if sh is not None else colors_precomp
+    if colors_precomp is not None:
+        colours = colors_precomp
 
     visible = radii.nonzero().squeeze(1)
     # `blend` draws in the order of the index: nearest first, and equal depths in the order they were given.
@@ -198,7 +199,7 @@ def _project_backward_fake(v_means2d, v_conics, v_colours, v_depths, v_compensat
     return tuple(means3d.new_empty(0) if g is None else means3d.new_empty(g.shape) for g in gaussians)
 
 
-def _project_setup_context(ctx, inputs, output) -> None:
+def _project_setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.save_for_backward(*inputs[:8], output[-1])
     ctx.numbers = inputs[8:]
 

@@ -7,6 +7,7 @@ The general rasteriser of :mod:`.general` ends in the same ``blend``.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,11 +166,11 @@ class Adam(torch.optim.Adam):
     """torch.optim.Adam, same state and same state_dict, whose step is one call for all parameters."""
 
     def __init__(
-        self, params, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps)
 
-    def step(self, closure=None):
+    def step(self, closure: Any = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -201,7 +202,7 @@ class Adam(torch.optim.Adam):
         return loss
 
     # torch would wrap it for its profiler and for hooks, at a third of what a step costs the host.
-    step.hooked = True
+    step.hooked = True  # type: ignore[attr-defined]
 
 
 # ---- shapes, for torch.compile and opcheck ---------------------------------------------------------------------------
