@@ -479,8 +479,8 @@ def _surface_distances(
         )
     if not (masks.any() and truth.any()):
         return {"asd": float("nan"), "hd95": float("nan")}
-    meshes = [surface(stack.astype(np.float32), THRESHOLD, affine) for stack in (masks, truth)]
-    scores = surface_scores(*meshes, options.samples, options.seed)
+    predicted, true = (surface(stack.astype(np.float32), THRESHOLD, affine) for stack in (masks, truth))
+    scores = surface_scores(predicted, true, options.samples, options.seed)
     return {"asd": scores.asd, "hd95": scores.hd95}
 
 
@@ -517,7 +517,7 @@ def _inside(side: Side, wanted: Sequence[float] | None, notes: list[str]) -> np.
     assert meaning is not None  # _resolved saw to it
     chosen = bool(wanted) and meaning.kind != "soft" and (side.volume or meaning.kind == "labels")
     if chosen:
-        inside = np.stack([np.isin(whole(frame), wanted) for frame in side.frames])
+        inside = np.stack([np.isin(whole(frame), list(wanted or ())) for frame in side.frames])
     else:
         inside = np.stack([meaning.inside(frame) for frame in side.frames])
         if meaning.kind == "labels" and len(meaning.ids) > 1:

@@ -24,6 +24,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from skimage.restoration import denoise_tv_chambolle
@@ -272,13 +273,14 @@ def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
 
 def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
     """Read, smooth, mesh and write a case; what is worth knowing goes to `lines`."""
-    kind = None if options.labels is None else "labels"
+    kind: Literal["labels"] | None = None if options.labels is None else "labels"
     stack = read_stack(case.folder, options.extension, options.nifti, options.inter, kind)
     frames = frame_paths(case.folder, options.extension)
     lines.append(
         f"{case.name}: {len(frames)} frames of {frames[0].parent}, {stack.inter} per slice; {stack.place}"
     )
-    if stack.numbers is None or (options.labels is None and len(stack.meaning.ids) < 2):
+    one = options.labels is None and (stack.meaning is None or len(stack.meaning.ids) < 2)
+    if stack.numbers is None or one:
         _write(case.name, stack, stack.values, options, lines)
         return
     for value in _labels(stack.numbers, options.labels or []):
