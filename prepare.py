@@ -18,6 +18,7 @@ import utils.threads  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import shlex
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,7 @@ CT_WINDOWS = {
     "lung": (-600, 1500),
     "soft_tissue": (50, 400),
 }
+PERCENTILES = (0.5, 99.5)  # of the volume: the window where none is chosen
 MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source knows none
 KINDS = {
     "original": "slices",
@@ -57,6 +59,56 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(options.output)
     _check_output(out, options.force)
 
+    case = read_case(options, say)
+    with atomic_folder(out) as folder:
+        case.write(folder)
+    geometry = case.geometry
+
+    say(_summary(geometry))
+    if geometry.durations() is not None:
+        say("  unevenly spaced: frames.json has their positions, and train.py takes true times from them")
+    root = shlex.quote(str(out / "img"))
+    say(f"  {out / 'img'}: {len(geometry.slices)} frames of {geometry.bits} bits; train with -s {root}")
+    if case.label is not None:
+        kept = [index for index in geometry.slices if case.label.painted[index]]
+        some = "" if len(kept) == len(geometry.slices) else f" (of {len(kept)} frames)"
+        what = "label maps" if geometry.labels is not None else "masks"
+        root = shlex.quote(str(out / "seg"))
+        say(f"  {out / 'seg'}: their {what}{some}; train with --pipeline joint --seg_source_path {root}")
+    return 0
+
+
+@dataclass(frozen=True, eq=False)
+class PreparedCase:
+    """A volume and its label as frames, those between the kept ones included.
+
+    frames: (slice, row, column[, channel]), as stored. full_scale: what 0 and 1 are, of pictures. masks: (slice, row,
+    column) label numbers, of the slices that ``label`` says are painted. geometry: which slices are kept, and how.
+    """
+
+    frames: np.ndarray
+    full_scale: tuple[float, float] | None
+    masks: np.ndarray | None
+    label: LabelVolume | None
+    geometry: Geometry
+
+    def write(self, folder: Path) -> None:
+        """img/, seg/ and frames.json."""
+        _write_frames(folder / "img", self.frames, self.full_scale, self.geometry)
+        if self.masks is not None:
+            assert self.label is not None
+            _write_masks(folder / "seg", self.masks, self.label, self.geometry)
+        self.geometry.save(folder / FILE_NAME)
+
+
+def read_case(
+    options: argparse.Namespace, say: Say, percentiles: tuple[float, float] = PERCENTILES
+) -> PreparedCase:
+    """The volume and the label that ``options`` (of `parser`) name.
+
+    say: gets a line for each thing that was read, and for what is unusual about it. percentiles: of the window where
+    ``options`` choose none. Raises UserError.
+    """
     choice = Choice(
         options.frame,
         options.series,
@@ -74,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"  note: {note}")
     cut = upright_cut(volume.affine, _axis(options.axis, volume))
     measured = _measured(volume, say)
-    window = _window(volume, measured, options, say)
+    window = _window(volume, measured, options, percentiles, say)
     label = None
     if options.label is not None:
         wanted = Wanted(
@@ -115,24 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 f"{' '.join(options.label)} has nothing labelled in the frames that --keep_every keeps"
             )
 
-    with atomic_folder(out) as folder:
-        _write_frames(folder / "img", cut.frames(volume.values), volume.full_scale, geometry)
-        if masks is not None:
-            assert label is not None
-            _write_masks(folder / "seg", masks, label, geometry)
-        geometry.save(folder / FILE_NAME)
-
-    say(_summary(geometry))
-    if geometry.durations() is not None:
-        say("  unevenly spaced: frames.json has their positions, and train.py takes true times from them")
-    root = shlex.quote(str(out / "img"))
-    say(f"  {out / 'img'}: {len(geometry.slices)} frames of {geometry.bits} bits; train with -s {root}")
-    if masks is not None:
-        some = "" if len(kept) == len(geometry.slices) else f" (of {len(kept)} frames)"
-        what = "label maps" if geometry.labels is not None else "masks"
-        root = shlex.quote(str(out / "seg"))
-        say(f"  {out / 'seg'}: their {what}{some}; train with --pipeline joint --seg_source_path {root}")
-    return 0
+    return PreparedCase(cut.frames(volume.values), volume.full_scale, masks, label, geometry)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -209,7 +244,8 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         nargs=2,
         metavar=("LO", "HI"),
-        help="the window, as percentiles of the volume (default: 0.5 99.5; images keep their full scale)",
+        help=f"the window, as percentiles of the volume (default: {PERCENTILES[0]:g} {PERCENTILES[1]:g}; images keep"
+        " their full scale)",
     )
     window.add_argument(
         "--ct_window",
@@ -311,7 +347,11 @@ def _measured(volume: Volume, say: Say) -> np.ndarray | None:
 
 
 def _window(
-    volume: Volume, measured: np.ndarray | None, options: argparse.Namespace, say: Say
+    volume: Volume,
+    measured: np.ndarray | None,
+    options: argparse.Namespace,
+    percentiles: tuple[float, float],
+    say: Say,
 ) -> tuple[float, float]:
     """The intensities that become 0 and 1."""
     values = volume.values if measured is None else volume.values[measured]
@@ -332,7 +372,7 @@ def _window(
         return low, high
     if options.percentiles is None and volume.full_scale is not None:
         return volume.full_scale
-    first, last = options.percentiles or (0.5, 99.5)
+    first, last = options.percentiles or percentiles
     if not 0 <= first < last <= 100:
         raise UserError(
             f"--percentiles {first:g} {last:g} is empty: they go from 0 to 100, the lower one first"

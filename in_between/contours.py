@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from in_between.classical import signed_distances
 from in_between.networks import ContinuedEdges, convolutions, flipped, trained
+from in_between.progress import Done, unheard
 from in_between.settings import ContourSettings
 
 
@@ -38,6 +39,7 @@ def learn_contours(
     masks: Tensor,
     settings: ContourSettings,
     generator: torch.Generator,
+    done: Done = unheard,
 ) -> Contours | None:
     """Trains on the frames between two others, whose masks are known; None where none shows a contour."""
     channels, height, width = images.shape[1:]
@@ -60,5 +62,5 @@ def learn_contours(
 
     shapes = [(batch, c, size, size) for c in (1, 1, channels)]
     return trained(
-        lambda: Contours(channels, settings), loss, shapes, settings.network, images.device, generator
+        lambda: Contours(channels, settings), loss, shapes, settings.network, images.device, generator, done
     )

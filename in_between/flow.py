@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from in_between.progress import Done, unheard
 from in_between.settings import DEFAULT, FlowSettings
 
 # ---- images ----------------------------------------------------------------------------------------------------------
@@ -54,11 +55,22 @@ def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _median(fields: Tensor) -> Tensor:
-    """3 x 3 median."""
+    """3 x 3 median, by a network of comparisons (Smith 1996): sorting is ten times slower, torch.median not
+    deterministic on a GPU."""
     height, width = fields.shape[-2:]
-    p = F.pad(fields, (1, 1, 1, 1), mode="replicate")
-    around = [p[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
-    return torch.stack(around).sort(0).values[4]  # torch.median is not deterministic on a GPU
+    padded = F.pad(fields, (1, 1, 1, 1), mode="replicate")
+    p = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
+
+    def sort(*pairs: tuple[int, int]) -> None:
+        for a, b in pairs:
+            p[a], p[b] = torch.minimum(p[a], p[b]), torch.maximum(p[a], p[b])
+
+    sort((1, 2), (4, 5), (7, 8), (0, 1), (3, 4), (6, 7), (1, 2), (4, 5), (7, 8))  # each row of three
+    low = torch.maximum(torch.maximum(p[0], p[3]), p[6])
+    high = torch.minimum(torch.minimum(p[2], p[5]), p[8])
+    sort((1, 4))
+    middle = torch.maximum(p[1], torch.minimum(p[4], p[7]))
+    return torch.maximum(torch.minimum(low, high), torch.minimum(torch.maximum(low, high), middle))
 
 
 # ---- flow ------------------------------------------------------------------------------------------------------------
@@ -103,33 +115,54 @@ def _refine_flow(v: Tensor, images: Tensor, contrast: bool, weight: float, setti
     """One level of the pyramid. images: (2B, 3, H, W), value and gradients, of the pairs' first images, then of their
     second."""
     before, after = images.chunk(2)
-    tau, sigma = 0.25, 0.5
-    px, py = torch.zeros_like(v), torch.zeros_like(v)
+    px, py = torch.zeros_like(v), torch.zeros_like(v)  # the dual of v's differences along x and y
     for _ in range(settings.warps):
         a, b = carry(before, -v / 2, "bilinear"), carry(after, v / 2, "bilinear")
         rest, g = b[:, :1] - a[:, :1], (a[:, 1:] + b[:, 1:]) / 2
-        squared = (g * g).sum(1, keepdim=True)
-        start, ahead = v, v
-        # A reweighted quadratic follows fine contrast better, the absolute difference noise.
+        v = _median(_descend(v, px, py, rest, g, contrast, weight, settings.iterations))
+    return v
+
+
+def _descend(
+    v: Tensor, px: Tensor, py: Tensor, rest: Tensor, g: Tensor, contrast: bool, weight: float, iterations: int
+) -> Tensor:
+    """Primal-dual steps around the linearisation: images differ by rest (B, 1, H, W) at v, by rest + g (v' - v) at v'.
+
+    v, g: (B, 2, H, W). px, py: the same, changed in place. Everything is written into buffers made once: on a CPU,
+    memory traffic is what this takes.
+    """
+    tau, sigma = 0.25, 0.5
+    squared = (g * g).sum(1, keepdim=True)
+    at_zero = rest - (g * v).sum(1, keepdim=True)
+    if contrast:  # a reweighted quadratic follows fine contrast better, the absolute difference noise
         quadratic = tau * weight / (rest * rest + 0.02**2).sqrt()
-        for _ in range(settings.iterations):
-            px = px + sigma * F.pad(ahead[..., 1:] - ahead[..., :-1], (0, 1))
-            py = py + sigma * F.pad(ahead[..., 1:, :] - ahead[..., :-1, :], (0, 0, 0, 1))
-            norm = (px * px + py * py).sum(1, keepdim=True).sqrt().clamp_min(1)
-            px, py = px / norm, py / norm
-            divergence = F.pad(px[..., :-1], (0, 1)) - F.pad(px[..., :-1], (1, 0))
-            divergence = (
-                divergence + F.pad(py[..., :-1, :], (0, 0, 0, 1)) - F.pad(py[..., :-1, :], (0, 0, 1, 0))
-            )
-            free = v + tau * divergence
-            residual = rest + (g * (free - start)).sum(1, keepdim=True)
-            if contrast:
-                step = -residual * quadratic / (1 + quadratic * squared)
-            else:
-                step = (-residual / (squared + 1e-9)).clamp(-tau * weight, tau * weight)
-            new = free + step * g
-            ahead, v = 2 * new - v, new
-        v = _median(v)
+        damping = -quadratic / (1 + quadratic * squared)
+    else:
+        damping = -1 / (squared + 1e-9)
+    v, ahead, new, spare = v.clone(), v.clone(), torch.empty_like(v), torch.empty_like(v)
+    single = torch.empty_like(rest)
+    for _ in range(iterations):
+        torch.sub(ahead[..., 1:], ahead[..., :-1], out=spare[..., 1:])
+        px[..., :-1].add_(spare[..., 1:], alpha=sigma)
+        torch.sub(ahead[..., 1:, :], ahead[..., :-1, :], out=spare[..., 1:, :])
+        py[..., :-1, :].add_(spare[..., 1:, :], alpha=sigma)
+        torch.mul(px, px, out=spare).addcmul_(py, py)
+        torch.add(spare[:, :1], spare[:, 1:], out=single).sqrt_().clamp_(min=1)
+        px.div_(single)
+        py.div_(single)
+        new.copy_(
+            v
+        )  # and the divergence of the dual, which is zero in the last column of px and the last row of py
+        new.add_(px, alpha=tau).add_(py, alpha=tau)
+        new[..., 1:].sub_(px[..., :-1], alpha=tau)
+        new[..., 1:, :].sub_(py[..., :-1, :], alpha=tau)
+        torch.mul(new, g, out=spare)
+        torch.add(spare[:, :1], spare[:, 1:], out=single).add_(at_zero).mul_(damping)
+        if not contrast:
+            single.clamp_(-tau * weight, tau * weight)
+        new.addcmul_(single, g)
+        torch.lerp(v, new, 2.0, out=ahead)
+        v, new = new, v
     return v
 
 
@@ -179,15 +212,19 @@ class Paths(NamedTuple):
         return blend_along(before, after, seen, times, "bilinear", alpha * (1 - alpha) / 4 * bend)
 
 
-def find_paths(frames: Tensor, settings: FlowSettings, stride: int = 1) -> list[Paths]:
+def find_paths(frames: Tensor, settings: FlowSettings, stride: int = 1, done: Done = unheard) -> list[Paths]:
     """Those of all pairs of frames (k, k + stride), by each of `settings.estimates`. frames: (K, C, H, W)."""
     grey = frames.mean(1, keepdim=True)
     chunk = max(1, settings.pixels_at_once // grey[0].numel())
-    pairs = torch.stack([grey[:-stride], grey[stride:]]).split(chunk, 1)
+    pairs = torch.stack([grey[:-stride], grey[stride:]]).split(chunk, 1)  # each (2, b, 1, H, W)
     k = torch.arange(len(frames) - stride, device=frames.device)
     found = []
-    for contrast, weight in settings.estimates:
-        flow = torch.cat([estimate_flow(a, b, contrast, weight, settings) for a, b in pairs])
+    for number, (contrast, weight) in enumerate(settings.estimates):
+        parts = []
+        for before, after in pairs:
+            parts.append(estimate_flow(before, after, contrast, weight, settings))
+            done((number + len(parts) / len(pairs)) / len(settings.estimates))
+        flow = torch.cat(parts)
         # what moves here by flow is that much farther in the next pair's middle, and was as far behind before
         later = carry(flow[(k + stride).clamp_max(len(k) - 1)], flow, "bilinear")
         earlier = carry(flow[(k - stride).clamp_min(0)], -flow, "bilinear")

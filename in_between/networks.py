@@ -10,6 +10,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from in_between.progress import Done, unheard
 from in_between.settings import NetworkSettings
 
 Network = TypeVar("Network", bound=nn.Module)
@@ -22,6 +23,7 @@ def trained(
     settings: NetworkSettings,
     device: torch.device,
     generator: torch.Generator,
+    done: Done = unheard,
 ) -> Network:
     """The network that `make` returns, after AdamW on `loss(network, i)`, which calls it once with tensors of `shapes`.
 
@@ -42,6 +44,7 @@ def trained(
                 loss(network, i).backward()
                 optimizer.step()
                 schedule.step()
+                done((i + 1) / settings.iterations)
     return network.requires_grad_(False)
 
 

@@ -14,6 +14,7 @@ between two others, how contours follow the image (`in_between.contours`).
 from __future__ import annotations
 
 import hashlib
+import math
 import pickle
 from pathlib import Path
 
@@ -22,8 +23,10 @@ from torch import Tensor
 
 from in_between.contours import distances_of, learn_contours
 from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
+from in_between.progress import Progress, Report, part_of, silent
 from in_between.rows import fill_stack, learn_rows, matching_gap
 from in_between.settings import DEFAULT, STEPS, Settings
+from patient.geometry import Geometry
 from utils.files import atomic_write
 
 _VERSION = 3  # raised when the prediction changes, so that caches of earlier code are not taken for it
@@ -38,6 +41,7 @@ class InBetween:
     gap: how many pixels apart two neighbouring frames are, where that is known; otherwise it is estimated from the
         frames (`rows.matching_gap`).
     seed: of the small networks' training.
+    report: told how far it is.
 
     flow: (K - 1, 2, H, W), the motion from frame k to k + 1 in pixels (x, y), as seen in the middle of the two.
     """
@@ -51,6 +55,7 @@ class InBetween:
         gap: float | None = None,
         seed: int = 0,
         settings: Settings = DEFAULT,
+        report: Report = silent,
     ) -> None:
         if frames.ndim != 4 or len(frames) < 2:
             raise ValueError(f"frames of shape {tuple(frames.shape)}: (K, C, H, W) with K >= 2 is needed")
@@ -62,12 +67,23 @@ class InBetween:
         self.settings = settings
         frames = frames.float()
         self.gap = matching_gap(frames) if gap is None else gap
+        progress = Progress(report, self._costs(frames, masks is not None))
         with torch.no_grad():
-            self._build(frames, masks, torch.Generator().manual_seed(seed))
+            self._build(frames, masks, torch.Generator().manual_seed(seed), progress)
+        report("done", 1.0)
 
-    def _build(self, frames: Tensor, masks: Tensor | None, generator: torch.Generator) -> None:
+    def _costs(self, frames: Tensor, with_masks: bool) -> dict[str, float]:
+        """What each part takes, roughly: seconds of a CPU core."""
+        rows, contours = self.settings.rows.network.iterations, self.settings.contours.network.iterations
+        pixels = frames.numel() / frames.shape[1] / 1e6
+        costs = {"motion": 9 * pixels, "rows": 0.035 * rows, "filling": 17 * pixels}
+        return costs | ({"contours' motion": 9 * pixels, "contours": 0.012 * contours} if with_masks else {})
+
+    def _build(
+        self, frames: Tensor, masks: Tensor | None, generator: torch.Generator, progress: Progress
+    ) -> None:
         count, settings = len(frames), self.settings.rows
-        paths = find_paths(frames, self.settings.flow)
+        paths = find_paths(frames, self.settings.flow, done=progress.part("motion"))
         self.flow = torch.stack([path.flow for path in paths]).mean(0)
         stack = frames.new_zeros((count - 1) * STEPS + 1, *frames.shape[1:])
         stack[::STEPS] = frames
@@ -79,18 +95,33 @@ class InBetween:
             and (min(frames.shape[2:]) - 1) // pixels + 1 >= settings.fewest_rows
         ):
             planes = frames.transpose(0, 1)  # channel by channel
-            network = learn_rows(planes.reshape(-1, *frames.shape[2:]), pixels, settings, generator)
+            rows = planes.reshape(-1, *frames.shape[2:])
+            network = learn_rows(rows, pixels, settings, generator, progress.part("rows"))
             if network is not None:
-                filled = torch.stack([fill_stack(network, plane, settings) for plane in planes], 2)
+                done = progress.part("filling")
+                filled = torch.stack(
+                    [
+                        fill_stack(network, plane, settings, part_of(done, c, len(planes)))
+                        for c, plane in enumerate(planes)
+                    ],
+                    2,
+                )
                 for s in range(1, STEPS):
                     linear = torch.lerp(frames[:-1], frames[1:], s / STEPS)
                     mixture = torch.lerp(stack[s::STEPS], filled[:, s - 1], settings.share)
                     stack[s::STEPS] = torch.lerp(linear, mixture, 1 + settings.excess)
         self._images = stack.clamp_(0, 1).half()
-        self._distances = None if masks is None else self._carry_masks(frames, masks, paths, generator)
+        self._distances = (
+            None if masks is None else self._carry_masks(frames, masks, paths, generator, progress)
+        )
 
     def _carry_masks(
-        self, frames: Tensor, masks: Tensor, paths: list[Paths], generator: torch.Generator
+        self,
+        frames: Tensor,
+        masks: Tensor,
+        paths: list[Paths],
+        generator: torch.Generator,
+        progress: Progress,
     ) -> Tensor:
         """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W), half precision."""
         settings = self.settings.contours
@@ -98,13 +129,15 @@ class InBetween:
         network = None
         if len(frames) > 2:  # learn on each frame that lies between two others
             before, after = distances[:-2], distances[2:]
+            wide = find_paths(frames, self.settings.flow, 2, progress.part("contours' motion"))
             network = learn_contours(
-                blend_paths(before, after, find_paths(frames, self.settings.flow, 2), 0.5),
+                blend_paths(before, after, wide, 0.5),
                 (before + after) / 2,
                 frames[1:-1],
                 (masks[1:-1] >= 0.5).float(),
                 settings,
                 generator,
+                progress.part("contours"),
             )
         levels = distances.new_zeros(len(self._images), 1, *distances.shape[2:])
         levels[::STEPS] = distances
@@ -174,6 +207,15 @@ class InBetween:
         index = k * STEPS + step.long()
         seen = flow_at(self.flow[k], alpha) / STEPS
         return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+
+
+def pixel_gap(geometry: Geometry | None, columns: int) -> float | None:
+    """How many pixels apart two neighbouring frames of `columns` columns are; None where that is not known, or not the
+    same everywhere."""
+    if geometry is None or geometry.spacing is None or not geometry.evenly_spaced:
+        return None
+    column, row, frame = geometry.spacing
+    return frame / math.sqrt(column * row) * columns / geometry.size[0]  # --resolution changes pixels
 
 
 def _digest(frames: Tensor, masks: Tensor | None, gap: float | None, seed: int, settings: Settings) -> str:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from in_between.networks import convolutions, flipped, trained
+from in_between.progress import Done, unheard
 from in_between.settings import STEPS, RowSettings
 
 
@@ -63,7 +64,11 @@ class RowsBetween(nn.Module):
 
 
 def learn_rows(
-    frames: Tensor, gap: int, settings: RowSettings, generator: torch.Generator
+    frames: Tensor,
+    gap: int,
+    settings: RowSettings,
+    generator: torch.Generator,
+    done: Done = unheard,
 ) -> RowsBetween | None:
     """Trains on rows and columns of `frames` (N, H, W), of which every gap-th is seen; None where all is empty."""
     height, width = frames.shape[1:]
@@ -118,14 +123,17 @@ def _between_matrix(count: int, gap: int) -> Tensor:
     return torch.from_numpy(matrix)
 
 
-def fill_stack(network: RowsBetween, frames: Tensor, settings: RowSettings) -> Tensor:
+def fill_stack(network: RowsBetween, frames: Tensor, settings: RowSettings, done: Done = unheard) -> Tensor:
     """The stack (K, H, W) filled in, (K - 1, STEPS - 1, H, W): the mean over it and its mirror images."""
+    passes = 1 + len(settings.mirrors)
     filled = _fill_cuts(network, frames)
-    for axes in settings.mirrors:
+    for number, axes in enumerate(settings.mirrors):
+        done((number + 1) / passes)
         mirrored = _fill_cuts(network, frames.flip(axes))
         later = (0, 1) if 0 in axes else ()
         filled = filled + mirrored.flip([*later, *(axis + 1 for axis in axes if axis)])
-    return filled / (1 + len(settings.mirrors))
+    done(1.0)
+    return filled / passes
 
 
 def _fill_cuts(network: RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:

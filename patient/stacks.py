@@ -99,7 +99,8 @@ def read_stack(
         raise UserError(f"{len(paths)} frame of {columns} x {rows} pixels encloses no volume")
     affine, heights = None, None
     if geometry is not None:
-        if len(paths) != inter * len(geometry.slices):
+        complete = inter * len(geometry.slices)
+        if len(paths) not in (complete, complete - inter + 1):  # with those beyond the last frame, or without
             raise UserError(
                 f"{len(paths)} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
                 " --inter ask for"
@@ -182,7 +183,10 @@ def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> 
     frames, inter = [max(numbers) + 1 for numbers in zip(*found, strict=True)]
     first = min(frame for frame, _ in found)
     for frame in range(first, frames):
-        for sub_frame in range(inter):
+        ends_here = (
+            frame == frames - 1 and (frame, 1) not in found
+        )  # interpolate.py has nothing beyond the last frame
+        for sub_frame in range(1 if ends_here else inter):
             if (frame, sub_frame) not in found:
                 raise UserError(
                     f"frame {frame:05d}_{sub_frame} is missing in {paths[0].parent}: render again"

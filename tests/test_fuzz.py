@@ -22,6 +22,7 @@ from test_checkpoint import make_checkpoint
 from test_point_cloud import make_params
 
 import evaluate
+import interpolate
 import prepare
 import render
 import slices_to_ply
@@ -280,6 +281,7 @@ PROGRAMS = {
     "train.py": train,
     "render.py": render,
     "prepare.py": prepare,
+    "interpolate.py": interpolate,
     "slices_to_ply.py": slices_to_ply,
     "evaluate.py": evaluate,
 }
@@ -328,6 +330,7 @@ def test_a_mistake_has_a_traceback_with_debug_alone(tmp_path, call, program):
         "train.py": ["-s", none],
         "render.py": ["-m", none],
         "prepare.py": ["-i", tmp_path / "none.nii", "-o", tmp_path / "out"],
+        "interpolate.py": ["-i", tmp_path / "none.nii", "-o", tmp_path / "out"],
         "slices_to_ply.py": ["-i", none, "-o", tmp_path / "out"],
         "evaluate.py": ["masks", none, none],
     }[program]
@@ -365,6 +368,7 @@ def test_the_limit_of_pixels_is_stated_and_can_be_raised(tmp_path, call, program
     arguments = {
         "train.py": ["-s", data, "--iterations", 1, "--num_pts", 20, "-m", out, "--device", "cpu"],
         "prepare.py": ["-i", folder, "-o", out],
+        "interpolate.py": ["-i", folder, "-o", out, "--method", "linear"],
         "slices_to_ply.py": ["-i", folder, "-o", out, "--thresh", 100],
         "evaluate.py": ["frames", folder, folder],
         "render.py": ["-m", out, "-s", data, "--device", "cpu"],

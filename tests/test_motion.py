@@ -9,7 +9,7 @@ import torch
 
 from in_between import prediction
 from in_between.contours import distances_of
-from in_between.flow import blend_along, estimate_flow, flow_at
+from in_between.flow import _median, blend_along, estimate_flow, flow_at
 from in_between.prediction import InBetween
 from in_between.rows import matching_gap
 from in_between.settings import DEFAULT, Settings
@@ -60,6 +60,14 @@ def between() -> InBetween:
 
 def stack(times: range) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.cat([walking(k) for k in times]), torch.cat([disc(k) for k in times])
+
+
+def test_the_median_is_the_fifth_of_nine() -> None:
+    fields = torch.rand(2, 2, 7, 6, generator=torch.Generator().manual_seed(0))
+    fields[0, 0] = (fields[0, 0] * 3).round()  # ties
+    padded = torch.nn.functional.pad(fields, (1, 1, 1, 1), mode="replicate")
+    windows = padded.unfold(2, 3, 1).unfold(3, 3, 1).flatten(4)
+    assert torch.equal(_median(fields), windows.sort(-1).values[..., 4])
 
 
 @pytest.mark.parametrize("contrast", [True, False])

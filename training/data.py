@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +11,8 @@ import torch
 
 from arguments import TrainOptions, resolve_device
 from gaussian_renderer import MAX_RENDERS
-from in_between.prediction import InBetween
+from in_between.prediction import InBetween, pixel_gap
+from in_between.progress import shown
 from patient.geometry import FILE_NAME, Geometry
 from scene.frames import Frames
 from scene.heldout import HeldOut, hold_out
@@ -90,18 +90,14 @@ def expected_between(options: TrainOptions, data: Data, say: Callable[[str], obj
     images = frames(range(len(frames)))
     truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
     truth = None if truth is None else truth.mean(1, keepdim=True)
-    gap = None
-    if geometry is not None and geometry.spacing is not None and geometry.evenly_spaced:
-        column, row, frame = geometry.spacing
-        gap = (
-            frame / math.sqrt(column * row) * images.shape[-1] / geometry.size[0]
-        )  # --resolution changes pixels
+    gap = pixel_gap(geometry, images.shape[-1])
     path = Path(options.model_path) / "in_between.pt"
     kept = InBetween.load(path, images, truth, gap, options.seed)
     if kept is not None:
         return kept
     start = time.perf_counter()
-    made = InBetween(images, truth, gap, options.seed)
+    with shown("motion between the frames", options.quiet) as report:
+        made = InBetween(images, truth, gap, options.seed, report=report)
     made.save(path, images, truth)
     say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
     return made

@@ -1,0 +1,461 @@
+#!/usr/bin/env python3
+"""Fills in the frames of a volume, and of its label, without training: dense slices in minutes on a CPU.
+
+    python interpolate.py -i volume.nii.gz -l label.nii.gz --interp 4 -o dense.nii.gz
+
+writes dense.nii.gz and dense_mask.nii.gz, in the source's space, with 3 slices between each two. Where -o is a folder,
+it gets what `render.py --nifti` writes: render_img/00000_0.png, ..., render_img.nii.gz, the same of render_mask, and
+frames.json, so that `slices_to_ply.py -i FOLDER` meshes it. Nothing is made beyond the last slice.
+
+-i takes what prepare.py takes, and so do its other options (--axis, --label_value, --series, --window, ...), which are
+passed on. Frames of prepare.py are given with -s instead. Slices that were held out (prepare.py --keep_every N, or
+--keep_every N here) are compared with what is made in their place.
+
+Methods: motion (optical flow and self super-resolution along the stack, what `train.py --ibfr_target motion` teaches
+its in-betweens), linear and cubic (pixel by pixel), sdf (masks through signed distances, images linearly).
+"""
+
+from __future__ import annotations
+
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
+import argparse
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import prepare
+from arguments import resolve_device
+from in_between.classical import interpolate, interpolate_masks
+from in_between.flow import blend_along, flow_at
+from in_between.prediction import InBetween, pixel_gap
+from in_between.progress import Report, shown
+from patient.geometry import FILE_NAME, HELDOUT, Geometry
+from patient.rendered_volume import Grid, RenderedVolume
+from scene.frames import Frames
+from utils.errors import ArgumentParser, UserError, positive, run
+from utils.files import atomic_folder
+from utils.images import MAX_PIXELS, limit_pixels, write_image
+from utils.metrics import Scores
+
+METHODS = ("motion", "linear", "cubic", "sdf")
+NIFTI = (".nii.gz", ".nii")
+RENDERS = {"img": "render_img", "seg": "render_mask"}
+AT_ONCE = 8_000_000  # pixels that are looked up together
+CONTRAST = (0.005, 0.995)
+"""Quantiles of a volume that are 0 and 1 to the prediction, as in prepare.py: its networks expect images whose tissue
+fills the range. What lies beyond is carried along the motion by itself, so that nothing is cut off."""
+MOTION = 0.9  # of the bar; the rest is for looking up and writing slices
+
+Say = Callable[[str], None]
+Predict = Callable[[Sequence[float]], Tensor]
+"""Positions (frame index plus fraction) -> (V, C, H, W) in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What is to be filled in.
+
+    frames: by kind, img or seg; K of each. heldout: those left out between them, and their positions (frame index plus
+    fraction). window: what of the images' [0, 1] is black and white to the prediction and in scores; the rest of the
+    range is kept all the same.
+    """
+
+    frames: dict[str, Frames]
+    geometry: Geometry | None
+    heldout: dict[str, tuple[Frames, list[float]]]
+    window: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def first(self) -> Frames:
+        return next(iter(self.frames.values()))
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options, others = parser().parse_known_args(arguments)
+    limit_pixels(options.max_pixels)
+
+    def say(message: str) -> None:
+        if not options.quiet:
+            print(message, flush=True)
+
+    check(options, others)
+    device = resolve_device(options.device)
+    with ExitStack() as stack:
+        if options.input:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            sequences = from_volume(options, others, folder, say)
+        else:
+            sequences = from_frames(options.source_path, options.seg_source_path, say)
+        grid = grid_of(sequences, options)
+        with shown(f"interpolating ({options.method})", options.quiet) as report:
+            predictions = predict(sequences, options.method, device, report)
+            names = {} if is_volume(Path(options.output)) else image_names(len(sequences), options.interp)
+            slices = len(names) + (len(grid.positions) if grid else 0)
+            predictions = counted(predictions, sequences, slices, report)
+            scores = score(sequences, predictions)
+            written = write(sequences, predictions, grid, names, Path(options.output))
+    for line in written + scores:
+        say(line)
+    return 0
+
+
+def parser() -> ArgumentParser:
+    """The command line."""
+    out = ArgumentParser(
+        prog="interpolate.py",
+        description=(__doc__ or "").splitlines()[0],
+        epilog="With -i, all further options are those of prepare.py: see prepare.py --help.",
+    )
+    out.add_argument("-i", "--input", help="volume, or folder of slices: whatever prepare.py reads")
+    out.add_argument("-l", "--label", help="its label, of the same kinds")
+    out.add_argument(
+        "-s", "--source_path", metavar="ROOT", help="frames of prepare.py instead: ROOT/original/"
+    )
+    out.add_argument("--seg_source_path", metavar="ROOT", help="masks of the same frames, or masks alone")
+    out.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        help="NAME.nii.gz (masks: NAME_mask.nii.gz), or a folder for what render.py --nifti writes",
+    )
+    out.add_argument(
+        "--interp",
+        type=positive,
+        default=4,
+        metavar="N",
+        help="slices per slice: N - 1 between each two (default: %(default)s)",
+    )
+    out.add_argument("--method", choices=METHODS, default="motion", help="(default: %(default)s)")
+    out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
+    out.add_argument("--force", action="store_true", help="replace what an earlier run wrote to -o")
+    out.add_shared(MAX_PIXELS)
+    return out
+
+
+def check(options: argparse.Namespace, others: Sequence[str]) -> None:
+    """What can be refused before anything is read."""
+    roots = options.source_path or options.seg_source_path
+    if bool(options.input) == bool(roots):
+        raise UserError("give -i VOLUME, or -s ROOT (a folder of prepare.py), and not both")
+    if options.label and not options.input:
+        raise UserError("-l is the label of a volume, -i: masks of frames are given with --seg_source_path")
+    if others and not options.input:
+        raise UserError(f"{others[0]} is no option for frames (--help lists the options)")
+    out = Path(options.output)
+    if is_volume(out):
+        for path in volume_paths(out).values():
+            if path.is_dir():
+                raise UserError(f"{path} is a folder: give -o another name")
+            if path.exists() and not options.force:
+                raise UserError(f"{path} is there already: give another name, or --force to replace it")
+        return
+    if out.suffix and not out.is_dir():
+        raise UserError(f"-o {out}: give NAME.nii.gz, or the name of a folder (without a dot)")
+    if out.is_file():
+        raise UserError(f"{out} is a file: give -o a folder or NAME.nii.gz")
+    if out.exists() and any(out.iterdir()):
+        ours = {FILE_NAME, *RENDERS.values(), *(f"{name}.nii.gz" for name in RENDERS.values())}
+        foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
+        if foreign:
+            raise UserError(
+                f"{out} holds {foreign[0]}, which interpolate.py did not write: give -o another folder"
+            )
+        if not options.force:
+            raise UserError(f"{out} holds frames already: give another folder, or --force to replace them")
+
+
+def is_volume(out: Path) -> bool:
+    return out.name.lower().endswith(NIFTI)
+
+
+def volume_paths(out: Path) -> dict[str, Path]:
+    """Of images and of masks."""
+    suffix = next(suffix for suffix in NIFTI if out.name.lower().endswith(suffix))
+    return {"img": out, "seg": out.with_name(f"{out.name[: -len(suffix)]}_mask{out.name[-len(suffix) :]}")}
+
+
+# ---- what to fill in -------------------------------------------------------------------------------------------------
+
+
+def from_volume(options: argparse.Namespace, others: Sequence[str], folder: Path, say: Say) -> Sequences:
+    """The frames that prepare.py makes of -i and -l, through files in ``folder``."""
+    command = ["-i", options.input, "-o", str(folder / "case"), *others]
+    command += ["-l", options.label] if options.label else []
+    asked = prepare.parser().parse_args(command)
+    if asked.bits is None:
+        asked.bits = 16  # finer than any source's steps
+    # the whole range, unless a window is asked for
+    prepare.read_case(asked, say, percentiles=(0.0, 100.0)).write(folder)
+    sequences = from_frames(folder / "img", folder / "seg" if options.label else None, say)
+    if asked.window or asked.percentiles or asked.ct_window:
+        return sequences
+    return replace(sequences, window=contrast(sequences.frames["img"]))
+
+
+def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) -> Sequences:
+    """The frames of data roots."""
+    frames, heldout = {}, {}
+    roots = {kind: Path(path) for kind, path in (("img", root), ("seg", seg_root)) if path}
+    geometry = Geometry.find(next(iter(roots.values())))
+    for kind, path in roots.items():
+        if not (path / "original").is_dir():
+            raise UserError(f"{path} has no folder original/: give the folder of prepare.py that holds it")
+        frames[kind] = Frames.read(path / "original", say=say)
+        if (path / HELDOUT).is_dir() and geometry is not None:
+            left_out = Frames.read(path / HELDOUT, say=say, consecutive=False)
+            places = dict(zip(geometry.heldout_slices, geometry.heldout_indices(), strict=True))
+            if unknown := [number for number in left_out.numbers if number not in places]:
+                raise UserError(
+                    f"{path / HELDOUT} holds slice {unknown[0]}, which frames.json does not say was left out: run "
+                    "prepare.py again, or remove the folder"
+                )
+            heldout[kind] = left_out, [places[number] for number in left_out.numbers]
+    first, *rest = frames.values()
+    if len(first) < 2:
+        raise UserError(f"{next(iter(roots.values()))} has one frame: at least 2 are needed")
+    for other in rest:
+        if other.numbers != first.numbers or (other.width, other.height) != (first.width, first.height):
+            raise UserError(
+                f"{seg_root}: its {len(other)} masks of {other.width} x {other.height} pixels do not belong to the "
+                f"{len(first)} frames of {first.width} x {first.height} pixels of {root}: number and size them alike"
+            )
+    if geometry is not None and geometry.labels is not None and "seg" in roots:
+        raise UserError(
+            f"{roots['seg']} holds label maps, and one mask is filled in at a time: choose its label with prepare.py "
+            "--label_value"
+        )
+    if geometry is not None and len(geometry.slices) != len(first):
+        raise UserError(
+            f"{next(iter(roots.values()))} has {len(first)} frames, its {FILE_NAME} has {len(geometry.slices)}: run "
+            "prepare.py again, or remove that file"
+        )
+    return Sequences(frames, geometry, heldout)
+
+
+# ---- filling in ------------------------------------------------------------------------------------------------------
+
+
+def predict(sequences: Sequences, method: str, device: torch.device, report: Report) -> dict[str, Predict]:
+    """By kind, what lies at any position."""
+    if method == "motion":
+        return by_motion(sequences, device, lambda part, share: report(part, MOTION * share))
+    return {kind: classically(sequences, kind, method) for kind in sequences.frames}
+
+
+def counted(
+    predictions: dict[str, Predict], sequences: Sequences, slices: int, report: Report
+) -> dict[str, Predict]:
+    """The same predictions, which report how many of all positions have been asked for. slices: to be written, of
+    each kind."""
+    todo = slices * len(predictions) + sum(len(positions) for _, positions in sequences.heldout.values())
+    done = 0
+
+    def watched(predict: Predict) -> Predict:
+        def of(positions: Sequence[float]) -> Tensor:
+            nonlocal done
+            found = predict(positions)
+            done += len(positions)
+            report("slices", MOTION + (1 - MOTION) * done / todo)
+            return found
+
+        return of
+
+    return {kind: watched(predict) for kind, predict in predictions.items()}
+
+
+def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dict[str, Predict]:
+    """The in-between prediction of images, and of masks along their motion (or their own, where there are no
+    images)."""
+    values = {kind: frames(range(len(frames))).to(device) for kind, frames in sequences.frames.items()}
+    masks = values["seg"].mean(1, keepdim=True) if "seg" in values else None
+    frames = values.get("img", masks)
+    assert frames is not None
+    low, high = sequences.window if "img" in values else (0.0, 1.0)
+    seen = ((frames - low) / (high - low)).clamp(0, 1)
+    beyond = frames - low - (high - low) * seen
+    gap = pixel_gap(sequences.geometry, frames.shape[-1])
+    between = InBetween(seen, masks, gap, report=report)
+    last = len(sequences) - 1
+
+    def where(positions: Sequence[float]) -> tuple[Tensor, Tensor]:
+        at = torch.tensor(positions, dtype=torch.float64, device=device)
+        k = at.floor().long().clamp(max=last - 1)
+        return k, (at - k).float()
+
+    def images(positions: Sequence[float]) -> Tensor:
+        k, alpha = where(positions)
+        found = low + (high - low) * between.images(k, alpha)
+        if (low, high) != (0.0, 1.0):
+            seen_there = flow_at(between.flow[k], alpha)
+            found += blend_along(beyond[k], beyond[k + 1], seen_there, alpha, "bilinear")
+        return _with_frames(found, frames, positions)
+
+    def inside(positions: Sequence[float]) -> Tensor:
+        return _with_frames(between.masks(*where(positions)), masks, positions)
+
+    return {kind: {"img": images, "seg": inside}[kind] for kind in sequences.frames}
+
+
+def contrast(images: Frames) -> tuple[float, float]:
+    """The quantiles of CONTRAST, or 0 and 1 where those are one value."""
+    low, high = np.quantile(images(range(len(images))).numpy(), CONTRAST).tolist()
+    return (low, high) if high > low else (0.0, 1.0)
+
+
+def _with_frames(found: Tensor, frames: Tensor | None, positions: Sequence[float]) -> Tensor:
+    """What was found, with the frames themselves where they are asked for: no rounding, no filter."""
+    assert frames is not None
+    for number, position in enumerate(positions):
+        if position == int(position):
+            found[number] = frames[int(position)]
+    return found
+
+
+def classically(sequences: Sequences, kind: str, method: str) -> Predict:
+    """Pixel by pixel (linear, cubic), or masks through signed distances (sdf; cubic takes them too)."""
+    frames, geometry = sequences.frames[kind], sequences.geometry
+    values = frames(range(len(frames))).numpy()
+    count = len(values)
+    places = np.arange(count, dtype=float) if geometry is None else np.array(geometry.positions)
+    columns, rows, _ = (geometry.spacing if geometry else None) or (1.0, 1.0, 1.0)
+
+    def of(positions: Sequence[float]) -> Tensor:
+        at = np.interp(positions, np.arange(count), places)
+        if kind == "seg" and method in ("sdf", "cubic"):
+            how = "cubic" if method == "cubic" else "linear"
+            # All at once would repeat the distances of every frame for each batch of positions; neighbours tell
+            # everything to the linear one.
+            first, last = _around(positions, count) if how == "linear" else (0, count)
+            inside = values[first:last].mean(1) >= 0.5
+            filled = interpolate_masks(inside, places[first:last], at, (rows, columns), how)
+            return torch.from_numpy(filled[:, None].astype(np.float32))
+        how = "cubic" if method == "cubic" else "linear"
+        return torch.from_numpy(interpolate(values, places, at, how)).clamp(0, 1)
+
+    return of
+
+
+def _around(positions: Sequence[float], count: int) -> tuple[int, int]:
+    """The frames around positions, as first and one past the last; two at least."""
+    first = min(int(min(positions)), count - 2)
+    return first, max(first + 2, min(count, int(np.ceil(max(positions))) + 1))
+
+
+# ---- scores ----------------------------------------------------------------------------------------------------------
+
+
+def score(sequences: Sequences, predictions: dict[str, Predict]) -> list[str]:
+    """A line for each kind that has held-out slices."""
+    lines = []
+    for kind, (truth, positions) in sequences.heldout.items():
+        scores = Scores()
+        number = {position: index for index, position in enumerate(positions)}
+        for some in batches(positions, truth):
+            chosen = truth([number[position] for position in some])
+            low, high = sequences.window if kind == "img" else (0.0, 1.0)
+            pair = (predictions[kind](some).cpu(), chosen)
+            scores += Scores.of(*(((images - low) / (high - low)).clamp(0, 1) for images in pair))
+        what = (
+            f"Dice {scores.dice:.4f}"
+            if kind == "seg"
+            else f"{scores.mean_psnr:.2f} dB, SSIM {scores.mean_ssim:.4f}"
+        )
+        lines.append(f"{len(positions)} held-out {'masks' if kind == 'seg' else 'slices'}: {what}")
+    return lines
+
+
+def batches(positions: Sequence[float], frames: Frames) -> Iterator[Sequence[float]]:
+    """A few positions at a time."""
+    step = max(1, AT_ONCE // (frames.width * frames.height * frames.channels))
+    for first in range(0, len(positions), step):
+        yield positions[first : first + step]
+
+
+# ---- writing ---------------------------------------------------------------------------------------------------------
+
+
+def grid_of(sequences: Sequences, options: argparse.Namespace) -> Grid | None:
+    """Where the slices of a volume go. None for a folder of frames that have no place, or no one intensity."""
+    geometry = sequences.geometry
+    wanted = is_volume(Path(options.output))
+    coloured = "img" in sequences.frames and sequences.frames["img"].channels != 1
+    if geometry is None or geometry.affine is None or coloured:
+        if wanted:
+            why = (
+                "a volume holds one intensity, and these frames are in colour"
+                if coloured
+                else "nobody knows where these frames lie in the patient"
+            )
+            raise UserError(f"-o {options.output}: {why}; give a folder instead")
+        return None
+    return Grid(geometry, (sequences.first.width, sequences.first.height), options.interp)
+
+
+def image_names(count: int, interp: int) -> dict[float, str]:
+    """Files of a folder by position: as render.py names them, up to the last frame."""
+    return {
+        k + i / interp: f"{k:05d}_{i}.png"
+        for k in range(count)
+        for i in range(interp if k < count - 1 else 1)
+    }
+
+
+def write(
+    sequences: Sequences,
+    predictions: dict[str, Predict],
+    grid: Grid | None,
+    names: dict[float, str],
+    out: Path,
+) -> list[str]:
+    """The volumes or the folder, complete or not there. Returns what to say."""
+    volumes = {}
+    if grid is not None:
+        for kind, predict in predictions.items():
+            volumes[kind] = RenderedVolume(grid, mask=kind == "seg")
+            fill(volumes[kind], predict, sequences.frames[kind])
+    if is_volume(out):
+        paths = volume_paths(out) if len(volumes) > 1 else dict.fromkeys(volumes, out)
+        for kind, volume in volumes.items():
+            volume.write(paths[kind])
+        return [
+            f"{' x '.join(map(str, v.values.shape))} voxels in {paths[kind]}" for kind, v in volumes.items()
+        ]
+    with atomic_folder(out) as folder:
+        for kind, predict in predictions.items():
+            frames = sequences.frames[kind]
+            bits = 8 if kind == "seg" or frames.bits == 8 else 16
+            for some in batches(list(names), frames):
+                for position, image in zip(some, predict(some).clamp(0, 1).cpu(), strict=True):
+                    image = image if kind == "img" else (image >= 0.5).float()
+                    write_image(folder / RENDERS[kind] / names[position], image.movedim(0, -1).numpy(), bits)
+            if kind in volumes:
+                volumes[kind].write(folder / f"{RENDERS[kind]}.nii.gz")
+        if sequences.geometry is not None:
+            sequences.geometry.save(folder / FILE_NAME)
+    lines = [f"{len(names)} images in {out / RENDERS[kind]}" for kind in predictions]
+    if grid is None:
+        lines.append("  no NIfTI volume: the frames have no place in a patient, or are in colour")
+    return [*lines, f"next: python slices_to_ply.py -i {out} -o meshes"]
+
+
+def fill(volume: RenderedVolume, predict: Predict, frames: Frames) -> None:
+    """Puts every slice in its place."""
+    slot = 0
+    for some in batches(volume.grid.positions, frames):
+        for image in predict(some).clamp(0, 1).cpu().numpy():
+            volume.put(slot, image[0])
+            slot += 1
+
+
+if __name__ == "__main__":
+    run(main, "take smaller frames (prepare.py --crop), or --device cpu")
