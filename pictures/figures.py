@@ -175,3 +175,59 @@ def _disagreement(image: np.ndarray, frame: np.ndarray) -> np.ndarray:
     ):
         out[where] = colour
     return out
+
+
+def draw_cuts(
+    path: Path,
+    stacks: Mapping[str, np.ndarray],
+    masks: Mapping[str, np.ndarray],
+    spacing: tuple[float, float, float],
+    window: tuple[float, float] = (0.0, 1.0),
+) -> None:
+    """A coronal and a sagittal cut, or what corresponds to them, through stacks of slices: where in-betweens show.
+
+    stacks: name -> (D, H, W) in [0, 1]; masks: the same names, (D, H, W), outlined where there is one. spacing: of
+    column, row and slice. window: the values that are black and white. The cuts run through the middle of the first
+    mask, else of the stack; the first slice is below, as the feet are where slices run upwards.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    depth, height, width = next(iter(stacks.values())).shape
+    row, column = height // 2, width // 2
+    inside = next(iter(masks.values()), None)
+    if inside is not None and (inside >= 0.5).any():
+        _, rows, columns = np.nonzero(inside >= 0.5)
+        row, column = int(np.median(rows)), int(np.median(columns))
+    cell = 4.0  # inches wide
+    sizes = [(width * spacing[0], depth * spacing[2]), (height * spacing[1], depth * spacing[2])]
+    talls = [min(max(cell * up / across, 0.7), 4.0) for across, up in sizes]
+    total = len(stacks) * cell, sum(talls) + 0.35 * 3
+    figure = Figure(figsize=total, facecolor="black")
+    FigureCanvasAgg(figure)
+    bottom = total[1] - 0.4
+    for tall, (across, up), cut, name in zip(
+        talls,
+        sizes,
+        ((slice(None), row), (slice(None), slice(None), column)),
+        ("across the rows", "across the columns"),
+        strict=True,
+    ):
+        bottom -= tall
+        for place, (title, stack) in enumerate(stacks.items()):
+            axes = figure.add_axes(
+                (place * cell / total[0], bottom / total[1], 0.98 * cell / total[0], tall / total[1])
+            )
+            extent = (0.0, across, 0.0, up)
+            axes.imshow(
+                stack[cut], cmap="gray", vmin=window[0], vmax=window[1], origin="lower", extent=extent, aspect="auto",
+                interpolation="nearest",
+            )  # fmt: skip
+            mask = masks.get(title)
+            if mask is not None and mask[cut].min() < 0.5 <= mask[cut].max():
+                axes.contour(mask[cut], [0.5], colors=["#e69f00"], linewidths=1.2, extent=extent)
+            axes.axis("off")
+            axes.set_title(title if name == "across the rows" else "", color="white", fontsize=12, pad=4)
+        bottom -= 0.3
+    with atomic_write(path, sync=False) as temporary:
+        figure.savefig(temporary, dpi=_DPI, facecolor="black")

@@ -115,6 +115,23 @@ class Case:
     def has_masks(self) -> bool:
         return SEGMENTATION in self.model.heads or self.pipeline == "seg"
 
+    @property
+    def labels(self) -> list[dict[str, Any]]:
+        """What the mask's values stand for: id, name and colour, of those that any colour vision tells apart."""
+        return [{"id": 1, "name": "mask", "colour": "#e69f00"}] if self.has_masks else []
+
+    @property
+    def in_hounsfield(self) -> bool:
+        """Whether intensities look like Hounsfield units, for which there are usual windows."""
+        low, high = self.placed.window
+        return low <= -20 and high >= 40
+
+    @property
+    def shown_window(self) -> tuple[float, float]:
+        """Intensities that are black and white in still pictures: soft tissue of Hounsfield units, else all."""
+        low, high = self.placed.window
+        return (max(low, -160.0), min(high, 240.0)) if self.in_hounsfield else (low, high)
+
     @cached_property
     def placed(self) -> Geometry:
         """Where renders lie; where nobody knows, a stack of voxels of size 1, upright as frames are."""

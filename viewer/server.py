@@ -244,7 +244,7 @@ def describe(case: Case) -> dict[str, Any]:
         "unit": case.unit,
         "pixel": [spacing[0] * factor[0], spacing[1] * factor[1]],
         "window": [low, high],
-        "ct": low <= -20 and high >= 40,
+        "ct": case.in_hounsfield,
         "origins": patient[:count].tolist(),
         "column": (patient[count] - patient[0]).tolist(),
         "row": (patient[count + 1] - patient[0]).tolist(),
@@ -253,16 +253,11 @@ def describe(case: Case) -> dict[str, Any]:
         "comparisons": case.comparisons(),
         "missing": case.inputs.missing,
         "masks": case.has_masks,
-        "labels": labels_of(case),
+        "labels": case.labels,
         "mesh": case.mesh is not None or case.has_masks,
         "gaussians": len(model),
         "heads": list(model.heads),
     }
-
-
-def labels_of(case: Case) -> list[dict[str, Any]]:
-    """What the mask's values stand for: id, name and colour."""
-    return [{"id": 1, "name": "mask", "colour": "#e69f00"}] if case.has_masks else []
 
 
 def picture(case: Case, position: float, against: str, most_ellipses: int) -> bytes:

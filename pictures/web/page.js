@@ -1,0 +1,63 @@
+// What a page of one file contains beside its text: binary parts, packed.
+"use strict";
+
+async function part(name) {
+  const text = document.getElementById(`part-${name}`)?.textContent;
+  if (!text) return null;
+  const bytes = Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
+  return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+}
+
+/* The canvas, buttons and sliders about it become three planes and 3-D of the parts image.nii, mask.nii and mesh.ply. */
+async function mountParts(box, {labels, low, high}) {
+  const trouble = box.querySelector(".waiting");
+  try {
+    const code = document.createElement("script");
+    code.textContent = new TextDecoder().decode(await part("niivue.js"));
+    document.head.append(code);
+    const [image, mask, mesh] = await Promise.all(["image.nii", "mask.nii", "mesh.ply"].map(part));
+    const place = box.querySelector(".place");
+    const moved = (mm) => (place.textContent = `R ${mm[0].toFixed(1)}  A ${mm[1].toFixed(1)}  S ${mm[2].toFixed(1)}`);
+    const dark = !document.documentElement.classList.contains("light");
+    const volume = await mountVolume(box.querySelector("canvas"), {image, mask, mesh, labels, moved, dark});
+    volume.setWindow(low, high);
+    trouble.hidden = true;
+    for (const button of box.querySelectorAll("[data-layout]")) {
+      button.addEventListener("click", () => {
+        volume.setLayout(button.dataset.layout);
+        for (const other of box.querySelectorAll("[data-layout]")) other.setAttribute("aria-pressed", other === button);
+      });
+    }
+    const opacity = box.querySelector(".opacity");
+    opacity?.addEventListener("input", () => volume.setMask(Number(opacity.value)));
+    const [level, width] = ["level", "width"].map((name) => box.querySelector(`.${name}`));
+    const rewindow = () => volume.setWindow(level.value - width.value / 2, Number(level.value) + width.value / 2);
+    for (const slider of [level, width]) slider.addEventListener("input", rewindow);
+    window.medgs = {volume};
+  } catch (error) {
+    trouble.textContent = `no 3-D here: ${error.message ?? error}`;
+  }
+}
+
+/* Pictures of a sequence beside each other, moved by a slider, the wheel and the keys. */
+function mountSlider(box, frames) {
+  const bar = box.querySelector("input"), [ours, theirs] = box.querySelectorAll("img");
+  const [left, right] = box.querySelectorAll("figcaption");
+  const show = () => {
+    const frame = frames[bar.value];
+    ours.src = frame.ours;
+    theirs.src = frame.theirs ?? "";
+    theirs.style.visibility = frame.theirs ? "visible" : "hidden";
+    left.textContent = frame.caption;
+    right.textContent = frame.other;
+  };
+  bar.max = frames.length - 1;
+  bar.value = Math.floor(frames.length / 2);
+  bar.addEventListener("input", show);
+  box.addEventListener("wheel", (event) => {
+    event.preventDefault();
+    bar.value = Number(bar.value) + Math.sign(event.deltaY);
+    show();
+  }, {passive: false});
+  show();
+}

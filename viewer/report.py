@@ -1,0 +1,506 @@
+"""The report of a case: what was trained on what, how well, and what it looks like, in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.ndimage import binary_erosion, zoom
+
+from arguments import TrainOptions
+from patient.meshes import in_space
+from pictures.figures import draw_cuts
+from pictures.pages import document, escape, picture, picture_file
+from pictures.shading import shade
+from scene.checkpoint import load_checkpoint
+from training.reports import EVALUATION_FILE, NAMES
+from utils.errors import UserError
+from utils.files import atomic_write
+from viewer.case import Case, mesh_of, train_options_of
+from viewer.pages import STYLE, solid
+
+_MOST_PICTURES = 90  # of the slider
+_SHOWN_WIDE = 420  # px of a picture in the slider
+_FEW_FRAMES = 8
+_UNDECIDED = 0.2  # share of a mask's area that is neither in nor out, above which it says so
+_ACCENT = np.array([0.90, 0.62, 0.0], np.float32)
+
+_STYLE = (
+    STYLE
+    + """
+main { max-width: 1080px; margin: 0 auto; padding: 24px 22px 60px; }
+h1 { font-size: 24px; margin: 0 0 4px; }
+h2 { font-size: 16px; margin: 34px 0 10px; border-bottom: 1px solid var(--line); padding-bottom: 4px; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid var(--line); font-weight: normal; }
+th { color: var(--faint); font-size: 12.5px; }
+td.best { color: var(--good); font-weight: 700; }
+.warnings { border-left: 4px solid var(--warn); background: var(--panel); padding: 8px 14px; margin: 14px 0; }
+.warnings li { margin: 4px 0; }
+.well { border-color: var(--good); }
+.summary { font-size: 15px; }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
+.pair figure { margin: 0; background: #000; text-align: center; border-radius: 4px; overflow: hidden; }
+.pair img { width: 100%; max-height: 460px; object-fit: contain; }
+figcaption { background: var(--panel); font-size: 13px; padding: 4px; color: var(--text); }
+#slider input { width: 100%; }
+img.wide { max-width: 100%; border-radius: 4px; }
+.curves svg { max-width: 100%; height: auto; background: #fff; border-radius: 4px; }
+.options { columns: 3 240px; font-size: 12.5px; overflow-wrap: anywhere; }
+.options div { break-inside: avoid; }
+.theme { float: right; }
+.printed { display: none; }
+@media print {
+  .theme, #slider input { display: none; }
+  .printed { display: block; }
+  h2 { break-after: avoid; }
+  figure, img, table, .warnings { break-inside: avoid; }
+}
+"""
+)
+
+
+def write_report(case: Case, path: Path) -> list[str]:
+    """Writes the page; returns the run's warnings."""
+    folder = Path(case.options.model_path)
+    rows = _rows(folder)
+    warned = warnings_of(case, rows)
+    body = [
+        "<main><button class='theme' onclick=\"document.documentElement.classList.toggle('light')\">"
+        "Dark or light</button>",
+        f"<h1>{escape(case.name)}</h1>",
+        f"<p class='summary'>{escape(_summary(case, rows))}</p>",
+        _warnings(warned),
+        _table(rows),
+        *_slider(case),
+    ]
+    cuts = folder / "plots" / "cuts.png"
+    if write_cuts(case, cuts):
+        body.append(
+            "<h2>From the side</h2><p class='faint'>Cuts across the frames, where what lies between them shows.</p>"
+            f"<img class='wide' src='{picture_file(cuts)}' alt='Cuts across the frames'>"
+        )
+    markup, parts, script = solid(case)
+    body += ["<h2>Three planes and 3-D</h2>", markup, _printed_mesh(case)]
+    for montage in sorted((folder / "plots").glob("*_montage.png")):
+        what = "Masks held out" if montage.name.startswith("seg") else "Frames held out"
+        body.append(f"<h2>{what}</h2><img class='wide' src='{picture_file(montage)}' alt='{what}'>")
+    body += [_curves(folder, rows), _provenance(case), "</main>"]
+    frames = json.dumps(_frames(case))
+    scripts = [f"mountSlider(document.getElementById('slider'), {frames});", script]
+    with atomic_write(path) as temporary:
+        temporary.write_text(
+            document(f"{case.name} – MedGS", "\n".join(body), parts, scripts, _STYLE), encoding="utf-8"
+        )
+    return warned
+
+
+# ---- what is to be said ----------------------------------------------------------------------------------------------
+
+
+def _rows(folder: Path) -> list[dict[str, Any]]:
+    """The newest scores of ``evaluation.json`` first; none where there is no such file."""
+    path = folder / EVALUATION_FILE
+    try:
+        rows: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return sorted(rows, key=lambda row: -row["iteration"])
+    except FileNotFoundError:
+        return []
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{path} is damaged: move it out of the way") from error
+
+
+def _last(rows: list[dict[str, Any]], task: str, frames: str) -> dict[str, dict[str, Any]]:
+    """method -> scores at the last iteration."""
+    newest = max((row["iteration"] for row in rows), default=0)
+    return {
+        row["method"]: row
+        for row in rows
+        if (row["iteration"], row["task"], row["frames"]) == (newest, task, frames)
+    }
+
+
+def _measure(task: str) -> tuple[str, str, str]:
+    return ("dice", "Dice", ".4f") if task == "seg" else ("psnr", "PSNR (dB)", ".2f")
+
+
+def _summary(case: Case, rows: list[dict[str, Any]]) -> str:
+    (width, height), model = case.size, case.model
+    heldout = len(case.heldout_positions)
+    words = [
+        f"{model.num_frames} frames of {width} × {height}" + (f", {heldout} held out" if heldout else "")
+    ]
+    words += [f"iteration {case.trained.iteration:,}", f"{len(model):,} Gaussians"]
+    elapsed = _elapsed(Path(case.options.model_path))
+    words += [f"{elapsed:.0f} s of training"] if elapsed else []
+    for task, name in (("img", "images"), ("seg", "masks")):
+        key, _, digits = _measure(task)
+        found = _last(rows, task, "heldout").get("model")
+        if found:
+            value = f"{found[key]:{digits}}"
+            words.append(f"{name} between the frames: {'Dice ' + value if task == 'seg' else value + ' dB'}")
+    return "; ".join(words) + "."
+
+
+def _elapsed(folder: Path) -> float | None:
+    try:
+        return float(json.loads((folder / "time.json").read_text(encoding="utf-8"))["elapsed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def warnings_of(case: Case, rows: list[dict[str, Any]]) -> list[str]:
+    """What a careful reader should know before believing the pictures, a sentence each."""
+    out = []
+    for task, name in (("img", "images"), ("seg", "masks")):
+        scores = _last(rows, task, "heldout")
+        key, _, digits = _measure(task)
+        others = {method: row[key] for method, row in scores.items() if method != "model"}
+        if "model" in scores and others:
+            best = max(others, key=lambda method: others[method])
+            if scores["model"][key] < others[best]:
+                out.append(
+                    f"Between the frames, {NAMES[best]} interpolation is better on the {name} "
+                    f"({others[best]:{digits}} against {scores['model'][key]:{digits}}): train longer, or use that."
+                )
+    if rows and not any(row["frames"] == "heldout" for row in rows):
+        out.append(
+            "Nothing was held out, so no score says how good it is between the frames (prepare.py --keep_every 2)."
+        )
+    trained, tested = _last(rows, "img", "training").get("model"), _last(rows, "img", "heldout").get("model")
+    if trained and tested and trained["psnr"] - tested["psnr"] > 10:
+        out.append(
+            f"The frames it was trained on are {trained['psnr'] - tested['psnr']:.0f} dB better than those held out: "
+            "it knows them by heart, and guesses in between."
+        )
+    count = case.model.num_frames
+    if count < _FEW_FRAMES:
+        out.append(f"{count} frames are few: what lies between them is mostly guessed.")
+    if case.has_masks:
+        out += _mask_warnings(case)
+    if case.unit != "mm":
+        out.append("Nobody knows where the frames lie in the patient: places and volumes are in voxels.")
+    if case.inputs.missing:
+        out.append(f"The input frames could not be shown: {case.inputs.missing}.")
+    return out
+
+
+def _mask_warnings(case: Case) -> list[str]:
+    positions = np.linspace(0, case.model.num_frames - 1, min(case.model.num_frames, 15)).tolist()
+    _, masks = case.draw(positions)
+    assert masks is not None
+    inside, undecided = masks >= 0.5, (masks > 0.2) & (masks < 0.8)
+    if not inside.any():
+        return ["The masks are empty: no pixel reaches one half."]
+    out = []
+    if inside.mean() > 0.9:
+        out.append(f"The masks are saturated: {inside.mean():.0%} of all pixels are inside.")
+    if undecided.sum() > _UNDECIDED * inside.sum():
+        out.append(
+            "Much of the masks is neither in nor out (between 0.2 and 0.8): their edges are soft. Train longer."
+        )
+    return out
+
+
+def _warnings(warned: list[str]) -> str:
+    if not warned:
+        return "<div class='warnings well'>No warnings: nothing about this run looks unusual.</div>"
+    return (
+        "<div class='warnings'><ul>" + "".join(f"<li>{escape(text)}</li>" for text in warned) + "</ul></div>"
+    )
+
+
+# ---- what is to be seen ----------------------------------------------------------------------------------------------
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    """Scores on held-out frames beside classical methods, the best of each column marked."""
+    out = []
+    for task, name in (("img", "Images"), ("seg", "Masks")):
+        scores = _last(rows, task, "heldout")
+        if "model" not in scores:
+            continue
+        columns = [("psnr", "PSNR (dB)", ".2f"), ("ssim", "SSIM", ".4f"), ("l1", "L1", ".4f")]
+        columns = [("dice", "Dice", ".4f"), ("l1", "L1", ".4f")] if task == "seg" else columns
+        best = {
+            key: (min if key == "l1" else max)(row[key] for row in scores.values()) for key, _, _ in columns
+        }
+        cells = []
+        for method, row in scores.items():
+            marks = {
+                key: ("<td class='best'>", " ✓") if row[key] == best[key] else ("<td>", "") for key in best
+            }
+            values = "".join(
+                f"{marks[key][0]}{row[key]:{digits}}{marks[key][1]}</td>" for key, _, digits in columns
+            )
+            cells.append(f"<tr><td>{escape(NAMES[method])}</td>{values}</tr>")
+        heads = "".join(f"<th>{title}</th>" for _, title, _ in columns)
+        count = scores["model"]["count"]
+        out.append(
+            f"<h2>{name} between the frames</h2><p class='faint'>{count} frames that training did not see; ✓ marks the "
+            f"best of each column.</p><table><tr><th>method</th>{heads}</tr>{''.join(cells)}</table>"
+        )
+    return "".join(out)
+
+
+def _slider(case: Case) -> list[str]:
+    if case.inputs.images is None:
+        words = "The rendered sequence."
+    else:
+        words = "Ours beside the frame that lies there, or nothing where none does; the mask is outlined."
+    return [
+        f"<h2>The sequence</h2><p class='faint'>{words}</p><div id='slider'><div class='pair'>"
+        "<figure><img alt='Rendered'><figcaption></figcaption></figure>"
+        "<figure><img alt='Input'><figcaption></figcaption></figure></div>"
+        "<input type='range' min='0' value='0' step='1' aria-label='Position in the sequence'></div>"
+    ]
+
+
+def _positions(case: Case) -> list[float]:
+    """Frames, those held out, and what lies half-way: as many as a page may hold."""
+    last = case.model.num_frames - 1
+    places = {float(k) for k in range(last + 1)} | set(case.heldout_positions)
+    if len(places) < _MOST_PICTURES / 2:
+        places |= {k / 2 for k in range(2 * last + 1)}
+    ordered = sorted(place for place in places if place <= last)
+    step = max(1, -(-len(ordered) // _MOST_PICTURES))
+    return ordered[::step]
+
+
+def _frames(case: Case) -> list[dict[str, Any]]:
+    """What the slider shows: pictures, and what to say of them."""
+    out, low, high = [], *_shown_window(case)
+    for position in _positions(case):
+        images, masks = case.draw([position])
+        scores = case.scores(position, images[0])
+        entry: dict[str, Any] = {
+            "ours": picture(_shown(case, images[0], masks[0] if masks is not None else None, low, high)),
+            "caption": f"ours at {position:g}" + (f": {scores['psnr']:.2f} dB" if scores else ", in between"),
+            "theirs": None,
+            "other": "",
+        }
+        if scores:
+            kind = "heldout" if scores["of"].startswith("held out") else "frame"
+            truth, place, words = case.against(kind, position)
+            mask = _truth_mask(case, kind, place)
+            entry |= {"theirs": picture(_shown(case, truth, mask, low, high)), "other": words}
+        out.append(entry)
+    return out
+
+
+def _truth_mask(case: Case, kind: str, place: float) -> np.ndarray | None:
+    """(H, W) of a mask that was given, for an input frame or one held out."""
+    if kind == "heldout" and "seg" in case.inputs.heldout:
+        test = case.inputs.heldout["seg"]
+        k = int(np.abs(np.array(test.indices) - place).argmin())
+        return test.frames(k)[0].mean(0).numpy()
+    if kind == "frame" and case.inputs.masks is not None:
+        return case.inputs.masks(int(place))[0].mean(0).numpy()
+    return None
+
+
+def _shown_window(case: Case) -> tuple[float, float]:
+    """What is black and white in pictures, on the scale of renders."""
+    low, high = case.placed.window
+    black, white = case.shown_window
+    return (black - low) / (high - low), (white - low) / (high - low)
+
+
+def _shown(case: Case, image: np.ndarray, mask: np.ndarray | None, low: float, high: float) -> np.ndarray:
+    """(C, H, W) -> (h, w, 3), enlarged to be seen, pixels square, the mask outlined."""
+    spacing = case.placed.spacing
+    assert spacing is not None
+    width, height = case.size
+    factor = max(1.0, _SHOWN_WIDE / width)
+    pixel = spacing[0] * case.placed.size[0] / width, spacing[1] * case.placed.size[1] / height
+    factors = factor * pixel[1] / pixel[0], factor
+    planes = [zoom(plane, factors, order=1) for plane in image]
+    grey = np.stack(planes if len(planes) == 3 else planes * 3, -1)
+    shown: np.ndarray = ((grey - low) / (high - low)).clip(0, 1)
+    if mask is not None:
+        inside = zoom(mask, factors, order=1) >= 0.5
+        edge = inside & ~binary_erosion(inside, iterations=2, border_value=1)
+        shown[edge] = _ACCENT
+    return shown
+
+
+def write_cuts(case: Case, path: Path) -> bool:
+    """Cuts across the frames: what was held out, linear interpolation, ours. False where nothing was held out."""
+    stacks, masks, spacing = cut_stacks(case)
+    if not stacks:
+        return False
+    draw_cuts(path, stacks, masks, spacing, _shown_window(case))
+    return True
+
+
+def cut_stacks(
+    case: Case,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], tuple[float, float, float]]:
+    """At all slices of the source, kept and held out: name -> (D, H, W) images, and masks where there are; spacing."""
+    task = "seg" if case.pipeline == "seg" else "img"
+    test, kept = case.inputs.heldout.get(task), case.inputs.images
+    spacing = case.placed.spacing
+    assert spacing is not None
+    if test is None or kept is None:
+        return {}, {}, spacing
+    places = [(float(k), k, True) for k in range(len(kept))] + [
+        (place, k, False) for k, place in enumerate(test.indices)
+    ]
+    places.sort()
+    background = case.trained.background.cpu()
+    slices: dict[str, list[np.ndarray]] = {"every slice": [], "linear interpolation": [], "ours": []}
+    inside: list[np.ndarray] = []
+    for place, k, of_kept in places:
+        images, masks = case.draw([place])
+        frame = (kept if of_kept else test.frames)(k, background=background)[0].cpu().numpy()
+        slices["every slice"].append(frame.mean(0))
+        slices["linear interpolation"].append(case.against("linear", place)[0].mean(0))
+        slices["ours"].append(images[0].mean(0))
+        if masks is not None:
+            inside.append(masks[0])
+    width, height = case.size
+    depth = spacing[2] * (case.model.num_frames - 1) / max(len(places) - 1, 1)
+    pixel = spacing[0] * case.placed.size[0] / width, spacing[1] * case.placed.size[1] / height
+    drawn = {"ours": np.stack(inside)} if inside else {}
+    if "seg" in case.inputs.heldout and case.inputs.masks is not None:
+        truth = case.inputs.heldout["seg"]
+        drawn["every slice"] = np.stack(
+            [
+                (case.inputs.masks if of_kept else truth.frames)(k)[0].mean(0).numpy()
+                for _, k, of_kept in places
+            ]
+        )
+    return {name: np.stack(stack) for name, stack in slices.items()}, drawn, (*pixel, depth)
+
+
+def _printed_mesh(case: Case) -> str:
+    """The mesh as a picture, for paper."""
+    mesh = case.mesh
+    if mesh is None and case.has_masks:
+        _, masks = case.volumes(1)
+        mesh = mesh_of(masks.image) if masks is not None else None
+    if mesh is None:
+        return ""
+    lps = in_space(mesh, "LPS") if mesh.metadata["space"] else mesh
+    shaded, _ = shade(lps, np.array([0.55, -0.75, 0.38]), 500)
+    white = shaded[:, :, :3] * shaded[:, :, 3:] + 1 - shaded[:, :, 3:]
+    return f"<img class='printed' src='{picture(white)}' alt='The mesh' width='380'>"
+
+
+def _curves(folder: Path, rows: list[dict[str, Any]]) -> str:
+    """Losses over the iterations, from TensorBoard's files, and scores, as one drawing."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    losses = _losses(folder)
+    scored = sorted({row["iteration"] for row in rows})
+    if not losses and len(scored) < 1:
+        return ""
+    figure = Figure(figsize=(11, 3.1), layout="constrained")
+    FigureCanvasSVG(figure)
+    left, right = figure.subplots(1, 2)
+    for name, (steps, values) in losses.items():
+        left.plot(steps, values, linewidth=1.1, label=name.replace("_", " "))
+    left.set(xlabel="iteration", title="loss", yscale="log")
+    if losses:
+        left.legend(fontsize=7)
+    for task, frames, style in (("img", "training", "--"), ("img", "heldout", "-"), ("seg", "heldout", ":")):
+        for method in ("model",) if frames == "training" else dict.fromkeys(row["method"] for row in rows):
+            key = _measure(task)[0]
+            points = sorted(
+                (row["iteration"], row[key])
+                for row in rows
+                if (row["task"], row["frames"], row["method"]) == (task, frames, method) and task == "img"
+            )
+            if points:
+                words = f"{NAMES[method]}, {'trained on' if frames == 'training' else 'held out'}"
+                right.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=words)
+    right.set(xlabel="iteration", title="PSNR of images (dB)")
+    if right.lines:
+        right.legend(fontsize=7)
+    file = io.StringIO()
+    figure.savefig(file, format="svg", metadata={"Date": None})
+    text = file.getvalue()
+    return f"<h2>Training</h2><div class='curves'>{text[text.index('<svg') :]}</div>"
+
+
+def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Loss terms of TensorBoard's files in ``folder``, thinned; none where there are none or no TensorBoard."""
+    try:
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    except ImportError:
+        return {}
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 400})
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.endswith("loss")]
+    out = {}
+    for name in names:
+        found = [event for event in events.Scalars(name) if event.value > 0]
+        if found:
+            out[name] = [event.step for event in found], [event.value for event in found]
+    return out
+
+
+def _provenance(case: Case) -> str:
+    """What made this: program, versions, files with their digests, options."""
+    folder, path = Path(case.options.model_path), case.trained.path
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    extras = load_checkpoint(path).extras
+    facts: dict[str, Any] = {"checkpoint": f"{path.name}, SHA-256 {digest.hexdigest()}"}
+    if "pixels" in extras:
+        facts["input frames"] = f"BLAKE2b {extras['pixels']}"
+    if case.geometry is not None:
+        geometry = case.geometry
+        facts["source"] = geometry.source
+        if geometry.spacing:
+            facts["spacing"] = (
+                " × ".join(f"{size:.3g}" for size in geometry.spacing) + " mm (column, row, frame)"
+            )
+        facts["window"] = f"{geometry.window[0]:g} to {geometry.window[1]:g}"
+    elapsed = _elapsed(folder)
+    if elapsed:
+        facts["training"] = f"{elapsed:.1f} s"
+    facts["versions"] = (
+        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+    )
+    facts["machine"] = f"{platform.machine()}, {platform.system()} {platform.release()}"
+    table = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in facts.items()
+    )
+    return f"<h2>What made it</h2><table>{table}</table>{_options(folder)}"
+
+
+def _options(folder: Path) -> str:
+    """The run's options, those that differ from the defaults first."""
+    try:
+        run = train_options_of(folder)
+    except UserError:
+        return ""
+    values = {
+        option.name: (getattr(run, option.name), option.default)
+        for option in fields(TrainOptions)
+        if option.metadata
+    }
+    return _listed(
+        "Options that differ from the defaults", {n: v for n, (v, d) in values.items() if v != d}
+    ) + (
+        "<details><summary class='faint'>All other options</summary>"
+        + _listed("", {n: v for n, (v, d) in values.items() if v == d})
+        + "</details>"
+    )
+
+
+def _listed(title: str, values: Mapping[str, Any]) -> str:
+    items = "".join(f"<div>--{escape(name)} {escape(value)}</div>" for name, value in values.items())
+    return (f"<p class='faint'>{title}</p>" if title else "") + f"<div class='options number'>{items}</div>"
