@@ -146,6 +146,8 @@ def main() -> None:
     write_volumes(renderer, volumes, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
+    if options.html:
+        write_page(options, say)
     if options.generate_points_path:
         folder = editing.write_points(model, options.generate_points_path, outputs[-1].test)
         say(f"active centres of {model.num_frames} frames in {folder}")
@@ -157,6 +159,8 @@ def check(options: RenderOptions) -> None:
         raise UserError(f"--extension {options.extension}: images are written as {', '.join(WRITABLE)}")
     if options.modify and options.rasterizer == "oracle":
         raise UserError("--modify needs the compiled rasteriser: leave out --rasterizer oracle")
+    if options.html and (options.modify or options.mask_path):
+        raise UserError("--html shows the model as it was trained: leave out --modify and --mask_path, or it")
 
 
 def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:
@@ -297,6 +301,16 @@ def write_sequence(
     say(f"{len(shots)} images, {len(shots) / options.video:.1f} s, in {path}")
     if kind == "gif" and options.video_format == "auto":
         say("  (pip install imageio-ffmpeg for MP4)")
+
+
+def write_page(options: RenderOptions, say: Say) -> None:
+    """The dense volume, its mask and its surface as one page."""
+    from viewer.case import Case
+    from viewer.pages import write_volume_page
+
+    path = Path(options.model_path) / "render.html"
+    write_volume_page(Case.open(options, say=say), path, options.interp if options.interp > 1 else None)
+    say(f"{path}: {path.stat().st_size / 1e6:.1f} MB, to open in a browser and to send")
 
 
 def remove_older(folder: Path, names: set[str], extension: str) -> int:

@@ -12,10 +12,12 @@ import utils.threads  # noqa: F401  # isort: skip  (before torch)
 
 import os
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
-from arguments import AUTO, train_options
+from arguments import AUTO, TrainOptions, model_options, train_options
 from training.batches import Views
 from training.recording import side_stream
 from training.reports import Report
@@ -110,8 +112,26 @@ def main() -> int:
                 file=sys.stderr,
             )
             return stop.status
+    if options.report:
+        write_the_report(options, say)
     say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")
     return 0
+
+
+def write_the_report(options: TrainOptions, say: Callable[[str], object]) -> None:
+    from viewer.case import Case  # matplotlib and others take a while to import
+    from viewer.report import write_report
+
+    case = Case.open(
+        model_options(
+            {"model_path": options.model_path, "device": options.device, "rasterizer": options.rasterizer}
+        ),
+        say=say,
+    )
+    path = Path(options.model_path) / "report.html"
+    for warning in write_report(case, path):
+        say(f"note: {warning}")
+    say(f"report: {path} ({path.stat().st_size / 1e6:.1f} MB)")
 
 
 if __name__ == "__main__":

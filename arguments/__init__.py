@@ -371,6 +371,10 @@ class RunOptions:
     keep_checkpoints: int = _option(
         0, "keep no more than the newest so many checkpoints in the output folder; 0: all", low=0
     )
+    report: bool = _option(
+        False,
+        "end with report.html in the output folder: scores, pictures, the volume and the mesh in one file",
+    )
     save_xyz: bool = _option(
         False, "save the centres, xyz/<iteration>.pt, at 1, 5001, 10001, ... and the last"
     )
@@ -440,6 +444,11 @@ class RenderOptions(MachineOptions, DataOptions):
         False,
         "write the rendered sequence also as render_img.nii.gz, render_mask.nii.gz: in the source's intensities, "
         "and in its place",
+    )
+    html: bool = _option(
+        False,
+        "write the sequence also as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "
+        "browser",
     )
     video: float | None = _option(
         None,

@@ -20,6 +20,7 @@ from arguments import model_options
 from patient.meshes import read_mesh
 from utils.images import read_image
 from viewer.case import Case
+from viewer.report import write_report
 from viewer.server import application
 
 pytestmark = pytest.mark.browser
@@ -310,3 +311,29 @@ def test_the_mesh_file_is_the_one_that_is_shown(case, tmp_path, server):
     (tmp_path / "mesh.ply").write_bytes(connection.getresponse().read())
     mesh = read_mesh(tmp_path / "mesh.ply")
     assert mesh.metadata["space"] == "RAS" and mesh.metadata["unit"] == "mm" and mesh.volume > 0
+
+
+def test_pages_of_one_file_open_without_a_server(browser, case, tmp_path):
+    """From the disk, with no request but for the file: volume, mask and mesh are unpacked and placed."""
+    write_report(case, tmp_path / "report.html")
+    page, asked = browser.new_page(), []
+    page.set_default_timeout(SOON)
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"file://{tmp_path / 'report.html'}")
+    page.wait_for_selector(".waiting", state="hidden")
+    assert [url for url in asked if not url.startswith(("data:", "blob:"))] == [
+        f"file://{tmp_path / 'report.html'}"
+    ]
+    expected = oblique().to_patient(np.array([10.0, 20.0, 4.0]))
+    page.evaluate("mm => medgs.volume.goTo(mm)", expected.tolist())
+    assert np.allclose(page.evaluate("medgs.volume.place()"), expected, atol=0.02)
+    assert page.evaluate("[medgs.volume.nv.volumes.length, medgs.volume.nv.meshes.length]") == [2, 1]
+    before = page.get_attribute("#slider img", "src")
+    page.evaluate(
+        """() => { const bar = document.querySelector('#slider input');
+          bar.value = 0; bar.dispatchEvent(new Event('input')) }"""
+    )
+    assert page.get_attribute("#slider img", "src") != before
+    page.emulate_media(media="print")
+    assert page.is_visible("img.printed") and not page.is_visible(".solid")
+    page.close()
