@@ -18,57 +18,16 @@ from pathlib import Path
 import torch
 
 from arguments import AUTO, TrainOptions, model_options, train_options
-from training.batches import Views
-from training.recording import side_stream
-from training.reports import Report
+from training.loop import train
 from training.run import Training
 from utils.errors import StopRequest, UserError, run
 from utils.files import own_folder
 from utils.images import limit_pixels
 
-XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 IF_OUT_OF_MEMORY = (
     "lower --max_gaussians, --num_pts, --batch_size or --resolution, or keep the frames elsewhere with "
     "--data_device cpu"
 )
-
-
-def train(training: Training, stop: StopRequest | None = None) -> None:
-    """The loop. Pipelines differ in ``training.tasks`` only. A ``stop`` that is asked for ends it after an iteration,
-    with a checkpoint."""
-    options = training.options
-    report = Report(training.folder, training.iteration, options.iterations, options.quiet)
-    with side_stream(training.model.device):
-        step = training.stepper()
-        for iteration in range(training.iteration + 1, options.iterations + 1):
-            training.iteration = iteration
-            last = iteration == options.iterations
-            training.set_rates()
-
-            batch = training.sampler.draw(in_between=training.regularised)
-            result = step(Views.of(batch, training.model.device), iteration, training.controlled)
-            if options.debug or 0 <= options.debug_from <= iteration:
-                training.check_finite(result.losses(training.tasks))
-            if report.advance(iteration):
-                report.metrics(iteration, training.metrics(result))
-            training.observe(result, len(batch.frames))
-
-            # What is evaluated, saved and kept is one model, before it changes: Gaussians that are new, or whose
-            # opacity was reset, have learned nothing yet.
-            stopping = bool(stop)
-            if iteration in options.test_iterations or last:
-                report.evaluation(iteration, training.evaluate())
-            if iteration in options.save_iterations or last:
-                training.save_point_cloud()
-            if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
-                training.save_xyz()
-            regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
-            if iteration in options.checkpoint_iterations or regular or stopping or last:
-                training.save_checkpoint()
-            if stopping or last:
-                break
-            training.update()
-    report.close()
 
 
 def main() -> int:

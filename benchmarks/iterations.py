@@ -9,30 +9,39 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
-from torch import Tensor
 from torch.profiler import profile
 
-import train
 from arguments import TrainOptions
 from benchmarks.common import kernels_of, start_trace, synchronise, table
 from benchmarks.scenes import CAMERA, GAUSSIANS, Bench, Unavailable, settle, write_phantom, write_resampled
-from gaussian_renderer import rasterizer
 from scene.cameras import Camera
-from training import iteration as training_iteration
+from training.batches import Views
+from training.iteration import IterationResult, forward_backward
+from training.loop import train
 from training.run import Training
+from utils.stages import watched
 
 NEVER = 10**6  # iterations
+STAGES = {
+    "fold": "fold",
+    "blend": "blend",
+    "loss": "loss",
+    "backward": "backward",
+    "statistics": "statistics and density",
+    "density": "statistics and density",
+    "optimizer": "optimiser",
+}
+"""Stages that the loop announces -> what tables call them."""
 
 
 @contextmanager
-def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[Training]:
+def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[MeasuredTraining]:
     """A run of train.py in a folder that goes with it: on made-up frames of a camera, or on those of a data root."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(data, Camera):
@@ -50,7 +59,7 @@ def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[
         before = torch.are_deterministic_algorithms_enabled()
         torch.use_deterministic_algorithms(options.get("deterministic", False))  # as main() of train.py does
         try:
-            yield Training.start(TrainOptions(**options), lambda _: None)
+            yield MeasuredTraining.start(TrainOptions(**options), lambda _: None)
         finally:
             torch.use_deterministic_algorithms(before)
 
@@ -65,8 +74,21 @@ class Stop:
         return self.training.iteration >= self.after
 
 
+class MeasuredTraining(Training):
+    """A run that keeps nothing of its own, and takes its iterations ``plain``, not recorded, where stages are told
+    apart: a recording has none."""
+
+    plain = False
+
+    def stepper(self) -> Callable[[Views, int, bool], IterationResult]:
+        return functools.partial(forward_backward, self.objective) if self.plain else super().stepper()
+
+    def save_checkpoint(self) -> None:
+        pass
+
+
 class Stopwatch:
-    """Times the loop of train.py from outside: its functions are wrapped while it runs, the loop itself is its own.
+    """Times the training loop through the stages that it announces (`utils.stages`).
 
     ``stages``: wait for the device around every stage, which tells them apart; without, only iterations are timed.
     ``timed``: how many iterations count. ``traced``: how many follow under torch's profiler, on a GPU, whose kernels
@@ -77,72 +99,51 @@ class Stopwatch:
         self.device, self.timed, self.stages = device, timed, stages
         self.traced = traced if device.type == "cuda" else 0
         self.starts: list[float] = []  # of the iterations
-        self.spent: list[dict[str, float]] = []  # seconds of each stage, one entry an iteration
-        self.kernels: dict[str, float] = {}  # seconds an iteration, by the functions' names
+        self.spent: list[dict[str, float]] = []  # seconds of each stage, one entry per iteration
+        self.kernels: dict[str, float] = {}  # seconds per iteration, by the functions' names
         self.last = 0  # the number of the run's last iteration
         self._trace: profile | None = None
 
-    def run(self, training: Training, before: int) -> None:
+    def run(self, training: MeasuredTraining, before: int) -> None:
         """``before`` iterations that do not count, and those that do."""
-        ops = rasterizer("compiled")
-        optimizer = type(training.optimizer)
-        stages: list[tuple[Any, str, str]] = [
-            (ops, "fold", "fold"),
-            (ops, "blend", "blend"),
-            (training_iteration, "loss_terms", "loss"),
-            (training_iteration, "total_loss", "loss"),
-            (Tensor, "backward", "backward"),
-            (Training, "observe", "statistics and density"),
-            (Training, "_control_density", "statistics and density"),
-            (optimizer, "step", "optimiser"),
-        ]
         self.last = before + self.timed + self.traced + 1
         if self.traced:  # the first use of the profiler takes seconds
             trace = start_trace()
             torch.zeros(1, device=self.device).add_(1)
             kernels_of(trace, self.device)
-        with ExitStack() as patches:
-            patches.enter_context(patch.object(training, "set_rates", self._iteration(training.set_rates)))
-            patches.enter_context(patch.object(training, "save_checkpoint", lambda **_: None))
-            if self.stages:
-                # A recording has no stages.
-                eager = functools.partial(training_iteration.forward_backward, training.objective)
-                patches.enter_context(patch.object(training, "stepper", lambda: eager))
-            for owner, name, stage in stages if self.stages else []:
-                patches.enter_context(patch.object(owner, name, self._stage(stage, getattr(owner, name))))
-            train.train(training, Stop(training, self.last))
+        training.plain = self.stages
+        with watched(self._watch):
+            train(training, Stop(training, self.last))
 
-    def _iteration(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
-            begun = len(self.starts)
-            over = self.last - self.traced - 1  # iterations, when those that count are over
-            if self.stages or begun in (over - self.timed, over):
-                synchronise(self.device)
-            self.starts.append(time.perf_counter())
-            self.spent.append(defaultdict(float))
-            if self.traced and begun == over:
-                self._trace = start_trace()
-            if self._trace is not None and begun == self.last - 1:
-                kernels = kernels_of(self._trace, self.device)
-                self.kernels = {name: s / self.traced for name, s in kernels.items()}
-                self._trace = None
-            return function(*args, **kwargs)
+    def _watch(self, name: str) -> AbstractContextManager[object]:
+        if name == "rates":  # the first stage of an iteration
+            self._begin()
+        measured = STAGES.get(name)
+        return self._stage(measured) if measured and self.stages and self.starts else nullcontext()
 
-        return wrapped
-
-    def _stage(self, stage: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def wrapped(*args: Any, **kwargs: Any) -> Any:
+    def _begin(self) -> None:
+        begun = len(self.starts)
+        over = self.last - self.traced - 1  # iterations, when those that count are over
+        if self.stages or begun in (over - self.timed, over):
             synchronise(self.device)
-            start = time.perf_counter()
-            try:
-                return function(*args, **kwargs)
-            finally:
-                synchronise(self.device)
-                self.spent[-1][stage] += time.perf_counter() - start
+        self.starts.append(time.perf_counter())
+        self.spent.append(defaultdict(float))
+        if self.traced and begun == over:
+            self._trace = start_trace()
+        if self._trace is not None and begun == self.last - 1:
+            kernels = kernels_of(self._trace, self.device)
+            self.kernels = {name: s / self.traced for name, s in kernels.items()}
+            self._trace = None
 
-        return wrapped
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        synchronise(self.device)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            synchronise(self.device)
+            self.spent[-1][name] += time.perf_counter() - start
 
     @property
     def _window(self) -> slice:

@@ -17,6 +17,7 @@ from scene.gaussian_model import GaussianModel
 from scene.parameters import IMAGE
 from utils.errors import UserError
 from utils.spherical_harmonics import to_colour
+from utils.stages import stage
 
 ACTIVE = 1
 """Bit of the activity mask: delta(t) > 0.1, and visible."""
@@ -85,19 +86,20 @@ def render(
     p = model.params
     if not isinstance(mirrored, Tensor):
         mirrored = torch.tensor(mirrored, dtype=torch.float32).to(model.device, non_blocking=True)
-    means2d, conics, radii, active = ops.fold(
-        p["xyz"],
-        p["w1"],
-        p["m"].flatten(),
-        p["sigma"].flatten(),
-        p["scaling"],
-        p["rotation"].flatten(),
-        model.times(positions),
-        1 - 2 * mirrored.to(p["xyz"].dtype),
-        camera.pixels_per_unit,
-        camera.width,
-        camera.height,
-    )
+    with stage("fold"):
+        means2d, conics, radii, active = ops.fold(
+            p["xyz"],
+            p["w1"],
+            p["m"].flatten(),
+            p["sigma"].flatten(),
+            p["scaling"],
+            p["rotation"].flatten(),
+            model.times(positions),
+            1 - 2 * mirrored.to(p["xyz"].dtype),
+            camera.pixels_per_unit,
+            camera.width,
+            camera.height,
+        )
     screen = None
     if screen_gradients:
         screen = means2d.new_zeros(()).expand(len(heads), *means2d.shape).requires_grad_()  # never read
@@ -110,19 +112,20 @@ def render(
         screen: Tensor | None,
         **more: Any,
     ) -> Tensor:
-        images, _ = ops.blend(
-            *cut,
-            opacities,
-            colours,
-            background.expand(len(shown), -1),
-            [r.view for r in shown],
-            [heads.index(r.head) for r in shown],
-            [r.test for r in shown],
-            camera.width,
-            camera.height,
-            screen,
-            **more,
-        )
+        with stage("blend"):
+            images, _ = ops.blend(
+                *cut,
+                opacities,
+                colours,
+                background.expand(len(shown), -1),
+                [r.view for r in shown],
+                [heads.index(r.head) for r in shown],
+                [r.test for r in shown],
+                camera.width,
+                camera.height,
+                screen,
+                **more,
+            )
         return images
 
     cuts = means2d, conics, active

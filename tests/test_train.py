@@ -35,6 +35,7 @@ from scene.cameras import Camera
 from scene.frames import Frames
 from scene.gaussian_model import GaussianModel
 from scene.point_cloud import read_point_cloud
+from training import loop
 from utils.images import read_image
 from utils.metrics import psnr
 
@@ -207,15 +208,15 @@ def test_centres(joint):
 
 
 def test_centres_are_saved_every_5000(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "XYZ_INTERVAL", 4)
+    monkeypatch.setattr(loop, "XYZ_INTERVAL", 4)
     images = write(tmp_path / "data", blobs())
     train_at(images, tmp_path / "out", "--iterations", 10, "--save_xyz")
     assert sorted(int(path.stem) for path in (tmp_path / "out" / "xyz").iterdir()) == [1, 5, 9, 10]
-    assert train.XYZ_INTERVAL == 4
+    assert loop.XYZ_INTERVAL == 4
 
 
 def test_the_interval_of_the_centres():
-    assert train.XYZ_INTERVAL == 5000
+    assert loop.XYZ_INTERVAL == 5000
 
 
 def test_plots_are_pictures(joint):

@@ -13,6 +13,7 @@ from scene.cameras import Camera
 from scene.gaussian_model import GaussianModel
 from training.batches import Views, requested_renders
 from training.pipelines import Task, loss_terms, named_losses, split, total_loss
+from utils.stages import stage
 
 
 @dataclass(frozen=True)
@@ -74,21 +75,23 @@ def forward_backward(
     )
     images = split(renders.images, [len(task) for task in requested])
     shown = [views.shown(task, objective.background) for task in tasks]
-    terms = [
-        loss_terms(
-            task,
-            rendered,
-            *wanted,
-            raw_sigma=model.params["sigma"].flatten(),
-            num_views=objective.num_views,
-            iteration=iteration,
-            options=options,
-            backend=options.rasterizer,
-        )
-        for task, rendered, wanted in zip(tasks, images, shown, strict=True)
-    ]
-    loss = total_loss(tasks, terms)
-    loss.backward()
+    with stage("loss"):
+        terms = [
+            loss_terms(
+                task,
+                rendered,
+                *wanted,
+                raw_sigma=model.params["sigma"].flatten(),
+                num_views=objective.num_views,
+                iteration=iteration,
+                options=options,
+                backend=options.rasterizer,
+            )
+            for task, rendered, wanted in zip(tasks, images, shown, strict=True)
+        ]
+        loss = total_loss(tasks, terms)
+    with stage("backward"):
+        loss.backward()
     return IterationResult(
         loss=loss.detach(),
         terms=[{name: value.detach() for name, value in named.items()} for named in terms],

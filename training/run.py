@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -39,6 +40,9 @@ from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.metrics import psnr
 from utils.spherical_harmonics import to_colour
+from utils.stages import stage
+
+Run = TypeVar("Run", bound="Training")
 
 
 @dataclass
@@ -64,7 +68,7 @@ class Training:
     _recorded: RecordedStep | None = None
 
     @classmethod
-    def start(cls, options: TrainOptions, say: Callable[[str], object]) -> Training:
+    def start(cls: type[Run], options: TrainOptions, say: Callable[[str], object]) -> Run:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
         asked = options
@@ -218,8 +222,10 @@ class Training:
     def update(self) -> None:
         """Ends an iteration: the density step and the reset of opacities where they are due, then the optimizer's."""
         if self.controlled:
-            self._control_density()
-        self.optimizer.step()
+            with stage("density"):
+                self._control_density()
+        with stage("optimizer"):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self._average()
 

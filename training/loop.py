@@ -1,0 +1,51 @@
+"""The training loop. Pipelines differ in the run's tasks only."""
+
+from __future__ import annotations
+
+from training.batches import Views
+from training.recording import side_stream
+from training.reports import Report
+from training.run import Training
+from utils.stages import stage
+
+XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
+
+
+def train(training: Training, stop: object = None) -> None:
+    """Trains until ``options.iterations``. ``stop`` is looked at in every iteration; once true, it ends the run after
+    that iteration, with a checkpoint."""
+    options = training.options
+    report = Report(training.folder, training.iteration, options.iterations, options.quiet)
+    with side_stream(training.model.device):
+        step = training.stepper()
+        for iteration in range(training.iteration + 1, options.iterations + 1):
+            training.iteration = iteration
+            last = iteration == options.iterations
+            with stage("rates"):
+                training.set_rates()
+
+            batch = training.sampler.draw(in_between=training.regularised)
+            result = step(Views.of(batch, training.model.device), iteration, training.controlled)
+            if options.debug or 0 <= options.debug_from <= iteration:
+                training.check_finite(result.losses(training.tasks))
+            if report.advance(iteration):
+                report.metrics(iteration, training.metrics(result))
+            with stage("statistics"):
+                training.observe(result, len(batch.frames))
+
+            # What is evaluated, saved and kept is one model, before it changes: Gaussians that are new, or whose
+            # opacity was reset, have learned nothing yet.
+            stopping = bool(stop)
+            if iteration in options.test_iterations or last:
+                report.evaluation(iteration, training.evaluate())
+            if iteration in options.save_iterations or last:
+                training.save_point_cloud()
+            if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
+                training.save_xyz()
+            regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
+            if iteration in options.checkpoint_iterations or regular or stopping or last:
+                training.save_checkpoint()
+            if stopping or last:
+                break
+            training.update()
+    report.close()
