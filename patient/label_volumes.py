@@ -13,6 +13,8 @@ from nibabel.affines import apply_affine
 from patient.geometry import voxel_sizes
 from patient.labels import MAX_ID, Label, LabelTable, Meaning, meaning_of, plain_numbers, read_segmentation
 from patient.readers import read_volume
+from patient.readers.segments import layers_as_segments, read_segments
+from patient.segments import Segments
 from patient.volumes import Volume
 from utils.errors import UserError
 from utils.images import frame_number, image_files
@@ -113,6 +115,10 @@ def _one(
     path: str, volume: Volume, image: str, wanted: Wanted, say: Callable[[str], None]
 ) -> tuple[np.ndarray, LabelTable | None, np.ndarray | None]:
     """Numbers on the volume's grid (I, J, K), the labels that are kept apart, and which slices have a file."""
+    segments = _segments(path, volume, wanted)
+    if segments is not None:
+        numbers, table = _of_segments(segments, volume, wanted, say)
+        return numbers, table, None
     label, meaning, seen = _read(path, volume, image, wanted)
     for note in (*label.notes, *meaning.notes):
         say(f"  note: {note}" if path in note else f"  note on {path}: {note}")
@@ -146,6 +152,42 @@ def _one(
         what = f"of value {' or '.join(f'{v:g}' for v in wanted.values)}" if wanted.values else "labelled"
         raise UserError(f"{path} is empty: nothing is {what} (it holds {present})")
     return _on_grid(path, label, numbers, volume, say), table, seen
+
+
+def _segments(path: str, volume: Volume, wanted: Wanted) -> Segments | None:
+    """The segments of a file that names them: DICOM's, 3D Slicer's, or layers that are asked for."""
+    if wanted.layer is not None:
+        return None
+    segments = read_segments(path, volume)
+    if segments is None and (wanted.labels or wanted.values):
+        segments = layers_as_segments(path)
+    return segments
+
+
+def _of_segments(
+    segments: Segments, volume: Volume, wanted: Wanted, say: Callable[[str], None]
+) -> tuple[np.ndarray, LabelTable | None]:
+    """Numbers on the volume's grid of the segments that are wanted, and their names where they are kept apart."""
+    path = segments.path
+    for note in segments.notes:
+        say(f"  note on {path}: {note}")
+    chosen = segments.find(wanted.labels or wanted.values)
+    numbers, overlap = segments.label_map(chosen)
+    if not numbers.any():
+        raise UserError(f"{path} is empty: none of its segments ({segments.words()}) has a voxel")
+    table = None
+    if wanted.labels:
+        labels = sorted((Label.of(s.number, s.name, s.colour) for s in chosen), key=lambda label: label.id)
+        table = LabelTable(tuple(labels))
+        if overlap:
+            say(f"  note: {overlap:,} voxels are in several segments: the one named first has them")
+    else:
+        numbers = (numbers != 0).astype(np.uint16)
+        if len(chosen) > 1:
+            named = ", ".join(f"{s.number} {s.name}" for s in chosen)
+            say(f"  note: segments {named} count as one mask (--labels all keeps them apart)")
+    label = Volume(numbers, segments.affine, 8, Path(path).name, depths=segments.depths)
+    return _on_grid(path, label, numbers, volume, say), table
 
 
 def _read(path: str, volume: Volume, image: str, wanted: Wanted) -> tuple[Volume, Meaning, np.ndarray | None]:
@@ -326,6 +368,15 @@ def _on_grid(
         return numbers
     if same_grid(volume, label):
         return numbers
+    for first, second, whose in (
+        (replace(volume, affine=volume.other_affine), label, f"{volume.name}'s"),
+        (volume, replace(label, affine=label.other_affine), "its own"),
+    ):
+        if same_grid(first, second):
+            say(
+                f"  note: {path} lies where {whose} other form, which is not used, puts it: the grids are one"
+            )
+            return numbers
     to_label = np.linalg.inv(label.affine) @ volume.affine
     resampled = _resample(numbers, _depths(label), to_label, shape, _depths(volume))
     if not resampled.any():

@@ -36,8 +36,8 @@ class Volume:
     """(I, J, K) bool: voxels that the source marks as outside what was measured; None where there are none."""
     other_affine: np.ndarray | None = None
     """Another place that the source states for itself (NIfTI's second form), where it differs from `affine`."""
-    instances: frozenset[str] = frozenset()
-    """SOP instance UIDs of the DICOM files that were read, which segmentations refer to."""
+    instances: tuple[str, ...] = ()
+    """SOP instance UID of the DICOM file of each slice, which segmentations refer to."""
     frame_of_reference: str | None = None
     """UID of DICOM's frame of reference: what shares it has the same patient millimetres."""
 

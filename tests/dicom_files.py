@@ -61,18 +61,18 @@ def write_enhanced(
     header.Modality, header.NumberOfFrames = "CT", len(order)
     shared, frames = pydicom.Dataset(), []
     orientation = [*map(_ds, [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])])]
-    shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=orientation)]
+    shared.PlaneOrientationSequence = [dataset(ImageOrientationPatient=orientation)]
     shared.PixelMeasuresSequence = [
-        _dataset(PixelSpacing=[_ds(spacing[1]), _ds(spacing[0])], SliceThickness="1")
+        dataset(PixelSpacing=[_ds(spacing[1]), _ds(spacing[0])], SliceThickness="1")
     ]
     for k, slope in zip(order, slopes, strict=True):
         frames.append(
-            _dataset(
+            dataset(
                 PlanePositionSequence=[
-                    _dataset(ImagePositionPatient=[*map(_ds, lps[:3, 2] * k + lps[:3, 3])])
+                    dataset(ImagePositionPatient=[*map(_ds, lps[:3, 2] * k + lps[:3, 3])])
                 ],
                 PixelValueTransformationSequence=[
-                    _dataset(RescaleSlope=_ds(slope), RescaleIntercept="-5", RescaleType="HU")
+                    dataset(RescaleSlope=_ds(slope), RescaleIntercept="-5", RescaleType="HU")
                 ],
             )
         )
@@ -81,7 +81,7 @@ def write_enhanced(
     header.save_as(path, enforce_file_format=True)
 
 
-def _dataset(**tags: object) -> pydicom.Dataset:
+def dataset(**tags: object) -> pydicom.Dataset:
     dataset = pydicom.Dataset()
     for name, value in tags.items():
         setattr(dataset, name, value)
@@ -123,3 +123,79 @@ def _pixels(header: pydicom.Dataset, array: np.ndarray) -> None:
 def _ds(value: float) -> str:
     """A decimal string, which has at most 16 characters."""
     return f"{value:.10g}"[:16]
+
+
+def write_frames(path: Path, values: np.ndarray, kind: str, **tags: object) -> None:
+    """One file of frames values[:, :, k], uint16 or uint8 as they are, with these tags; `kind` is its SOP class."""
+    header = _header(kind, pydicom.uid.generate_uid())
+    header.NumberOfFrames = values.shape[2]
+    _pixels(header, np.ascontiguousarray(values.transpose(2, 1, 0)))
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.save_as(path, enforce_file_format=True)
+
+
+def functional_groups(
+    affine: np.ndarray,
+    order: list[int],
+    *,
+    volume: bool = False,
+    scales: list[tuple[float, float]] | None = None,
+    **own: list[list[pydicom.Dataset]],
+) -> dict[str, object]:
+    """Tags that place frames k in `order` of a volume with a RAS affine, in the patient or an ultrasound's volume.
+
+    own: further sequences, one for each frame.
+    """
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
+    spacing = np.linalg.norm(lps[:3, :2], axis=0)
+    cosines = [*(lps[:3, 0] / spacing[0]), *(lps[:3, 1] / spacing[1])]
+    measures = [dataset(PixelSpacing=[_ds(spacing[1]), _ds(spacing[0])], SliceThickness="1")]
+    if volume:
+        orientation = {"PlaneOrientationVolumeSequence": [dataset(ImageOrientationVolume=cosines)]}
+    else:
+        orientation = {"PlaneOrientationSequence": [dataset(ImageOrientationPatient=[*map(_ds, cosines)])]}
+    frames = []
+    for at, k in enumerate(order):
+        position = lps[:3, 2] * k + lps[:3, 3]
+        if volume:
+            frame = dataset(PlanePositionVolumeSequence=[dataset(ImagePositionVolume=[*position])])
+        else:
+            frame = dataset(PlanePositionSequence=[dataset(ImagePositionPatient=[*map(_ds, position)])])
+        if scales is not None:
+            slope, intercept = scales[at]
+            frame.PixelValueTransformationSequence = [
+                dataset(RescaleSlope=_ds(slope), RescaleIntercept=_ds(intercept), RescaleType="US")
+            ]
+        for name, of in own.items():
+            setattr(frame, name, of[at])
+        frames.append(frame)
+    shared = dataset(PixelMeasuresSequence=measures, **orientation)
+    return {"SharedFunctionalGroupsSequence": [shared], "PerFrameFunctionalGroupsSequence": frames}
+
+
+def write_structures(path: Path, structures: dict[str, list[np.ndarray]], **tags: object) -> None:
+    """An RTSTRUCT of closed contours, (points, 3) LPS mm each, by the name of their structure."""
+    header = _header(pydicom.uid.RTStructureSetStorage, pydicom.uid.generate_uid())
+    header.Modality = "RTSTRUCT"
+    header.StructureSetROISequence = [
+        dataset(ROINumber=n, ROIName=name) for n, name in enumerate(structures, 1)
+    ]
+    header.ROIContourSequence = [
+        dataset(
+            ReferencedROINumber=n,
+            ROIDisplayColor=[255, 10 * n, 0],
+            ContourSequence=[
+                dataset(
+                    ContourGeometricType="CLOSED_PLANAR",
+                    NumberOfContourPoints=len(contour),
+                    ContourData=[*map(_ds, contour.ravel())],
+                )
+                for contour in contours
+            ],
+        )
+        for n, contours in enumerate(structures.values(), 1)
+    ]
+    for name, value in tags.items():
+        setattr(header, name, value)
+    header.save_as(path, enforce_file_format=True)

@@ -542,7 +542,7 @@ def _refusals(folder):
         colours[0, 0, 0, 0] = 255
         write_image(folder / "pictures" / f"{number}.png", np.full((7, 9), number / 6))
         write_image(folder / "coloured" / f"{number}.png", np.eye(9)[:7, :, None] * [1.0, 0, 0])
-        write_image(folder / "jpegs" / f"{number}.jpg", np.eye(9)[:7])
+        write_image(folder / "jpegs" / f"{number}.jpg", np.linspace(0, 1, 63).reshape(7, 9))
         write_image(folder / "numbered" / f"{number + (number > 2)}.png", np.eye(9)[:7])
     pictures = str(folder / "pictures")
     return {

@@ -132,6 +132,26 @@ def _read(path: Path, choice: Choice) -> Volume:
     return Volume(values, affine, bits, path.name, chosen, full_scale, notes=notes, sizes=sizes)
 
 
+def read_layers(path: Path, header: TextHeader, sitk: Any, choice: Choice) -> tuple[Volume, np.ndarray]:
+    """The place of a file, as a Volume without voxels, and all its layers (I, J, K, layers)."""
+    array, image = pixels(path, header, sitk)
+    values, _ = _spatial_first(array, header, image)
+    affine, sizes, notes = _place(path, header, image, image.GetDimension())
+    bits = 8 if values.dtype.itemsize == 1 else 16
+    place = Volume(np.empty((0, 0, 0)), affine, bits, path.name, notes=notes, sizes=sizes)
+    return place, values if values.ndim == 4 else values[..., None]
+
+
+def volume_count(path: Path) -> int:
+    """How many volumes a file holds, by its header; 1 of colours."""
+    header = read_text_header(path)
+    if header.poses:
+        return 1
+    array, image = pixels(path, header, simple_itk(f"reading {path}"))
+    values, axis = _spatial_first(array, header, image)
+    return values.shape[3] if axis is not None else 1
+
+
 def pixels(path: Path, header: TextHeader, sitk: Any) -> tuple[np.ndarray, Any]:
     """Voxels ([t,] z, y, x[, component]) and ITK's image; sizes are checked before anything is allocated."""
     check_path_is_text(path, "ITK")

@@ -61,6 +61,11 @@ def read(path: Path, choice: Choice) -> Volume:
     return Volume(values, place.affine, bits, path.name, chosen, notes=place.notes, other_affine=place.other)
 
 
+def volume_count(path: Path) -> int:
+    """How many volumes a file holds, by its header."""
+    return int(np.prod(_open(path).shape[3:]))
+
+
 def nifti_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray]:
     """Shape and affine (RAS millimetres) of a NIfTI file, of which only the header is read."""
     with quiet_libraries():

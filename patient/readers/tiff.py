@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from patient.volumes import Choice, Sizes, Volume
 from utils.errors import UserError
 from utils.images import check_pixels
 
+_MOST_TAGS = 1000  # of a page: writers use some twenty
 _UNITS = {
     "nm": 1e-6, "nanometer": 1e-6, "um": 1e-3, "micron": 1e-3, "microns": 1e-3, "micrometer": 1e-3, "mm": 1.0,
     "millimeter": 1.0, "cm": 10.0, "centimeter": 10.0, "m": 1000.0, "meter": 1000.0, "inch": 25.4, "in": 25.4,
@@ -36,6 +38,7 @@ _UNITS = {
 
 def read(path: Path, choice: Choice) -> Volume:
     """A multi-page TIFF; of one with two axes of pages (ImageJ, OME), `index` chooses along the first."""
+    _check_directories(path)
     try:
         with quiet_libraries(), tifffile.TiffFile(path) as file:
             if not file.series:
@@ -90,6 +93,39 @@ def read(path: Path, choice: Choice) -> Volume:
     return replace(
         volume, affine=from_lps(np.diag([float(size or 0) for size in sizes]), (0.0, 0.0, 0.0), path)
     )
+
+
+def _check_directories(path: Path) -> None:
+    """Refuse a file whose directories, each of which names the next, go in a circle or out of the file.
+
+    A damaged count makes a directory of what is none, and following its millions of entries takes minutes.
+    """
+    with path.open("rb") as file:
+        start = file.read(16)
+        order = {b"II": "<", b"MM": ">"}.get(start[:2])
+        if order is None or len(start) < 16:
+            raise UserError(f"{path} cannot be read: it is not a TIFF file")
+        big = struct.unpack(order + "H", start[2:4])[0] == 43
+        count_code, entry, next_code, (offset,) = (
+            ("Q", 20, "Q", struct.unpack(order + "Q", start[8:16]))
+            if big
+            else ("H", 12, "I", struct.unpack(order + "I", start[4:8]))
+        )
+        size, seen = path.stat().st_size, set[int]()
+        count_size, next_size = struct.calcsize(order + count_code), struct.calcsize(order + next_code)
+        while offset:
+            file.seek(offset)
+            head = file.read(count_size)
+            tags = struct.unpack(order + count_code, head)[0] if len(head) == count_size else 0
+            end = offset + count_size + tags * entry
+            if offset in seen or not 0 < tags <= _MOST_TAGS or end > size:
+                raise UserError(
+                    f"{path} cannot be read: the list of its pages is damaged behind page {len(seen)}"
+                )
+            seen.add(offset)
+            file.seek(end)
+            follows = file.read(next_size)
+            offset = struct.unpack(order + next_code, follows)[0] if len(follows) == next_size else 0
 
 
 def _voxel_sizes(file: tifffile.TiffFile, page: Any) -> Sizes | None:

@@ -251,7 +251,7 @@ def _with_pixels(
         notes,
         sizes,
         np.stack(padded).transpose(2, 1, 0) if some_padded else None,
-        instances=frozenset(frame.header.instance for frame in frames),
+        instances=tuple(frame.header.instance for frame in frames),
         frame_of_reference=first.text("FrameOfReferenceUID") or None,
     )
 

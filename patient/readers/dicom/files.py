@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ SEGMENTATIONS = {  # SOP classes that are read as labels
     "1.2.840.10008.5.1.4.1.1.481.3": "a structure set (RTSTRUCT)",
 }
 STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+_WHOLE = 32 << 20  # bytes up to which a file is read at once
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,7 @@ class Header:
     """Columns, rows and frames."""
 
     def text(self, keyword: str) -> str:
-        value = self.dataset.get(keyword)
-        return "" if value is None else str(value).strip(" \0")
+        return text(self.dataset, keyword)
 
     def numbers(self, keyword: str, count: int | None = None) -> np.ndarray | None:
         return numbers(self.dataset, keyword, count)
@@ -64,6 +65,15 @@ def numbers(dataset: Any, keyword: str, count: int | None = None) -> np.ndarray 
     return found
 
 
+def text(dataset: Any, keyword: str) -> str:
+    """A tag in words; empty where it is absent or damaged."""
+    try:
+        value = dataset.get(keyword)
+    except Exception:  # as above
+        return ""
+    return "" if value is None else str(value).strip(" \0")
+
+
 def number(dataset: Any, keyword: str) -> float | None:
     found = numbers(dataset, keyword, 1)
     return None if found is None else float(found[0])
@@ -81,18 +91,30 @@ def pydicom_for(path: Path) -> Any:
     return optional("pydicom", "pydicom", f"reading {path}")
 
 
+def load(path: Path) -> Any:
+    """pydicom's dataset of a file. A small one is read whole, so that no damaged length asks for more than is there."""
+    pydicom = pydicom_for(path)
+    if path.stat().st_size <= _WHOLE:
+        return pydicom.dcmread(io.BytesIO(path.read_bytes()), force=True)
+    return pydicom.dcmread(path, force=True, defer_size=4096)
+
+
 def read_header(path: Path) -> Header:
     """The header of one file. Raises UserError that says what else it is."""
     pydicom = pydicom_for(path)
     with damage(path, "is no DICOM file, or its header is damaged"):
-        # Pixels are left on the disk, and so is anything else that is large.
-        dataset = pydicom.dcmread(path, force=True, stop_before_pixels=False, defer_size=4096)
+        dataset = load(path)
         meta = getattr(dataset, "file_meta", None)
         kind = str(dataset.get("SOPClassUID") or (meta.get("MediaStorageSOPClassUID") if meta else "") or "")
         name = pydicom.uid.UID(kind).name
-        has_pixels = any(word in dataset for word in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"))
+        has_pixels = False
+        for word in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"):
+            if word in dataset:
+                has_pixels = True
+                del dataset[word]  # they are read again when they are needed
         rows, columns = number(dataset, "Rows"), number(dataset, "Columns")
         frames = number(dataset, "NumberOfFrames")
+        series, instance = (str(dataset.get(f"{what}InstanceUID") or "") for what in ("Series", "SOP"))
     if not len(dataset) or not (kind or (has_pixels and rows)):
         raise UserError(f"{path} is no DICOM file, or its header is damaged: it names no kind of object")
     return Header(
@@ -100,8 +122,8 @@ def read_header(path: Path) -> Header:
         dataset,
         kind,
         name if name != kind else f"private kind {kind}",
-        str(dataset.get("SeriesInstanceUID") or ""),
-        str(dataset.get("SOPInstanceUID") or ""),
+        series,
+        instance,
         has_pixels and bool(rows and columns),
         (int(columns or 0), int(rows or 0), max(int(frames or 1), 1)),
     )

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from patient.readers.common import damage
-from patient.readers.dicom.files import Header, items, number, numbers, pixel_spacing
+from patient.readers.dicom.files import Header, items, number, numbers, pixel_spacing, text
 
 _PLACES = (  # functional groups of a place in the patient, and of one in the frame of the ultrasound's own volume
     ("PlanePositionSequence", "ImagePositionPatient", "PlaneOrientationSequence", "ImageOrientationPatient"),
@@ -99,12 +99,12 @@ def _dose(header: Header) -> tuple[float, float] | None:
     return None if not scaling else (scaling, 0.0)
 
 
-def _time(text: str) -> float | str:
+def _time(told: str) -> float | str:
     """A DICOM time, HHMMSS.F, as seconds; a word where it is none."""
-    whole, _, part = text.partition(".")
+    whole, _, part = told.partition(".")
     if len(whole) == 6 and whole.isdecimal():
         return int(whole[:2]) * 3600 + int(whole[2:4]) * 60 + int(whole[4:]) + float(f"0.{part or 0}")
-    return text
+    return told
 
 
 def _keys(header: Header) -> dict[str, float | str]:
@@ -126,8 +126,8 @@ def _keys(header: Header) -> dict[str, float | str]:
     if kind:
         keys["image type"] = kind
     for name, word in (("acquisition time", "AcquisitionTime"), ("content time", "ContentTime")):
-        if text := header.text(word):
-            keys[name] = _time(text)
+        if told := header.text(word):
+            keys[name] = _time(told)
     return keys
 
 
@@ -206,9 +206,8 @@ def _grouped(header: Header, shared: list[Any], group: Any, index: int, notes: l
         ("stack", content, "StackID"),
         ("image type", first("MRImageFrameTypeSequence") or first("CTImageFrameTypeSequence"), "FrameType"),
     ):
-        value = dataset.get(keyword) if dataset else None
-        if value not in (None, ""):
-            keys[name] = str(value)
+        if dataset and (said := text(dataset, keyword)):
+            keys[name] = said
     for name in ("acquisition", "echo", "time"):  # a volume split over files, one of each
         if name in base.keys and name not in keys:
             keys[name] = base.keys[name]

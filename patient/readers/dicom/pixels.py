@@ -9,7 +9,7 @@ import numpy as np
 
 from patient.readers import video
 from patient.readers.common import check_claim, damage
-from patient.readers.dicom.files import Header, items, pydicom_for
+from patient.readers.dicom.files import Header, items, load, pydicom_for
 from utils.errors import UserError
 from utils.images import check_pixels
 
@@ -35,7 +35,7 @@ def decode(header: Header) -> np.ndarray:
         native = _syntax(header) in ("", *pydicom.uid.UncompressedTransferSyntaxes)
         check_claim(path, columns * rows * frames * samples * bits // 8, None, 1 if native else 1032)
         check_claim(path, claimed)
-        dataset = pydicom.dcmread(path, force=True)
+        dataset = load(path)
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
             little, implicit = dataset.original_encoding[1], dataset.original_encoding[0]
             names = {(True, True): "ImplicitVRLittleEndian", (False, True): "ExplicitVRLittleEndian"}
@@ -70,7 +70,7 @@ def _decode_video(header: Header) -> np.ndarray:
     """Frames of an MPEG stream, (frame, row, column[, 3])."""
     pydicom = pydicom_for(header.path)
     with damage(header.path), tempfile.TemporaryDirectory() as folder:
-        dataset = pydicom.dcmread(header.path, force=True)
+        dataset = load(header.path)
         stream = Path(folder, "stream.mp4")
         pieces = pydicom.encaps.generate_frames(dataset.PixelData, number_of_frames=1)
         stream.write_bytes(b"".join(pieces))
