@@ -124,7 +124,7 @@ def library_name(target: str) -> str:
 
     parts = [torch.__version__, str(torch.version.git_version), sys.platform, platform.machine()]
     digest = hashlib.sha256("\0".join([*parts, *CXX_FLAGS, *NVCC_FLAGS]).encode())
-    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu")):
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")):
         digest.update(b"\0" + path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
     return f"_ops_{target}_{digest.hexdigest()[:16]}"
 

@@ -5,12 +5,16 @@
 
 namespace medgs {
 
+constexpr int kMostChannels = 18;  // that one walk over the lists blends: with the six moments three groups of eight
+
 /// Numbers in the record that `blend_backward` writes for one pair of Gaussian and tile: five moments and one sum of
-/// w = dL/d(-q/2) over the tile's pixels, (sum w dx, w dy, w dx^2, w dx dy, w dy^2, w), then dL/dcolour; at least 8,
-/// which are reduced together.
+/// w = dL/d(-q/2) over the tile's pixels, (sum w dx, w dy, w dx^2, w dx dy, w dy^2, w), then dL/dcolour. Eight are
+/// reduced together: few channels have one group and single numbers, many have whole groups.
+constexpr int record_size(int64_t channels) {
+  return channels <= 2 ? 8 : channels <= 4 ? 6 + int(channels) : (6 + int(channels) + 7) / 8 * 8;
+}
 template <int C>
-constexpr int kRecordSize = C <= 2 ? 8 : 6 + C;
-inline int record_size(int64_t channels) { return channels <= 2 ? 8 : 6 + int(channels); }
+constexpr int kRecordSize = record_size(C);
 
 constexpr int kMaxRenders = 64;  // renders and views in one call
 
@@ -50,28 +54,31 @@ struct BoundsArguments {
 
 template <class S>
 struct BlendArguments {
-  int64_t gaussians, view_count, renders, channels, width, height, tiles_x, tiles_y;
+  int64_t gaussians, view_count, renders, width, height, tiles_x, tiles_y;
+  int64_t channels, stride;                    // C of this walk, and of colours, backgrounds and images in memory
+  bool first_slice;                            // of the channels: what all share is written, else added to
   const int64_t *views, *heads, *bits;         // (R) each, on the host: see `blend` in ops.py
+  const int64_t* render_layers;                // (R), on the host: how many renders of the same view come before
   const bool* check_bits;                      // (R): do some pairs of the view lack the render's bit?
   const S *means2d, *conics;                   // (V,N,2) (V,N,3)
   const uint8_t* active;                       // (V,N)
-  const S *opacities, *colours;                // (heads,N) (heads,N,C)
+  const S *opacities, *colours;                // (heads,N) (heads,N,C); of all with C the walk's first channel
   const S* backgrounds;                        // (R,C)
   const int32_t* tile_offsets;                 // (V, tiles + 1): each tile's range of pairs
   const int32_t *pair_gaussians, *pair_slots;  // (pairs): front to back within a tile
   S *images, *transmittance;                   // (R,C,H,W) (R,H,W)
   int32_t* stops;                              // (R,H,W): pairs of its tile in front of where a pixel stops
+  int64_t pairs, layers;                       // room for pairs; most renders of one view
   // CUDA: the lists are cut into segments
-  int64_t pairs, layers, segments;  // room for pairs; most renders of one view
-  const int32_t* segment_tiles;     // (segments): tile of each, counted over all views, or -1
-  S* starts;                        // (layers, segments, C + 1, pixels): transmittance and colour in front of each
+  int64_t segments;
+  const int32_t* segment_tiles;  // (segments): tile of each, counted over all views, or -1
+  S* starts;                     // (layers, segments, C + 1, pixels): transmittance and colour in front of each
   // backward
   const S *v_images, *v_transmittance;  // (R,C,H,W) (R,H,W)
-  const int64_t* render_slots;          // (R): where the records of the render's slot 0 would be
   const int32_t* gaussian_offsets;      // (V N + 1): the slots of each Gaussian of each view
   S *v_means2d, *v_conics;              // (heads,V,N,2) (V,N,3)
   S *v_opacities, *v_colours;           // (heads,N) (heads,N,C)
-  S* records;                           // (sum of pairs over renders, record_size(C))
+  S* records;                           // (layers, pairs, record_size(C))
 };
 
 /// L1 and structural similarity of images and what they should be, and the gradient of the latter.

@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "constants.h"
+#include "elementary.h"
 
 namespace medgs {
 namespace MEDGS_ISA {

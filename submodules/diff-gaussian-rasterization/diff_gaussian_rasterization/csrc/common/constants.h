@@ -36,6 +36,12 @@ constexpr int kMaxDegree = 32;                  // largest polynomial degree P t
 constexpr unsigned char kActive = 1;              // delta(t) > 0.1 and visible
 constexpr unsigned char kActiveSegmentation = 2;  // the same, and both scales above kMinSegmentationScale
 
+/// a / b rounded up, of numbers that are not negative.
+template <class T>
+MEDGS_INLINE constexpr T ceil_div(T a, T b) {
+  return (a + b - 1) / b;
+}
+
 /// A radius that can become an int32, whatever it was.
 template <class S>
 MEDGS_INLINE S bounded_radius(S radius) {

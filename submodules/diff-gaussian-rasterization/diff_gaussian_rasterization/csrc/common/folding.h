@@ -6,6 +6,7 @@
 #pragma once
 
 #include "constants.h"
+#include "elementary.h"
 
 namespace medgs {
 namespace MEDGS_ISA {

@@ -13,8 +13,8 @@ namespace MEDGS_ISA {
 
 constexpr double kNearPlane = 0.2;   // a mean at this view-space depth or nearer is culled
 constexpr double kViewMargin = 1.3;  // x/z and y/z stay within this many tan(fov / 2) inside the Jacobian
-constexpr double kMinCompensation =
-    0.000025;                    // floor under the ratio of determinants that antialiasing takes the root of
+// Floor under the ratio of determinants that antialiasing takes the root of.
+constexpr double kMinCompensation = 0.000025;
 constexpr int kMaxShCount = 16;  // coefficients of degree 3
 
 /// What all Gaussians of a call share. Matrices are in the row-vector convention: view = [p, 1] @ viewmatrix.
@@ -91,8 +91,7 @@ MEDGS_INLINE T clamp(T value, T limit) {
   return value < -limit ? -limit : value > limit ? limit : value;
 }
 
-/// The six distinct entries of a symmetric 3 x 3 matrix. As a gradient, each holds both places that the entry stands
-/// at.
+/// The six distinct entries of a symmetric 3 x 3 matrix. As a gradient, each holds both places of the entry.
 template <class T>
 struct Symmetric3 {
   T xx, xy, xz, yy, yz, zz;
@@ -103,8 +102,8 @@ MEDGS_INLINE Vec3<T> operator*(const Symmetric3<T>& m, Vec3<T> v) {
           m.xz * v.x + m.yz * v.y + m.zz * v.z};
 }
 
-// ---------------------------------------------------------------------------------------------- covariance from
-// factors
+// ---- covariance from factors
+// -----------------------------------------------------------------------------------------
 
 template <class T>
 struct Rotation {
@@ -177,8 +176,8 @@ MEDGS_INLINE void covariance_of_backward(const T* scales, const T* quaternion, T
   v_quaternion[3] = q.inverse_length * (v_z - along * q.z);
 }
 
-// -------------------------------------------------------------------------------------------------- spherical
-// harmonics
+// ---- spherical harmonics
+// ---------------------------------------------------------------------------------------------
 
 // Normalisations: kSh<l><|m|> of the polynomials below.
 constexpr double kSh00 = 0.28209479177387814;
@@ -284,8 +283,8 @@ MEDGS_INLINE Vec3<T> sh_colour_backward(const T* shs, int degree, Vec3<T> mean, 
   return inverse_distance * (v_direction + (-dot(v_direction, direction)) * direction);
 }
 
-// ------------------------------------------------------------------------------------------------------------
-// footprint
+// ---- footprint
+// -------------------------------------------------------------------------------------------------------
 
 /// All that both directions need of one Gaussian before it knows whether it is visible.
 template <class T>
@@ -358,7 +357,7 @@ MEDGS_INLINE T radius_of(T xx, T xy, T yy) {
 /// Does [centre - radius, centre + radius] touch the tiles that cover 0 .. size along one axis?
 template <class T>
 MEDGS_INLINE bool touches_tiles(T centre, T radius, int size) {
-  const int covered = (size + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile;
+  const int covered = ceil_div(size, kVisibilityTile) * kVisibilityTile;
   return centre + radius >= T(0) && centre - radius < T(covered);
 }
 

@@ -1,4 +1,4 @@
-// One Gaussian's share of the statistics of density control.
+// What a training step does to one number or one Gaussian, the same on every device.
 #pragma once
 
 #include <cmath>
@@ -9,6 +9,26 @@
 namespace medgs {
 namespace MEDGS_ISA {
 
+/// One number of an Adam step (Kingma and Ba 2015).
+template <class S>
+MEDGS_INLINE void adam_step_at(const AdamTensor<S>& t, const AdamConstants<S>& c, int64_t i) {
+  const S g = t.gradient[i];
+  const S m = c.beta1 * t.first_moment[i] + c.rest1 * g;
+  const S v = c.beta2 * t.second_moment[i] + c.rest2 * g * g;
+  t.first_moment[i] = m;
+  t.second_moment[i] = v;
+  t.parameter[i] -= t.rate * m / (std::sqrt(v) * t.correction + c.epsilon);
+}
+
+/// The loss of `sigma_outside` of the sums (sum and count below, sum and count above), and the factors of its gradient.
+template <class S>
+MEDGS_INLINE S sigma_loss(const S* total, S& below, S& above) {
+  below = total[1] > 0 ? S(1) / total[1] : S(0);
+  above = total[3] > 0 ? S(1) / total[3] : S(0);
+  return total[0] * below + total[2] * above;
+}
+
+/// One Gaussian's share of the statistics of density control.
 template <class S>
 MEDGS_INLINE void observe_gaussian(const ObserveArguments<S>& in, int64_t n) {
   int32_t radius = 0;

@@ -6,19 +6,11 @@
 #include <numeric>
 #include <vector>
 
-#include "../common/checks.h"
+#include "../common/blend_op.h"
 #include "kernels.h"
 
 namespace medgs {
 namespace {
-
-/// Pairs of Gaussian and tile. A pair's slot is its place Gaussian by Gaussian (view, then index), so that the records
-/// of one Gaussian lie together; its place in the tile lists is tile by tile (view, then tile), front to back.
-struct Pairs {
-  Tensor tile_offsets;      // (V, tiles + 1) int32
-  Tensor gaussians, slots;  // (pairs) int32, in tile order
-  Tensor gaussian_offsets;  // (V N + 1) int32: slots of each Gaussian of each view
-};
 
 /// A counting sort in two passes over the Gaussians. Each view is cut into parts that are counted and filled in
 /// parallel; parts follow each other within a tile, so the lists come out in the order of the index.
@@ -26,7 +18,7 @@ template <class S>
 Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opacities, int64_t views, int64_t n,
           int64_t heads, const std::vector<int64_t>& view_bits, int width, int height,
           const at::TensorOptions& options) {
-  const int tiles_x = (width + kTile - 1) / kTile, tiles_y = (height + kTile - 1) / kTile;
+  const int tiles_x = generic::ceil_div(width, kTile), tiles_y = generic::ceil_div(height, kTile);
   const int64_t tiles = int64_t(tiles_x) * tiles_y;
   const int threads = at::get_num_threads();
   // At most as many parts as keep their counts of the tiles to 32 MB.
@@ -115,87 +107,51 @@ Pairs bin(const S* means2d, const S* conics, const uint8_t* active, const S* opa
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> blend_cpu(
-    const Tensor& means2d, const Tensor& conics, const Tensor& active, const Tensor& opacities, const Tensor& colours,
-    const Tensor& backgrounds, const std::optional<Tensor>& screen, IntArrayRef views, IntArrayRef heads,
-    IntArrayRef bits, int64_t width, int64_t height, bool raw, int64_t capacity) {
-  check_blend(means2d, conics, active, opacities, colours, backgrounds, screen, views, heads, bits, width, height,
-              capacity);
-  const int64_t v = means2d.size(0), n = means2d.size(1), r = int64_t(views.size()), c = colours.size(2);
-  const Tensor p[] = {means2d.contiguous(),         conics.contiguous(),
-                      active.contiguous(),          active_opacities(opacities, raw),
-                      active_colours(colours, raw), backgrounds.contiguous()};
-  const auto view_bits = bits_of_views(v, views, bits);
-  const auto check = renders_to_check(view_bits, views, bits);
-  auto images = at::empty({r, c, height, width}, means2d.options());
-  auto transmittance = at::empty({r, height, width}, means2d.options());
-  auto stops = at::empty({r, height, width}, means2d.options().dtype(at::kInt));
-  Pairs pairs;
-  AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend", [&] {
-    pairs = bin<scalar_t>(p[0].const_data_ptr<scalar_t>(), p[1].const_data_ptr<scalar_t>(),
-                          p[2].const_data_ptr<uint8_t>(), p[3].const_data_ptr<scalar_t>(), v, n, opacities.size(0),
-                          view_bits, int(width), int(height), means2d.options());
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], pairs.tile_offsets, pairs.gaussians, pairs.slots,
-                                        views, heads, bits, check.get(), width, height, kTile);
-    in.backgrounds = p[5].const_data_ptr<scalar_t>();
-    in.images = images.mutable_data_ptr<scalar_t>();
-    in.transmittance = transmittance.mutable_data_ptr<scalar_t>();
-    in.stops = stops.mutable_data_ptr<int32_t>();
-    kernels<scalar_t>().blend(in, at::get_num_threads());
-  });
-  return {images,
-          transmittance,
-          stops,
-          pairs.tile_offsets,
-          pairs.gaussians,
-          pairs.slots,
-          pairs.gaussian_offsets,
-          at::empty({0}, means2d.options())};
+/// Refuses lists that would lead a kernel out of bounds. Autograd hands over what `blend` made; others may not.
+void check_range(const Tensor& tensor, const char* name, int64_t low, int64_t high, bool ascending) {
+  const auto* values = tensor.const_data_ptr<int32_t>();
+  const int64_t size = tensor.numel();
+  bool fits = true;
+  for (int64_t i = 0; i < size; ++i) fits &= values[i] >= low && values[i] <= high;
+  TORCH_CHECK_VALUE(fits, name, " must lie within ", low, " ... ", high);
+  for (int64_t i = 1; ascending && i < size; ++i) fits &= values[i - 1] <= values[i];
+  TORCH_CHECK_VALUE(fits, name, " must ascend");
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> blend_backward_cpu(
-    const Tensor& v_images, const Tensor& v_transmittance, const Tensor& images, const Tensor& transmittance,
-    const Tensor& stops, const Tensor& tile_offsets, const Tensor& pair_gaussians, const Tensor& pair_slots,
-    const Tensor& gaussian_offsets, const Tensor& /*starts*/, const Tensor& means2d, const Tensor& conics,
-    const Tensor& active, const Tensor& opacities, const Tensor& colours, IntArrayRef views, IntArrayRef heads,
-    IntArrayRef bits, int64_t width, int64_t height, bool raw) {
-  const int64_t v = means2d.size(0), r = int64_t(views.size()), c = colours.size(2);
-  check_float(v_images, "v_images", {r, c, height, width}, means2d);
-  check_float(v_transmittance, "v_transmittance", {r, height, width}, means2d);
-  const Tensor p[] = {means2d.contiguous(), conics.contiguous(), active.contiguous(), active_opacities(opacities, raw),
-                      active_colours(colours, raw)};
-  const auto g_images = v_images.contiguous(), g_transmittance = v_transmittance.contiguous();
-  const auto view_bits = bits_of_views(v, views, bits);
-  const auto check = renders_to_check(view_bits, views, bits);
-  // The k-th render of a view writes its records to layer k.
-  const int64_t pairs = pair_slots.size(0), records = layers_of(views) * pairs;
-  std::vector<int64_t> render_slots(r);
-  for (int64_t i = 0; i < r; ++i) render_slots[i] = std::count(views.begin(), views.begin() + i, views[i]) * pairs;
-  auto v_means2d = at::empty({opacities.size(0), v, means2d.size(1), 2}, means2d.options());
-  auto v_conics = opacities.size(0) > 0 ? at::empty_like(p[1]) : at::zeros_like(p[1]);
-  auto v_opacities = at::empty_like(p[3]), v_colours = at::empty_like(p[4]);
-  AT_DISPATCH_FLOATING_TYPES(means2d.scalar_type(), "blend_backward", [&] {
-    auto in = blend_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], tile_offsets, pair_gaussians, pair_slots, views,
-                                        heads, bits, check.get(), width, height, kTile);
-    auto buffer = at::empty({records, record_size(c)}, means2d.options());
-    in.images = images.data_ptr<scalar_t>();
-    in.transmittance = transmittance.data_ptr<scalar_t>();
-    in.stops = stops.data_ptr<int32_t>();
-    in.v_images = g_images.const_data_ptr<scalar_t>();
-    in.v_transmittance = g_transmittance.const_data_ptr<scalar_t>();
-    in.render_slots = render_slots.data();
-    in.gaussian_offsets = gaussian_offsets.const_data_ptr<int32_t>();
-    in.records = buffer.mutable_data_ptr<scalar_t>();
-    kernels<scalar_t>().blend_backward(in, at::get_num_threads());
-    in.v_means2d = v_means2d.mutable_data_ptr<scalar_t>();
-    in.v_conics = v_conics.mutable_data_ptr<scalar_t>();
-    in.v_opacities = v_opacities.mutable_data_ptr<scalar_t>();
-    in.v_colours = v_colours.mutable_data_ptr<scalar_t>();
-    kernels<scalar_t>().sum_records(in, opacities.size(0), at::get_num_threads());
-  });
-  if (raw) to_raw(p[3], p[4], v_opacities, v_colours);
-  return {v_means2d, v_conics, v_opacities, v_colours};
-}
+struct Cpu {
+  struct Guard {
+    explicit Guard(const at::Device&) {}
+  };
+  static constexpr int64_t kTile = medgs::kTile;
+
+  template <class S>
+  static Pairs bin(const BlendInputs& of, int64_t /*capacity*/) {
+    return medgs::bin<S>(of.means2d.const_data_ptr<S>(), of.conics.const_data_ptr<S>(),
+                         of.active.const_data_ptr<uint8_t>(), of.opacities.const_data_ptr<S>(), of.means2d.size(0),
+                         of.means2d.size(1), of.opacities.size(0), of.view_bits, int(of.width), int(of.height),
+                         of.means2d.options());
+  }
+  static int64_t room(const BlendInputs&, const Pairs&, int64_t) { return 0; }
+  static void check_lists(const BlendInputs& of, const Pairs& pairs) {
+    const int64_t last = pairs.count() - 1;
+    check_range(pairs.tile_offsets, "tile_offsets", 0, last + 1, true);
+    check_range(pairs.gaussian_offsets, "gaussian_offsets", 0, last + 1, true);
+    check_range(pairs.gaussians, "pair_gaussians", 0, of.means2d.size(1) - 1, false);
+    check_range(pairs.slots, "pair_slots", 0, last, false);
+  }
+  template <class S>
+  static void blend(const BlendArguments<S>& in, const Pairs&) {
+    kernels<S>().blend(in, at::get_num_threads());
+  }
+  template <class S>
+  static void blend_backward(const BlendArguments<S>& in, const Pairs&) {
+    kernels<S>().blend_backward(in, at::get_num_threads());
+  }
+  template <class S>
+  static void sum_records(const BlendArguments<S>& in, int64_t heads) {
+    kernels<S>().sum_records(in, heads, at::get_num_threads());
+  }
+};
 
 }  // namespace
 
@@ -213,9 +169,6 @@ TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
       "-> (Tensor v_means2d, Tensor v_conics, Tensor v_opacities, Tensor v_colours)");
 }
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
-  m.impl("blend", &blend_cpu);
-  m.impl("blend_backward", &blend_backward_cpu);
-}
+TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) { register_blend<Cpu>(m); }
 
 }  // namespace medgs

@@ -1,84 +1,41 @@
 // `fold`: Folded-Gaussians cut at V times and projected. Schema and CPU side.
 #include <ATen/Parallel.h>
 
-#include "../common/checks.h"
+#include "../common/fold_op.h"
 #include "kernels.h"
 
 namespace medgs {
 namespace {
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> fold_cpu(const Tensor& xyz, const Tensor& w1, const Tensor& m,
-                                                    const Tensor& sigma, const Tensor& scaling, const Tensor& rotation,
-                                                    const Tensor& times, const Tensor& signs, double pixels_per_unit,
-                                                    int64_t width, int64_t height) {
-  check_fold(xyz, w1, m, sigma, scaling, rotation, times, signs, width, height);
-  const int64_t v = times.size(0), n = xyz.size(0);
-  auto means2d = at::empty({v, n, 2}, xyz.options());
-  auto conics = at::empty({v, n, 3}, xyz.options());
-  auto radii = at::empty({v, n}, xyz.options().dtype(at::kInt));
-  auto active = at::empty({v, n}, xyz.options().dtype(at::kByte));
-  const Tensor p[] = {xyz.contiguous(),     w1.contiguous(),       m.contiguous(),     sigma.contiguous(),
-                      scaling.contiguous(), rotation.contiguous(), times.contiguous(), signs.contiguous()};
-  AT_DISPATCH_FLOATING_TYPES(xyz.scalar_type(), "fold", [&] {
-    auto in = fold_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], pixels_per_unit, width, height);
-    in.means2d = means2d.mutable_data_ptr<scalar_t>();
-    in.conics = conics.mutable_data_ptr<scalar_t>();
-    in.radii = radii.mutable_data_ptr<int32_t>();
-    in.active = active.mutable_data_ptr<uint8_t>();
-    kernels<scalar_t>().fold(in, at::get_num_threads());
-  });
-  return {means2d, conics, radii, active};
-}
+struct Cpu {
+  struct Guard {
+    explicit Guard(const at::Device&) {}
+  };
+  static constexpr int64_t kFoldChunk = medgs::kFoldChunk;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> fold_backward_cpu(
-    const Tensor& v_means2d, const Tensor& v_conics, const Tensor& radii, const Tensor& xyz, const Tensor& w1,
-    const Tensor& m, const Tensor& sigma, const Tensor& scaling, const Tensor& rotation, const Tensor& times,
-    const Tensor& signs, double pixels_per_unit, int64_t width, int64_t height) {
-  check_fold(xyz, w1, m, sigma, scaling, rotation, times, signs, width, height);
-  const int64_t v = times.size(0), n = xyz.size(0);
-  check_float(v_means2d, "v_means2d", {v, n, 2}, xyz);
-  check_float(v_conics, "v_conics", {v, n, 3}, xyz);
-  check_shape(radii, "radii", {v, n}, xyz);
-  const Tensor p[] = {xyz.contiguous(),     w1.contiguous(),       m.contiguous(),     sigma.contiguous(),
-                      scaling.contiguous(), rotation.contiguous(), times.contiguous(), signs.contiguous()};
-  const auto means_gradient = v_means2d.contiguous(), conics_gradient = v_conics.contiguous(), r = radii.contiguous();
-  Tensor out[6];
-  for (int i = 0; i < 6; ++i) out[i] = at::empty_like(p[i]);
-  const int64_t chunks = (n + kFoldChunk - 1) / kFoldChunk;
-  auto v_times = at::empty({chunks, v}, xyz.options());
-  AT_DISPATCH_FLOATING_TYPES(xyz.scalar_type(), "fold_backward", [&] {
-    auto in = fold_arguments<scalar_t>(p[0], p[1], p[2], p[3], p[4], p[5], p[6], p[7], pixels_per_unit, width, height);
-    in.forward_radii = r.const_data_ptr<int32_t>();
-    in.v_means2d = means_gradient.const_data_ptr<scalar_t>();
-    in.v_conics = conics_gradient.const_data_ptr<scalar_t>();
-    in.v_xyz = out[0].mutable_data_ptr<scalar_t>();
-    in.v_w1 = out[1].mutable_data_ptr<scalar_t>();
-    in.v_m = out[2].mutable_data_ptr<scalar_t>();
-    in.v_sigma = out[3].mutable_data_ptr<scalar_t>();
-    in.v_scaling = out[4].mutable_data_ptr<scalar_t>();
-    in.v_rotation = out[5].mutable_data_ptr<scalar_t>();
-    in.v_times = v_times.mutable_data_ptr<scalar_t>();
-    kernels<scalar_t>().fold_backward(in, at::get_num_threads());
-  });
-  return {out[0], out[1], out[2], out[3], out[4], out[5], v_times.sum(0)};
-}
+  template <class S>
+  static void fold(const FoldArguments<S>& in) {
+    kernels<S>().fold(in, at::get_num_threads());
+  }
+  template <class S>
+  static void fold_backward(const FoldArguments<S>& in) {
+    kernels<S>().fold_backward(in, at::get_num_threads());
+  }
+};
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
-      "fold(Tensor xyz, Tensor w1, Tensor m, Tensor sigma, Tensor scaling, Tensor rotation, Tensor times, Tensor "
-      "signs, "
-      "float pixels_per_unit, int width, int height) -> (Tensor means2d, Tensor conics, Tensor radii, Tensor active)");
+      "fold(Tensor xyz, Tensor w1, Tensor m, Tensor sigma, Tensor scaling, Tensor rotation, Tensor times, "
+      "Tensor signs, float pixels_per_unit, int width, int height) "
+      "-> (Tensor means2d, Tensor conics, Tensor radii, Tensor active)");
   m.def(
       "fold_backward(Tensor v_means2d, Tensor v_conics, Tensor radii, Tensor xyz, Tensor w1, Tensor m, Tensor sigma, "
       "Tensor scaling, Tensor rotation, Tensor times, Tensor signs, float pixels_per_unit, int width, int height) -> "
       "(Tensor v_xyz, Tensor v_w1, Tensor v_m, Tensor v_sigma, Tensor v_scaling, Tensor v_rotation, Tensor v_times)");
 }
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
-  m.impl("fold", &fold_cpu);
-  m.impl("fold_backward", &fold_backward_cpu);
-}
+TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) { register_fold<Cpu>(m); }
 
 }  // namespace medgs

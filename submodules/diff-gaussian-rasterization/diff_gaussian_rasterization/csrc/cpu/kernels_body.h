@@ -7,13 +7,13 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "../common/constants.h"
-#include "kernels.h"
-#include "simd.h"
-// after simd.h, whose math:: it uses
+#include "../common/blending.h"
 #include "../common/bounds.h"
 #include "../common/folding.h"
 #include "../common/similarity.h"
+#include "../common/statistics.h"
+#include "kernels.h"
+#include "simd.h"
 
 namespace medgs {
 namespace MEDGS_ISA {
@@ -42,9 +42,9 @@ template <class S>
 void fold(const FoldArguments<S>& in, int threads) {
   constexpr int W = kLanes<S>;
   const S width = S(in.width), height = S(in.height);
-  const S grid_width = S((in.width + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
-  const S grid_height = S((in.height + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
-  const int64_t blocks = (in.gaussians + W - 1) / W;
+  const S grid_width = S(ceil_div(in.width, int64_t(kVisibilityTile)) * kVisibilityTile);
+  const S grid_height = S(ceil_div(in.height, int64_t(kVisibilityTile)) * kVisibilityTile);
+  const int64_t blocks = ceil_div(in.gaussians, int64_t(W));
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.views, threads))
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t first = block * W, last = in.gaussians - 1;
@@ -76,7 +76,7 @@ void fold(const FoldArguments<S>& in, int threads) {
 template <class S>
 void fold_backward(const FoldArguments<S>& in, int threads) {
   constexpr int W = kLanes<S>;
-  const int64_t chunks = (in.gaussians + kFoldChunk - 1) / kFoldChunk;
+  const int64_t chunks = ceil_div(in.gaussians, kFoldChunk);
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.views, threads))
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     S* v_times = in.v_times + chunk * in.views;
@@ -155,8 +155,7 @@ void bound(const BoundsArguments<S>& in, int64_t begin, int64_t end) {
   }
 }
 
-// ---- blend: the 16 pixels of a tile at once, one a lane
-// --------------------------------------------------------------
+// ---- blend: the 16 pixels of a tile at once, one per lane -----------------------------------------------------------
 
 constexpr int kPixels = kTile * kTile;
 template <class S>
@@ -192,25 +191,6 @@ struct TileFrame {
   MEDGS_INLINE int64_t at(int i, int64_t width) const { return (y0 + i / kTile) * width + x0 + i % kTile; }
 };
 
-/// What one Gaussian gives one vector of pixels.
-template <class S>
-struct Contribution {
-  Vec<S> dx, dy, raw, alpha;  // offsets from the centre, opacity * exp(-q / 2) before and after the clamp
-  Mask<S> hit;                // q >= 0 and alpha >= 1/255
-};
-
-template <class S>
-MEDGS_INLINE Contribution<S> contribution(Vec<S> x, Vec<S> y, const S* mean, const S* conic, S opacity) {
-  Contribution<S> c;
-  c.dx = x - mean[0];
-  c.dy = y - mean[1];
-  const Vec<S> power = S(-0.5) * (conic[0] * c.dx * c.dx + conic[2] * c.dy * c.dy) - conic[1] * c.dx * c.dy;
-  c.raw = opacity * math::exp(power);
-  c.alpha = c.raw > S(kMaxAlpha) ? Vec<S>{} + S(kMaxAlpha) : c.raw;
-  c.hit = (power <= S(0)) & (c.alpha >= S(kMinAlpha));
-  return c;
-}
-
 constexpr int kAhead = 8;  // pairs between asking for a Gaussian's numbers and using them
 
 /// Runs `body(pair, gaussian, mean, conic, opacity, colour)` front to back over a tile's pairs until it returns false.
@@ -221,7 +201,7 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
   const S* means = in.means2d + 2 * view * in.gaussians;
   const S* conics = in.conics + 3 * view * in.gaussians;
   const S* opacities = in.opacities + in.heads[render] * in.gaussians;
-  const S* colours = in.colours + in.heads[render] * in.gaussians * in.channels;
+  const S* colours = in.colours + in.heads[render] * in.gaussians * in.stride;
   const uint8_t* active = in.active + view * in.gaussians;
   const uint8_t bit = uint8_t(in.bits[render]);
   const bool check = in.check_bits[render];
@@ -231,15 +211,22 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
     __builtin_prefetch(means + 2 * soon);
     __builtin_prefetch(conics + 3 * soon);
     __builtin_prefetch(opacities + soon);
-    __builtin_prefetch(colours + soon * in.channels);
+    __builtin_prefetch(colours + soon * in.stride);
     const bool drawn = !check || (active[n] & bit);
-    if (!body(pair, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.channels)) break;
+    if (!body(pair, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.stride)) break;
   }
+}
+
+/// C is the number of channels, or kMostChannels, which serves any number up to it.
+template <class S, int C>
+MEDGS_INLINE int channel_count(const BlendArguments<S>& in) {
+  return C == kMostChannels ? int(in.channels) : C;
 }
 
 template <class S, int C>
 void blend_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
+  const int channels = channel_count<S, C>(in);
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
@@ -252,20 +239,21 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
       transmittance[k] = Vec<S>{} + S(1);
       running[k] = frame.inside[k];
       stop[k] = Mask<S>{};
-      for (int c = 0; c < C; ++c) image[c][k] = Vec<S>{};
+      for (int c = 0; c < channels; ++c) image[c][k] = Vec<S>{};
     }
     for_each_pair(in, render, tile,
                   [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
                     if (!drawn) return true;
                     bool saturated = false;
                     for (int k = 0; k < K; ++k) {
-                      const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+                      const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0],
+                                                             conic[1], conic[2], opacity);
                       const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
                       const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
                       running[k] &= ~ends;
                       const Mask<S> used = running[k] & g.hit;
                       const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-                      for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
+                      for (int c = 0; c < channels; ++c) image[c][k] += colour[c] * weight;
                       transmittance[k] = used ? next : transmittance[k];
                       stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
                       saturated |= any(ends);
@@ -281,19 +269,19 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
       const int64_t at = frame.at(i, in.width);
       in.transmittance[render * area + at] = transmittance[k][l];
       in.stops[render * area + at] = int32_t(stop[k][l]);
-      for (int c = 0; c < C; ++c)
-        in.images[(render * C + c) * area + at] = image[c][k][l] + transmittance[k][l] * in.backgrounds[render * C + c];
+      for (int c = 0; c < channels; ++c)
+        in.images[(render * in.stride + c) * area + at] =
+            image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
     }
   }
 }
 
-/// Front to back again, with what is still behind a pixel in one number: S = g . (image - drawn so far), g the
-/// pixel's gradient. Then dL/dalpha = T (g . colour) - S / (1 - alpha), for any number of channels, and the final
-/// transmittance enters S as one more channel. Each pair writes one record of its own, that the caller sums per
-/// Gaussian: no atomics, and the same bits whatever the number of threads.
+/// Front to back again, with what is still behind a pixel in one number; see power_gradient. Each pair writes one
+/// record of its own, which the caller sums per Gaussian: no atomics, and the same bits whatever the number of threads.
 template <class S, int C>
 void blend_backward_channels(const BlendArguments<S>& in, int threads) {
-  constexpr int K = kParts<S>, R = kRecordSize<C>;
+  constexpr int K = kParts<S>;
+  const int channels = channel_count<S, C>(in), R = record_size(channels);
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
@@ -307,13 +295,13 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
       stop[k][l] = 0;
       behind[k][l] = 0;
       transmittance[k][l] = 1;
-      for (int c = 0; c < C; ++c) v_image[c][k][l] = 0;
+      for (int c = 0; c < channels; ++c) v_image[c][k][l] = 0;
       if (!frame.inside[k][l]) continue;
       const int64_t at = frame.at(i, in.width);
       S rest = in.v_transmittance[render * area + at] * in.transmittance[render * area + at];
-      for (int c = 0; c < C; ++c) {
-        v_image[c][k][l] = in.v_images[(render * C + c) * area + at];
-        rest += v_image[c][k][l] * in.images[(render * C + c) * area + at];
+      for (int c = 0; c < channels; ++c) {
+        v_image[c][k][l] = in.v_images[(render * in.stride + c) * area + at];
+        rest += v_image[c][k][l] * in.images[(render * in.stride + c) * area + at];
       }
       behind[k][l] = rest;
       stop[k][l] = in.stops[render * area + at];
@@ -322,69 +310,69 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
     for_each_pair(
         in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-          S* record = in.records + (in.render_slots[render] + in.pair_slots[pair]) * R;
-          Vec<S> total[R];
+          S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * R;
+          Vec<S> total[kRecordSize<C>];
           Mask<S> touched{};
           if (drawn && pair - start < deepest) {
             for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
             for (int k = 0; k < K; ++k) {
-              const auto g = contribution<S>(frame.x[k], frame.y[k], mean, conic, opacity);
+              const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
+                                                     conic[2], opacity);
               const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
               touched |= used;
               const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
               Vec<S> v_weight{};
-              for (int c = 0; c < C; ++c) {
+              for (int c = 0; c < channels; ++c) {
                 v_weight += colour[c] * v_image[c][k];
                 total[6 + c] += weight * v_image[c][k];
               }
               behind[k] -= weight * v_weight;
-              const Vec<S> v_alpha = transmittance[k] * v_weight - behind[k] / (S(1) - g.alpha);
+              add_moments(g, power_gradient<S>(g, used, transmittance[k], v_weight, behind[k]), total);
               transmittance[k] =
                   used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
-              // The gradient of alpha is 0 where it is clamped; d alpha / d power = alpha.
-              const Vec<S> v_power = (used & (g.raw <= S(kMaxAlpha))) ? v_alpha * g.raw : Vec<S>{};
-              const Vec<S> vx = v_power * g.dx, vy = v_power * g.dy;
-              total[0] += vx;
-              total[1] += vy;
-              total[2] += vx * g.dx;
-              total[3] += vx * g.dy;
-              total[4] += vy * g.dy;
-              total[5] += v_power;
             }
           }
           if (!any(touched)) {
             for (int r = 0; r < R; ++r) record[r] = 0;
             return true;
           }
-          for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
-          sum8<S>(total, record);
+          if (C <= 4) {
+            for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
+            sum8<S>(total, record);
+          } else {
+            for (int r = 0; r < R; r += 8) sum8<S>(total + r, record + r);
+          }
           return true;
         });
   }
 }
 
+/// Calls `run` with the number of channels as a compile-time constant: itself where it is small.
+template <class Run>
+void with_channels(int64_t channels, const Run& run) {
+  if (channels == 1) return run(std::integral_constant<int, 1>{});
+  if (channels == 2) return run(std::integral_constant<int, 2>{});
+  if (channels == 3) return run(std::integral_constant<int, 3>{});
+  if (channels == 4) return run(std::integral_constant<int, 4>{});
+  run(std::integral_constant<int, kMostChannels>{});
+}
+
 template <class S>
 void blend(const BlendArguments<S>& in, int threads) {
-  if (in.channels == 1) return blend_channels<S, 1>(in, threads);
-  if (in.channels == 2) return blend_channels<S, 2>(in, threads);
-  if (in.channels == 3) return blend_channels<S, 3>(in, threads);
-  blend_channels<S, 4>(in, threads);
+  with_channels(in.channels, [&](auto c) { blend_channels<S, c.value>(in, threads); });
 }
 
 template <class S>
 void blend_backward(const BlendArguments<S>& in, int threads) {
-  if (in.channels == 1) return blend_backward_channels<S, 1>(in, threads);
-  if (in.channels == 2) return blend_backward_channels<S, 2>(in, threads);
-  if (in.channels == 3) return blend_backward_channels<S, 3>(in, threads);
-  blend_backward_channels<S, 4>(in, threads);
+  with_channels(in.channels, [&](auto c) { blend_backward_channels<S, c.value>(in, threads); });
 }
 
-/// Sums the records of every pair of a Gaussian, in the order of the slots, and turns the moments into gradients: every
-/// entry of them is written.
+/// Sums the records of every pair of a Gaussian, in the order of the slots, and turns the moments into gradients. The
+/// first slice of the channels writes every entry of them, the others add to what all channels share.
 template <class S, int C>
 void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int threads) {
   using Eight = typename Simd<S, 8>::type;
-  constexpr int R = kRecordSize<C>;
+  const int channels = channel_count<S, C>(in), R = record_size(channels);
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.view_count, threads))
   for (int64_t n = 0; n < in.gaussians; ++n) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -393,12 +381,13 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
       for (int64_t view = 0; view < in.view_count; ++view) {
         const int64_t row = view * in.gaussians + n;
         const int64_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
+        constexpr int kMore = kRecordSize<C> > 8 ? kRecordSize<C> - 8 : 1;
         Eight sum{};
-        S more[R > 8 ? R - 8 : 1] = {};
+        S more[kMore] = {};
         if (first < last) {
           for (int64_t r = 0; r < in.renders; ++r) {
             if (in.views[r] != view || in.heads[r] != head) continue;
-            const S* record = in.records + (in.render_slots[r] + first) * R;
+            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * R;
             for (int64_t slot = first; slot < last; ++slot, record += R) {
               Eight eight;
               std::memcpy(&eight, record, sizeof eight);
@@ -410,30 +399,27 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         const S* conic = in.conics + 3 * row;
         S* v_mean = in.v_means2d + 2 * (head * in.view_count * in.gaussians + row);
         S* v_conic = in.v_conics + 3 * row;
-        v_mean[0] = first < last ? conic[0] * sum[0] + conic[1] * sum[1] : S(0);
-        v_mean[1] = first < last ? conic[1] * sum[0] + conic[2] * sum[1] : S(0);
-        v_conic[0] = (head ? v_conic[0] : S(0)) - S(0.5) * sum[2];
-        v_conic[1] = (head ? v_conic[1] : S(0)) - sum[3];
-        v_conic[2] = (head ? v_conic[2] : S(0)) - S(0.5) * sum[4];
+        const S by_mean[2] = {first < last ? conic[0] * sum[0] + conic[1] * sum[1] : S(0),
+                              first < last ? conic[1] * sum[0] + conic[2] * sum[1] : S(0)};
+        const S by_conic[3] = {S(0.5) * sum[2], sum[3], S(0.5) * sum[4]};
+        for (int i = 0; i < 2; ++i) v_mean[i] = in.first_slice ? by_mean[i] : v_mean[i] + by_mean[i];
+        for (int i = 0; i < 3; ++i) v_conic[i] = (head > 0 || !in.first_slice ? v_conic[i] : S(0)) - by_conic[i];
         v_opacity += sum[5];
-        for (int c = 0; c < C; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[(c + 6) % 8];
+        for (int c = 0; c < channels; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c - 2];
       }
-      in.v_opacities[at] = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
-      for (int c = 0; c < C; ++c) in.v_colours[at * C + c] = v_colour[c];
+      const S by_opacity = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
+      in.v_opacities[at] = in.first_slice ? by_opacity : in.v_opacities[at] + by_opacity;
+      for (int c = 0; c < channels; ++c) in.v_colours[at * in.stride + c] = v_colour[c];
     }
   }
 }
 
 template <class S>
 void sum_records(const BlendArguments<S>& in, int64_t heads, int threads) {
-  if (in.channels == 1) return sum_records_channels<S, 1>(in, heads, threads);
-  if (in.channels == 2) return sum_records_channels<S, 2>(in, heads, threads);
-  if (in.channels == 3) return sum_records_channels<S, 3>(in, heads, threads);
-  sum_records_channels<S, 4>(in, heads, threads);
+  with_channels(in.channels, [&](auto c) { sum_records_channels<S, c.value>(in, heads, threads); });
 }
 
-// ---- similarity: W pixels of a row at once
-// ---------------------------------------------------------------------------
+// ---- similarity: W pixels of a row at once --------------------------------------------------------------------------
 
 template <class S>
 MEDGS_INLINE Vec<S> load(const S* from) {
@@ -483,8 +469,8 @@ MEDGS_INLINE Vec<S> blur_down(const SimilarityArguments<S>& in, const S* rows, i
 
 template <class S>
 void similarity(const SimilarityArguments<S>& in, int threads) {
-  const int64_t padded = (in.width + kLanes<S> - 1) / kLanes<S> * kLanes<S>, length = padded + 2 * kHalo + kLanes<S>;
-  const int64_t bands = (in.height + kBand - 1) / kBand, area = in.width * in.height;
+  const int64_t padded = ceil_div(in.width, int64_t(kLanes<S>)) * kLanes<S>, length = padded + 2 * kHalo + kLanes<S>;
+  const int64_t bands = ceil_div(in.height, int64_t(kBand)), area = in.width * in.height;
   const int64_t scratch = 5 * ((kBand + 2 * kHalo) * padded + length);
 #pragma omp parallel num_threads(threads_for(in.planes* area, threads))
   {
@@ -553,25 +539,17 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
   }
 }
 
-// ---- what a training step needs beside renders
-// -----------------------------------------------------------------------
+// ---- what a training step needs beside renders ----------------------------------------------------------------------
 
 template <class S>
 void adam(const AdamTensor<S>& t, const AdamConstants<S>& c, int threads) {
 #pragma omp parallel for simd schedule(static) num_threads(threads_for(t.size, threads))
-  for (int64_t i = 0; i < t.size; ++i) {
-    const S g = t.gradient[i];
-    const S m = c.beta1 * t.first_moment[i] + c.rest1 * g;
-    const S v = c.beta2 * t.second_moment[i] + c.rest2 * g * g;
-    t.first_moment[i] = m;
-    t.second_moment[i] = v;
-    t.parameter[i] -= t.rate * m / (std::sqrt(v) * t.correction + c.epsilon);
-  }
+  for (int64_t i = 0; i < t.size; ++i) adam_step_at(t, c, i);
 }
 
 template <class S>
 void sigma_outside(const SigmaArguments<S>& in, int threads) {
-  const int64_t chunk = (in.gaussians + in.parts - 1) / in.parts;
+  const int64_t chunk = ceil_div(in.gaussians, in.parts);
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians, threads))
   for (int64_t part = 0; part < in.parts; ++part) {
     Vec<S> below{}, above{}, count_below{}, count_above{};
@@ -601,8 +579,8 @@ void sigma_outside(const SigmaArguments<S>& in, int threads) {
   S total[4] = {};
   for (int64_t part = 0; part < in.parts; ++part)
     for (int k = 0; k < 4; ++k) total[k] += in.sums[4 * part + k];
-  const S below = total[1] > 0 ? S(1) / total[1] : S(0), above = total[3] > 0 ? S(1) / total[3] : S(0);
-  *in.loss = total[0] * below + total[2] * above;
+  S below, above;
+  *in.loss = sigma_loss(total, below, above);
   for (int64_t i = 0; i < in.gaussians; ++i) in.gradient[i] *= in.gradient[i] < 0 ? below : above;
 }
 

@@ -1,7 +1,7 @@
 // `project` and its gradient on the CPU, and the schemas of both. See general.py for the meaning of the arguments.
 #include <torch/library.h>
 
-#include "../project_op.h"
+#include "../common/project_op.h"
 
 namespace medgs {
 namespace {

@@ -198,6 +198,22 @@ MEDGS_INLINE void sincos_turns(Vec<double> turns, Vec<double>& sine, Vec<double>
   }
 }
 
+/// That number in every lane.
+template <class V, class S>
+MEDGS_INLINE V splat(S x) {
+  return V{} + x;
+}
+
+// Of blending; on a GPU these are the hardware's fast forms.
+template <class V>
+MEDGS_INLINE V blending_exp(V x) {
+  return exp(x);
+}
+template <class V>
+MEDGS_INLINE V blending_divide(V x, V y) {
+  return x / y;
+}
+
 }  // namespace math
 }  // namespace MEDGS_ISA
 }  // namespace medgs

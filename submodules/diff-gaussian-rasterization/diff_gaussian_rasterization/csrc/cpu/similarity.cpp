@@ -9,7 +9,7 @@ namespace medgs {
 namespace {
 
 std::tuple<Tensor, Tensor, Tensor> similarity_cpu(const Tensor& images, const Tensor& targets, bool with_gradient) {
-  const int64_t bands = images.dim() == 4 ? (images.size(2) + kBand - 1) / kBand : 0;
+  const int64_t bands = images.dim() == 4 ? generic::ceil_div(images.size(2), int64_t(kBand)) : 0;
   const int64_t parts = images.dim() == 4 ? images.size(0) * images.size(1) * bands : 0;
   return similarity_op(images, targets, with_gradient, parts, [&](const auto& in) {
     using S = std::decay_t<decltype(in.c1)>;

@@ -6,7 +6,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../project_op.h"
+#include "../common/project_op.h"
 
 namespace medgs {
 namespace {

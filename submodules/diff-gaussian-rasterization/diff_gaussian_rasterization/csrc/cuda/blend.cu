@@ -1,18 +1,18 @@
-// `blend` on a GPU. A warp blends a tile of 8 x 8 pixels by itself, two pixels a lane: the Gaussians here are small, so
-// larger tiles would spend most lanes on pixels that a Gaussian does not reach. The images are small as well, and the
-// lists of their tiles long: a list is cut into segments that are blended at the same time, then put together front to
-// back, (C, T) over (C', T') being (C + T C', T T'). Backward, each segment starts from what the forward pass left in
-// front of it; each pair of Gaussian and tile is reduced within its warp and written once: no atomics, and the same
+// `blend` on a GPU. A warp blends a tile of 8 x 8 pixels by itself, two pixels per lane: the Gaussians here are small,
+// so larger tiles would spend most lanes on pixels that a Gaussian does not reach. The images are small as well, and
+// the lists of their tiles long: a list is cut into segments that are blended at the same time, then put together front
+// to back, (C, T) over (C', T') being (C + T C', T T'). Backward, each segment starts from what the forward pass left
+// in front of it; each pair of Gaussian and tile is reduced within its warp and written once: no atomics, and the same
 // bits in every run.
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 
 #include <algorithm>
 
-#include "launch.h"
-#include "scalar.cuh"
-// after scalar.cuh
+#include "../common/blending.h"
 #include "../common/bounds.h"
+#include "launch.h"
+#include "warp.cuh"
 
 namespace medgs {
 namespace cuda {
@@ -20,7 +20,6 @@ namespace {
 
 using namespace generic;
 
-constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kWarps = 4;      // tiles of a block
 constexpr int kRowsApart = 4;  // a lane's second pixel lies four rows under its first
 constexpr int kScanThreads = 256;
@@ -123,6 +122,15 @@ __global__ void list_segments(const int32_t* tile_offsets, int64_t views, int64_
 // ---- blending
 // --------------------------------------------------------------------------------------------------------
 
+// C is the number of channels that a kernel is compiled for: itself up to 4, else 10 or kMostChannels. Where there are
+// fewer, the others are zeros: only what reads or writes memory of the operator looks whether a channel exists.
+constexpr int kSomeChannels = 10;  // with the six moments two groups of eight
+
+template <int C, class S>
+__device__ __forceinline__ bool has_channel(const BlendArguments<S>& in, int c) {
+  return C <= 4 || c < in.channels;
+}
+
 /// What a tile needs of a Gaussian, staged in shared memory by one lane and read by all.
 template <class S, int C>
 struct alignas(16) Staged {
@@ -205,26 +213,14 @@ __device__ __forceinline__ void stage(const BlendArguments<S>& in, const RenderT
   out.c = conic[2];
   out.opacity = in.opacities[tile.head_row + n];
 #pragma unroll
-  for (int c = 0; c < C; ++c) out.colour[c] = in.colours[(tile.head_row + n) * C + c];
+  for (int c = 0; c < C; ++c)
+    out.colour[c] = has_channel<C>(in, c) ? in.colours[(tile.head_row + n) * in.stride + c] : S(0);
   if (table.check[tile.render] && !(in.active[tile.view_row + n] & table.bit[tile.render])) out.opacity = 0;
 }
 
-template <class S>
-struct Contribution {
-  S dx, dy, raw, alpha;
-  bool hit;
-};
-
 template <class S, int C>
-__device__ __forceinline__ Contribution<S> contribution(const Staged<S, C>& g, int x, int y) {
-  Contribution<S> c;
-  c.dx = S(x) - g.u;
-  c.dy = S(y) - g.v;
-  const S power = S(-0.5) * (g.a * c.dx * c.dx + g.c * c.dy * c.dy) - g.b * c.dx * c.dy;
-  c.raw = g.opacity * math::fast_exp(power);
-  c.alpha = c.raw > S(kMaxAlpha) ? S(kMaxAlpha) : c.raw;
-  c.hit = power <= S(0) && c.alpha >= S(kMinAlpha);
-  return c;
+__device__ __forceinline__ auto contribution_at(const Staged<S, C>& g, int x, int y) {
+  return contribution<S, S>(S(x), S(y), g.u, g.v, g.a, g.b, g.c, g.opacity);
 }
 
 /// Blends the pairs [begin, end) of a tile behind what `image` and `transmittance` hold, at the pixels that are still
@@ -243,7 +239,7 @@ __device__ __forceinline__ void walk(const BlendArguments<S>& in, const RenderTa
       const Staged<S, C> g = staged[j];
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const auto c = contribution(g, tile.x, tile.y + k * kRowsApart);
+        const auto c = contribution_at(g, tile.x, tile.y + k * kRowsApart);
         if (!c.hit || !running[k]) continue;
         const S next = transmittance[k] * (S(1) - c.alpha);
         if (next < S(kMinTransmittance)) {
@@ -270,8 +266,9 @@ __device__ __forceinline__ void write_pixel(const BlendArguments<S>& in, const T
   in.stops[pixel] = stop;
 #pragma unroll
   for (int i = 0; i < C; ++i)
-    in.images[(tile.render * C + i) * tile.area + tile.pixel[k]] =
-        image[i] + transmittance * in.backgrounds[tile.render * C + i];
+    if (has_channel<C>(in, i))
+      in.images[(tile.render * in.stride + i) * tile.area + tile.pixel[k]] =
+          image[i] + transmittance * in.backgrounds[tile.render * in.stride + i];
 }
 
 /// Each segment by itself, as if nothing were in front of it.
@@ -307,7 +304,7 @@ __global__ void __launch_bounds__(32 * kWarps)
   const int64_t at = int64_t(blockIdx.x) * kWarps + warp;
   if (at >= in.tiles_x * in.tiles_y) return;
   const Tile<S, C> tile(in, table, blockIdx.y, at);
-  const int32_t count = (tile.last - tile.first + kSegment - 1) / kSegment;
+  const int32_t count = ceil_div(tile.last - tile.first, kSegment);
   S image[2][C] = {}, transmittance[2] = {1, 1};
   int32_t stop[2] = {kNeverStops, kNeverStops};
   S ahead[2][C + 1] = {};  // of the next segment, asked for ahead of use
@@ -379,34 +376,7 @@ __global__ void __launch_bounds__(32 * kWarps) stop_pixels_kernel(const BlendArg
     if (stops[k]) write_pixel(in, tile, k, image[k], transmittance[k], stop[k]);
 }
 
-/// Sums eight numbers over the warp at once: each step halves the numbers that a lane still carries, 9 shuffles in all
-/// instead of 40. Lane 4 i ends with the sum of value[i].
-template <class S>
-__device__ __forceinline__ S warp_sum8(S* value) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 16, count = 4; count >= 1; step /= 2, count /= 2) {
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-      const S send = upper ? value[i] : value[i + count];
-      const S keep = upper ? value[i + count] : value[i];
-      value[i] = keep + __shfl_xor_sync(kAllLanes, send, step);
-    }
-  }
-  value[0] += __shfl_xor_sync(kAllLanes, value[0], 2);
-  value[0] += __shfl_xor_sync(kAllLanes, value[0], 1);
-  return value[0];
-}
-
-template <class S>
-__device__ __forceinline__ S warp_sum(S value) {
-#pragma unroll
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(kAllLanes, value, step);
-  return value;
-}
-
-/// Front to back, like the forward pass; see blend_backward_channels in cpu/kernels_body.h for the recurrence.
+/// Front to back, like the forward pass; see common/blending.h for the recurrence.
 template <class S, int C>
 __global__ void __launch_bounds__(32 * kWarps)
     blend_backward_kernel(const BlendArguments<S> in, const RenderTable table) {
@@ -430,7 +400,8 @@ __global__ void __launch_bounds__(32 * kWarps)
     behind[k] = in.v_transmittance[pixel] * in.transmittance[pixel];
 #pragma unroll
     for (int i = 0; i < C; ++i) {
-      const int64_t channel = (tile.render * C + i) * tile.area + tile.pixel[k];
+      if (!has_channel<C>(in, i)) continue;
+      const int64_t channel = (tile.render * in.stride + i) * tile.area + tile.pixel[k];
       v_image[k][i] = in.v_images[channel];
       behind[k] += v_image[k][i] * (in.images[channel] - start[(1 + i) * kTilePixels + 32 * k]);
     }
@@ -454,7 +425,7 @@ __global__ void __launch_bounds__(32 * kWarps)
       bool touched = false;
 #pragma unroll
       for (int k = 0; k < 2; ++k) {
-        const auto c = contribution(g, tile.x, tile.y + k * kRowsApart);
+        const auto c = contribution_at(g, tile.x, tile.y + k * kRowsApart);
         if (!c.hit || batch + j - tile.first >= stop[k]) continue;
         touched = true;
         const S weight = c.alpha * transmittance[k];
@@ -465,27 +436,23 @@ __global__ void __launch_bounds__(32 * kWarps)
           total[6 + i] += weight * v_image[k][i];
         }
         behind[k] -= weight * v_weight;
-        const S v_alpha = transmittance[k] * v_weight - math::fast_divide(behind[k], S(1) - c.alpha);
+        add_moments(c, power_gradient<S>(c, c.hit, transmittance[k], v_weight, behind[k]), total);
         transmittance[k] *= S(1) - c.alpha;
-        // The gradient of alpha is 0 where it is clamped; d alpha / d power = alpha.
-        const S v_power = c.raw <= S(kMaxAlpha) ? v_alpha * c.raw : S(0);
-        const S vx = v_power * c.dx, vy = v_power * c.dy;
-        total[0] += vx;
-        total[1] += vy;
-        total[2] += vx * c.dx;
-        total[3] += vx * c.dy;
-        total[4] += vy * c.dy;
-        total[5] += v_power;
       }
       S* record = records + int64_t(__shfl_sync(kAllLanes, slot, j)) * R;
       if (__any_sync(kAllLanes, touched)) {
+        if constexpr (C <= 4) {
 #pragma unroll
-        for (int r = 8; r < R; ++r) {
-          const S sum = warp_sum(total[r]);
-          if (lane == 0) record[r] = sum;
+          for (int r = 8; r < R; ++r) {
+            const S sum = warp_sum(total[r]);
+            if (lane == 0) record[r] = sum;
+          }
         }
-        const S sum = warp_sum8(total);
-        if (lane % 4 == 0) record[lane / 4] = sum;
+#pragma unroll
+        for (int r = 0; r < (C <= 4 ? 8 : R); r += 8) {
+          const S sum = warp_sum8(total + r);
+          if (lane % 4 == 0) record[r + lane / 4] = sum;
+        }
       } else if (lane < R) {
         record[lane] = 0;
       }
@@ -541,11 +508,10 @@ __device__ __forceinline__ void sum_slots(const S* records, int32_t begin, int32
 
 template <class S, int C>
 __global__ void __launch_bounds__(kScanThreads)
-    sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads, S* v_means2d, S* v_conics,
-                       S* v_opacities, S* v_colours) {
+    sum_records_kernel(const BlendArguments<S> in, const RenderTable table, int64_t heads) {
   constexpr int R = kRecordSize<C>;
   const int64_t n = int64_t(blockIdx.x) * kScanThreads + threadIdx.x;
-  const bool exists = n < in.gaussians;
+  const bool exists = n < in.gaussians, first = in.first_slice;
   for (int64_t head = 0; head < heads; ++head) {
     S v_opacity = 0, v_colour[C] = {};
     for (int64_t view = 0; view < in.view_count; ++view) {
@@ -562,22 +528,25 @@ __global__ void __launch_bounds__(kScanThreads)
       for (int r = table.first[view]; r >= 0; r = table.next[r])
         if (table.head[r] == head) sum_slots<R>(in.records + table.layer[r] * in.pairs * R, begin, end, sum);
       if (!exists) continue;
-      S* v_mean = v_means2d + 2 * (head * in.view_count * in.gaussians + row);
-      v_mean[0] = conic[0] * sum[0] + conic[1] * sum[1];
-      v_mean[1] = conic[1] * sum[0] + conic[2] * sum[1];
-      S* v_conic = v_conics + 3 * row;
-      const S gradient[3] = {S(-0.5) * sum[2], -sum[3], S(-0.5) * sum[4]};
+      S* v_mean = in.v_means2d + 2 * (head * in.view_count * in.gaussians + row);
+      S* v_conic = in.v_conics + 3 * row;
+      const S by_mean[2] = {conic[0] * sum[0] + conic[1] * sum[1], conic[1] * sum[0] + conic[2] * sum[1]};
+      const S by_conic[3] = {S(-0.5) * sum[2], -sum[3], S(-0.5) * sum[4]};
 #pragma unroll
-      for (int i = 0; i < 3; ++i) v_conic[i] = head == 0 ? gradient[i] : v_conic[i] + gradient[i];
+      for (int i = 0; i < 2; ++i) v_mean[i] = first ? by_mean[i] : v_mean[i] + by_mean[i];
+#pragma unroll
+      for (int i = 0; i < 3; ++i) v_conic[i] = head == 0 && first ? by_conic[i] : v_conic[i] + by_conic[i];
       v_opacity += sum[5];
 #pragma unroll
       for (int i = 0; i < C; ++i) v_colour[i] += sum[6 + i];
     }
     if (!exists) continue;
     const int64_t at = head * in.gaussians + n;
-    v_opacities[at] = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
+    const S by_opacity = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
+    in.v_opacities[at] = first ? by_opacity : in.v_opacities[at] + by_opacity;
 #pragma unroll
-    for (int i = 0; i < C; ++i) v_colours[at * C + i] = v_colour[i];
+    for (int i = 0; i < C; ++i)
+      if (has_channel<C>(in, i)) in.v_colours[at * in.stride + i] = v_colour[i];
   }
 }
 
@@ -586,7 +555,7 @@ struct SaturatingSum {
   __device__ int32_t operator()(int32_t x, int32_t y) const { return x > 0x7fffffff - y ? 0x7fffffff : x + y; }
 };
 
-unsigned blocks_for(int64_t items, int threads) { return unsigned((items + threads - 1) / threads); }
+unsigned blocks_for(int64_t items, int64_t threads) { return unsigned(ceil_div(items, threads)); }
 
 template <class S>
 RenderTable table_of(const BlendArguments<S>& in) {
@@ -603,44 +572,46 @@ RenderTable table_of(const BlendArguments<S>& in) {
       table.first[view] = r;
     else
       table.next[latest[view]] = r;
-    table.layer[r] = table.first[view] == r ? 0 : table.layer[latest[view]] + 1;
+    table.layer[r] = int(in.render_layers[r]);
     latest[view] = r;
   }
   return table;
 }
 
-/// Calls `run` with the number of channels as a compile-time constant.
+/// Calls `run` with the C of the kernels for that many channels.
 template <class Run>
 cudaError_t with_channels(int64_t channels, const Run& run) {
-  switch (channels) {
-    case 1:
-      run(std::integral_constant<int, 1>{});
-      break;
-    case 2:
-      run(std::integral_constant<int, 2>{});
-      break;
-    case 3:
-      run(std::integral_constant<int, 3>{});
-      break;
-    default:
-      run(std::integral_constant<int, 4>{});
-      break;
-  }
+  if (channels == 1)
+    run(std::integral_constant<int, 1>{});
+  else if (channels == 2)
+    run(std::integral_constant<int, 2>{});
+  else if (channels == 3)
+    run(std::integral_constant<int, 3>{});
+  else if (channels == 4)
+    run(std::integral_constant<int, 4>{});
+  else if (channels <= kSomeChannels)
+    run(std::integral_constant<int, kSomeChannels>{});
+  else
+    run(std::integral_constant<int, kMostChannels>{});
   return cudaGetLastError();
 }
 
 }  // namespace
 
+int64_t start_size(int64_t channels) {
+  const int64_t compiled = channels <= 4 ? channels : channels <= kSomeChannels ? kSomeChannels : kMostChannels;
+  return (compiled + 1) * kTilePixels;
+}
+
 template <class S>
 cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities,
                                int64_t views, int64_t gaussians, int64_t heads, const int64_t* view_bits, int width,
-                               int height, void* rectangles, int32_t* counts, cudaStream_t stream) {
+                               int height, TileRectangle* rectangles, int32_t* counts, cudaStream_t stream) {
   if (gaussians == 0) return cudaSuccess;
   ViewBits bits{};
   for (int64_t v = 0; v < views; ++v) bits.bits[v] = uint8_t(view_bits[v]);
   count_pairs<S><<<blocks_for(gaussians, kScanThreads), kScanThreads, 0, stream>>>(
-      means2d, conics, active, opacities, views, gaussians, heads, bits, width, height,
-      static_cast<TileRectangle*>(rectangles), counts);
+      means2d, conics, active, opacities, views, gaussians, heads, bits, width, height, rectangles, counts);
   return cudaGetLastError();
 }
 
@@ -654,16 +625,16 @@ cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32
   return cub::DeviceScan::InclusiveScan(temporary, bytes, in, out + 1, SaturatingSum{}, int(count), stream);
 }
 
-cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys, int32_t* slots,
-                              int32_t* owners, cudaStream_t stream) {
+cudaError_t launch_emit_pairs(const TileRectangle* rectangles, const int32_t* gaussian_offsets, int64_t views,
+                              int64_t gaussians, int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys,
+                              int32_t* slots, int32_t* owners, cudaStream_t stream) {
   const int64_t rows = views * gaussians;
   // What stays of the keys when there are fewer pairs belongs behind all tiles.
   const cudaError_t error = cudaMemsetAsync(keys, 0xff, sizeof(uint32_t) * capacity, stream);
   if (error != cudaSuccess || rows == 0) return error;
-  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(
-      static_cast<const TileRectangle*>(rectangles), gaussian_offsets, rows, gaussians, tiles_x, tiles_x * tiles_y,
-      int32_t(capacity), keys, slots, owners);
+  emit_pairs<<<blocks_for(rows, kScanThreads), kScanThreads, 0, stream>>>(rectangles, gaussian_offsets, rows, gaussians,
+                                                                          tiles_x, tiles_x * tiles_y, int32_t(capacity),
+                                                                          keys, slots, owners);
   return cudaGetLastError();
 }
 
@@ -715,22 +686,21 @@ cudaError_t launch_blend_backward(const BlendArguments<S>& in, cudaStream_t stre
 }
 
 template <class S>
-cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_means2d, S* v_conics, S* v_opacities,
-                               S* v_colours, cudaStream_t stream) {
+cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, cudaStream_t stream) {
   if (in.gaussians == 0) return cudaSuccess;
   const RenderTable table = table_of(in);
   return with_channels(in.channels, [&](auto c) {
-    sum_records_kernel<S, c.value><<<blocks_for(in.gaussians, kScanThreads), kScanThreads, 0, stream>>>(
-        in, table, heads, v_means2d, v_conics, v_opacities, v_colours);
+    sum_records_kernel<S, c.value>
+        <<<blocks_for(in.gaussians, kScanThreads), kScanThreads, 0, stream>>>(in, table, heads);
   });
 }
 
 #define MEDGS_INSTANTIATE(S)                                                                                       \
   template cudaError_t launch_count_pairs(const S*, const S*, const uint8_t*, const S*, int64_t, int64_t, int64_t, \
-                                          const int64_t*, int, int, void*, int32_t*, cudaStream_t);                \
+                                          const int64_t*, int, int, TileRectangle*, int32_t*, cudaStream_t);       \
   template cudaError_t launch_blend(const BlendArguments<S>&, cudaStream_t);                                       \
   template cudaError_t launch_blend_backward(const BlendArguments<S>&, cudaStream_t);                              \
-  template cudaError_t launch_sum_records(const BlendArguments<S>&, int64_t, S*, S*, S*, S*, cudaStream_t);
+  template cudaError_t launch_sum_records(const BlendArguments<S>&, int64_t, cudaStream_t);
 MEDGS_INSTANTIATE(float)
 MEDGS_INSTANTIATE(double)
 

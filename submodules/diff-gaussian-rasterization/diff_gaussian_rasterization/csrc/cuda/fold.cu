@@ -1,8 +1,7 @@
-// `fold` on a GPU: one thread a Gaussian, looping over the views, so that what does not depend on t is done once.
-#include "launch.h"
-#include "scalar.cuh"
-// after scalar.cuh, whose math:: it uses
+// `fold` on a GPU: one thread per Gaussian, looping over the views, so that what does not depend on t is done once.
 #include "../common/folding.h"
+#include "launch.h"
+#include "warp.cuh"
 
 namespace medgs {
 namespace cuda {
@@ -37,8 +36,8 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const FoldArguments<S> i
   const Loaded<S, P> g(in, n);
   const auto path = [&](int j, int axis) { return g.path[2 * j + axis]; };
   const S width = S(in.width), height = S(in.height);
-  const S grid_width = S((in.width + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
-  const S grid_height = S((in.height + kVisibilityTile - 1) / kVisibilityTile * kVisibilityTile);
+  const S grid_width = S(ceil_div(in.width, int64_t(kVisibilityTile)) * kVisibilityTile);
+  const S grid_height = S(ceil_div(in.height, int64_t(kVisibilityTile)) * kVisibilityTile);
   for (int64_t view = 0; view < in.views; ++view) {
     const auto c = cut<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit,
                              width, height);
@@ -76,7 +75,7 @@ __global__ void __launch_bounds__(kThreads) fold_backward_kernel(const FoldArgum
           cut_backward<S, S>(g.gaussian, path, P < 0 ? g.degree : P, in.times[view], in.signs[view], in.pixels_per_unit,
                              in.v_means2d[2 * row], in.v_means2d[2 * row + 1], in.v_conics[3 * row],
                              in.v_conics[3 * row + 1], in.v_conics[3 * row + 2], v, path_gradient);
-    for (int step = 16; step > 0; step /= 2) v_time += __shfl_xor_sync(0xffffffffu, v_time, step);
+    v_time = warp_sum(v_time);
     if (threadIdx.x % 32 == 0) in.v_times[warp * in.views + view] = v_time;
   }
   if (!exists) return;
@@ -99,7 +98,7 @@ __global__ void __launch_bounds__(kThreads) fold_backward_kernel(const FoldArgum
 template <class S>
 cudaError_t launch_fold(const FoldArguments<S>& in, cudaStream_t stream) {
   if (in.gaussians == 0 || in.views == 0) return cudaSuccess;
-  const unsigned blocks = unsigned((in.gaussians + kThreads - 1) / kThreads);
+  const unsigned blocks = unsigned(ceil_div(in.gaussians, int64_t(kThreads)));
   if (in.degree == 7)
     fold_kernel<S, 7><<<blocks, kThreads, 0, stream>>>(in);
   else if (in.degree == 2)
@@ -112,7 +111,7 @@ cudaError_t launch_fold(const FoldArguments<S>& in, cudaStream_t stream) {
 template <class S>
 cudaError_t launch_fold_backward(const FoldArguments<S>& in, cudaStream_t stream) {
   if (in.gaussians == 0) return cudaSuccess;
-  const unsigned blocks = unsigned((in.gaussians + kThreads - 1) / kThreads);
+  const unsigned blocks = unsigned(ceil_div(in.gaussians, int64_t(kThreads)));
   if (in.degree == 7)
     fold_backward_kernel<S, 7><<<blocks, kThreads, 0, stream>>>(in);
   else if (in.degree == 2)

@@ -22,12 +22,12 @@ cudaError_t launch_fold(const FoldArguments<S>& in, cudaStream_t stream);
 template <class S>
 cudaError_t launch_fold_backward(const FoldArguments<S>& in, cudaStream_t stream);
 
-/// Rectangle of tiles of every Gaussian of every view, packed in `rectangles` (V N, 4 x uint16), and their sizes.
+/// Rectangle of tiles of every Gaussian of every view, `rectangles` (V N), and their sizes.
 /// view_bits (V) on the host, V at most kMaxRenders.
 template <class S>
 cudaError_t launch_count_pairs(const S* means2d, const S* conics, const uint8_t* active, const S* opacities,
                                int64_t views, int64_t gaussians, int64_t heads, const int64_t* view_bits, int width,
-                               int height, void* rectangles, int32_t* counts, cudaStream_t stream);
+                               int height, TileRectangle* rectangles, int32_t* counts, cudaStream_t stream);
 
 /// Exclusive sums of `count` numbers and, behind them, their total: (count + 1) out. With `temporary` null, only writes
 /// the bytes it needs.
@@ -35,9 +35,9 @@ cudaError_t launch_scan(void* temporary, size_t& bytes, const int32_t* in, int32
                         cudaStream_t stream);
 
 /// Keys (view and tile) and owners of all pairs, in the order of the slots: of as many as there is room for.
-cudaError_t launch_emit_pairs(const void* rectangles, const int32_t* gaussian_offsets, int64_t views, int64_t gaussians,
-                              int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys, int32_t* slots,
-                              int32_t* owners, cudaStream_t stream);
+cudaError_t launch_emit_pairs(const TileRectangle* rectangles, const int32_t* gaussian_offsets, int64_t views,
+                              int64_t gaussians, int tiles_x, int tiles_y, int64_t capacity, uint32_t* keys,
+                              int32_t* slots, int32_t* owners, cudaStream_t stream);
 
 /// Stable radix sort of the pairs by key. Both buffers of keys and slots are scratch; the sorted slots end in
 /// `sorted_slots` and the sorted keys in `sorted_keys`. With `temporary` null, only writes the bytes it needs.
@@ -61,11 +61,13 @@ cudaError_t launch_blend(const BlendArguments<S>& in, cudaStream_t stream);
 template <class S>
 cudaError_t launch_blend_backward(const BlendArguments<S>& in, cudaStream_t stream);
 
-/// Sums the records of each Gaussian in the order of the slots, and turns the moments into gradients. Every entry of
-/// v_means2d (heads,V,N,2), v_conics (V,N,3), v_opacities (heads,N) and v_colours (heads,N,C) is written.
+/// Sums the records of each Gaussian in the order of the slots, and turns the moments into gradients. The first slice
+/// of the channels writes every entry of them, the others add to what all channels share.
 template <class S>
-cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, S* v_means2d, S* v_conics, S* v_opacities,
-                               S* v_colours, cudaStream_t stream);
+cudaError_t launch_sum_records(const BlendArguments<S>& in, int64_t heads, cudaStream_t stream);
+
+/// Numbers that a tile keeps of each segment for that many channels: transmittance and colour in front of it.
+int64_t start_size(int64_t channels);
 
 /// One part of the sums for each square of kSimilarityTile pixels of each plane.
 template <class S>

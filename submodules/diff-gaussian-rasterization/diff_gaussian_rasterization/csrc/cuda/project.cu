@@ -5,7 +5,7 @@ namespace {
 
 constexpr int kThreads = 128;
 
-unsigned blocks(int64_t count) { return static_cast<unsigned>((count + kThreads - 1) / kThreads); }
+unsigned blocks(int64_t count) { return unsigned(ceil_div(count, int64_t(kThreads))); }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) project_kernel(ProjectionCamera<T> camera, Gaussians3d<const T> gaussians,

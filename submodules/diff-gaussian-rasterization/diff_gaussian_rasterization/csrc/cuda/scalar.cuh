@@ -1,4 +1,4 @@
-// Scalar maths behind common/folding.h on a GPU.
+// The elementary functions of scalars on a GPU; see common/elementary.h.
 #pragma once
 
 #include <cmath>
@@ -24,14 +24,19 @@ __device__ __forceinline__ void sincos_turns(double turns, double& sine, double&
 
 /// For blending, where the exponent lies in [-6, 0] whenever the result counts: the hardware's 2^x, within 2 ulp. Not
 /// __expf, which spends three instructions more on results that are denormal.
-__device__ __forceinline__ float fast_exp(float x) {
+__device__ __forceinline__ float blending_exp(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.4426950408889634f));
   return y;
 }
-__device__ __forceinline__ double fast_exp(double x) { return ::exp(x); }
-__device__ __forceinline__ float fast_divide(float x, float y) { return __fdividef(x, y); }
-__device__ __forceinline__ double fast_divide(double x, double y) { return x / y; }
+__device__ __forceinline__ double blending_exp(double x) { return ::exp(x); }
+__device__ __forceinline__ float blending_divide(float x, float y) { return __fdividef(x, y); }
+__device__ __forceinline__ double blending_divide(double x, double y) { return x / y; }
+
+template <class T, class S>
+__device__ __forceinline__ T splat(S x) {
+  return x;
+}
 
 }  // namespace math
 }  // namespace MEDGS_ISA

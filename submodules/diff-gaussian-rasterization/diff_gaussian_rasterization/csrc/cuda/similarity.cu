@@ -1,7 +1,7 @@
 // `similarity` on a GPU: each block compares a square of pixels, with the window's halo in shared memory.
 #include "../common/similarity.h"
 #include "launch.h"
-#include "scalar.cuh"
+#include "warp.cuh"
 
 namespace medgs {
 namespace cuda {
@@ -15,7 +15,7 @@ constexpr int kThreads = kSide * kSide;
 template <class S>
 __device__ S block_sum(S value) {
   __shared__ S warps[kThreads / 32];
-  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  value = warp_sum(value);
   __syncthreads();
   if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
   __syncthreads();
@@ -113,8 +113,8 @@ __global__ void __launch_bounds__(kThreads) differentiate(const SimilarityArgume
 
 template <class S>
 cudaError_t launch_similarity(const SimilarityArguments<S>& in, cudaStream_t stream) {
-  const dim3 grid(unsigned((in.width + kSide - 1) / kSide), unsigned((in.height + kSide - 1) / kSide),
-                  unsigned(in.planes));
+  const dim3 grid(unsigned(generic::ceil_div(in.width, int64_t(kSide))),
+                  unsigned(generic::ceil_div(in.height, int64_t(kSide))), unsigned(in.planes));
   compare<S><<<grid, kThreads, 0, stream>>>(in);
   if (in.gradient) differentiate<S><<<grid, kThreads, 0, stream>>>(in);
   return cudaGetLastError();

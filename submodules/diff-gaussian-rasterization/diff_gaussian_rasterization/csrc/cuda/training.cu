@@ -1,10 +1,10 @@
 // `adam_step`, `observe` and `sigma_outside` on a GPU.
 #include <algorithm>
 
-#include "launch.h"
-#include "scalar.cuh"
-// after scalar.cuh
+#include "../common/elementary.h"
 #include "../common/statistics.h"
+#include "launch.h"
+#include "warp.cuh"
 
 namespace medgs {
 namespace cuda {
@@ -30,12 +30,7 @@ __global__ void __launch_bounds__(kThreads) adam_kernel(const AdamTable<S> table
   for (int j = 0; j < kAdamPerThread; ++j) {
     const int64_t i = start + j * kThreads;
     if (i >= t.size) return;
-    const S g = t.gradient[i];
-    const S m = c.beta1 * t.first_moment[i] + c.rest1 * g;
-    const S v = c.beta2 * t.second_moment[i] + c.rest2 * g * g;
-    t.first_moment[i] = m;
-    t.second_moment[i] = v;
-    t.parameter[i] -= t.rate * m / (generic::math::sqrt(v) * t.correction + c.epsilon);
+    generic::adam_step_at(t, c, i);
   }
 }
 
@@ -62,7 +57,7 @@ __global__ void __launch_bounds__(kThreads) sigma_sums(const SigmaArguments<S> i
   __shared__ S warps[kThreads / 32][4];
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
-    for (int step = 16; step > 0; step /= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], step);
+    sum[k] = warp_sum(sum[k]);
     if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32][k] = sum[k];
   }
   __syncthreads();
@@ -84,20 +79,21 @@ __global__ void __launch_bounds__(kThreads) sigma_gradient(const SigmaArguments<
       for (int k = 0; k < 4; ++k) sum[k] += in.sums[4 * part + k];
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
-      for (int step = 16; step > 0; step /= 2) sum[k] += __shfl_xor_sync(0xffffffffu, sum[k], step);
+      sum[k] = warp_sum(sum[k]);
       if (threadIdx.x == 0) total[k] = sum[k];
     }
   }
   __syncthreads();
-  const S below = total[1] > 0 ? S(1) / total[1] : S(0), above = total[3] > 0 ? S(1) / total[3] : S(0);
+  S below, above;
+  const S loss = generic::sigma_loss(total, below, above);
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i == 0) *in.loss = total[0] * below + total[2] * above;
+  if (i == 0) *in.loss = loss;
   if (i >= in.gaussians) return;
   const S sigma = generic::math::exp(in.raw[i]);
   in.gradient[i] = sigma < in.low ? -sigma * below : (sigma > in.high ? sigma * above : S(0));
 }
 
-unsigned blocks_for(int64_t items, int64_t each) { return unsigned((items + each - 1) / each); }
+unsigned blocks_for(int64_t items, int64_t each) { return unsigned(generic::ceil_div(items, each)); }
 
 }  // namespace
 

@@ -7,8 +7,8 @@
 #include <optional>
 #include <tuple>
 
-#include "common/checks.h"
-#include "common/projection.h"
+#include "checks.h"
+#include "projection.h"
 
 namespace medgs {
 using namespace MEDGS_ISA;
