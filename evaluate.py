@@ -19,7 +19,6 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,13 @@ from utils.images import (
     read_levels,
     to_unit,
 )
+from utils.lpips import lpips_distance
 from utils.metrics import Scores
 
 THRESHOLD = 0.5  # of masks, on the scale from 0 to 1
 RENDERS = {"frames": ("render_img", "render"), "masks": ("render_mask", "render_img", "render")}
 INPUTS = {"frames": "img", "masks": "seg", "meshes": "seg"}  # of prepare.py's folder
 NOT_NAMES = ("original", "img", "seg", "render_img", "render_mask", "render")  # of folders within a case
-LPIPS_WEIGHTS = "alexnet-owt-7be5be79.pth"
 
 Row = dict[str, Any]
 
@@ -381,26 +380,6 @@ def _image(path: Path) -> np.ndarray:
 
 def _size(image: np.ndarray) -> str:
     return f"{image.shape[1]} x {image.shape[0]}"
-
-
-def lpips_distance() -> tuple[Callable[..., float] | None, str]:
-    """LPIPS (AlexNet) of two images (1, C, H, W) in [0, 1], or None; and a word on it. Nothing is downloaded."""
-    for package in ("torchvision", "lpips"):
-        if find_spec(package) is None:
-            return None, f"left out: {package} is not installed (pip install torchvision lpips)"
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_WEIGHTS
-    if not weights.is_file():
-        load = "python -c 'import torchvision.models as m; m.alexnet(weights=\"DEFAULT\")'"
-        return None, f"left out: AlexNet's weights are not at {weights}; this fetches them: {load}"
-    import lpips
-
-    network = lpips.LPIPS(net="alex", verbose=False).eval()
-
-    @torch.no_grad()
-    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
-        return float(network(*(image.float().expand(-1, 3, -1, -1) for image in (a, b)), normalize=True))
-
-    return distance, "AlexNet, version 0.1"
 
 
 # ---- masks -----------------------------------------------------------------------------------------------------------

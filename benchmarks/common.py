@@ -8,6 +8,7 @@ import platform
 import re
 import statistics
 import subprocess
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -16,6 +17,8 @@ from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
+
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -231,3 +234,13 @@ def _mesh_of(row: Mapping[str, Any], line: Mapping[str, Any]) -> str:
 def write_json(path: Path, result: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def run_program(name: str, *arguments: str) -> float:
+    """Runs one of the project's programs as a user does; returns its seconds. Raises `UserError` with what it said."""
+    start = time.perf_counter()
+    command = [sys.executable, str(ROOT / name), *arguments]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise UserError(f"{name} ended with status {done.returncode}: {done.stdout[-2000:].strip()}")
+    return time.perf_counter() - start

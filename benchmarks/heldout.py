@@ -13,7 +13,6 @@ import torch
 from skimage.registration import optical_flow_tvl1
 from skimage.transform import warp
 
-from evaluate import lpips_distance
 from in_between.classical import interpolate, interpolate_masks, signed_distances
 from patient.geometry import voxel_sizes
 from patient.readers.nifti import nifti_grid
@@ -21,6 +20,7 @@ from patient.stacks import case_geometry
 from scene.frames import frame_files
 from utils.errors import UserError
 from utils.images import read_image, to_grey
+from utils.lpips import lpips_distance
 from utils.metrics import Scores
 
 KINDS = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}  # of frames, that a pipeline trains on

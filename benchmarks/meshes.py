@@ -27,8 +27,7 @@ import torch
 from trimesh import Trimesh
 from trimesh.intersections import slice_faces_plane
 
-import slices_to_ply
-from benchmarks.common import describe, surface_table
+from benchmarks.common import describe, run_program, surface_table
 from in_between.classical import interpolate, signed_distances
 from patient.meshes import in_space, read_mesh, surface
 from patient.readers.nifti import nifti_grid
@@ -84,8 +83,7 @@ def main() -> None:
             for smoothing, options in SMOOTHING.items():
                 out = folder / smoothing
                 words = ["-i", str(case), "-o", str(out), "--open", "--thresh", "127.5", "--quiet", *options]
-                if slices_to_ply.main(words):
-                    raise UserError(f"slices_to_ply.py made no mesh of {name}: what it says above is why")
+                run_program("slices_to_ply.py", *words)
                 mesh = between(in_space(read_mesh(out / f"{case.name}.ply"), "RAS"), affine, kept[-1])
                 scores = asdict(surface_scores(mesh, reference, given.samples))
                 line["surfaces"].append({"method": name, "smoothing": smoothing, **scores})

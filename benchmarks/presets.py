@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -28,7 +27,7 @@ import numpy as np
 import torch
 
 from arguments import PRESETS, TrainOptions, resolve_device
-from benchmarks.common import ROOT, describe
+from benchmarks.common import describe, run_program
 from benchmarks.heldout import CLASSICAL, KINDS, Case, Filled, fill, read, read_case, rounded, scores_of
 from benchmarks.preset_tables import Row, tables
 from gaussian_renderer import rasterizer
@@ -172,9 +171,9 @@ def train_and_score(
         if case.pipeline == "joint":
             sources += ["--seg_source_path", str(folder / "seg")]
         shared = ["-m", str(model), "--device", device, "--quiet"]
-        seconds = script("train.py", *sources, *shared, "--pipeline", case.pipeline, *plan.options)
+        seconds = run_program("train.py", *sources, *shared, "--pipeline", case.pipeline, *plan.options)
         drawn = "both" if case.pipeline == "joint" else case.pipeline
-        script("render.py", *shared, "--pipeline", drawn, "--interp", str(keep))
+        run_program("render.py", *shared, "--pipeline", drawn, "--interp", str(keep))
 
         saved = load_checkpoint(newest(model), "cpu")
         loop = json.loads((model / "time.json").read_text(encoding="utf-8"))["elapsed"]
@@ -212,16 +211,6 @@ def compile_operators(device: torch.device) -> None:
 
     rasterizer("compiled")
     distCUDA2(torch.rand(8, 3, device=device))
-
-
-def script(name: str, *arguments: str) -> float:
-    """Runs one of the project's programs, and returns the seconds it took. Raises UserError with what it said."""
-    start = time.perf_counter()
-    command = [sys.executable, str(ROOT / name), *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise UserError(f"{name} ended with status {done.returncode}: {done.stdout[-2000:].strip()}")
-    return time.perf_counter() - start
 
 
 # ---- results ---------------------------------------------------------------------------------------------------------

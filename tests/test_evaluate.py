@@ -11,10 +11,12 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 import trimesh
 
 import evaluate
 import prepare
+import utils.lpips
 from evaluate import main
 from patient.meshes import in_space, surface, write_mesh
 from utils.errors import UserError
@@ -145,12 +147,12 @@ def test_lpips_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
     arguments = ["frames", str(tmp_path / "a"), str(tmp_path / "a")]
     for missing in ("torchvision", "lpips"):
         monkeypatch.setattr(
-            evaluate, "find_spec", lambda name, missing=missing: None if name == missing else name
+            utils.lpips, "find_spec", lambda name, missing=missing: None if name == missing else name
         )
         assert main(arguments) == 0
         assert f"lpips: left out: {missing} is not installed" in capsys.readouterr().out
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: name)
-    monkeypatch.setattr(evaluate.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    monkeypatch.setattr(utils.lpips, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
     assert main(arguments) == 0
     assert "weights are not at" in capsys.readouterr().out
 
@@ -170,9 +172,9 @@ def test_lpips_is_a_column_where_it_is_there(tmp_path, monkeypatch):
             return (a - b).abs().mean()
 
     monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Network))
-    monkeypatch.setattr(evaluate, "find_spec", lambda name: name)
-    monkeypatch.setattr(evaluate.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    weights = tmp_path / "hub" / "checkpoints" / evaluate.LPIPS_WEIGHTS
+    monkeypatch.setattr(utils.lpips, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    weights = tmp_path / "hub" / "checkpoints" / utils.lpips.WEIGHTS
     weights.parent.mkdir(parents=True)
     weights.touch()
     _write(tmp_path / "a", np.full((2, 8, 8), 0.2))

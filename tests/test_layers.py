@@ -53,6 +53,12 @@ def test_no_import_runs_upward(path):
         assert top not in FLOORS or FLOORS.index(top) <= floor, f"{name} lies above"
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("*.py")), ids=lambda path: path.name)
+def test_benchmarks_import_libraries_and_run_programs_as_users_do(path):
+    programs = {script.stem for script in ROOT.glob("*.py")}
+    assert not programs & {name.split(".")[0] for name in imports(path)}
+
+
 def test_no_modules_import_in_a_circle():
     graph = {dotted(path): NAMES & set(imports(path)) - {dotted(path)} for path in MODULES}
     assert any(graph.values())

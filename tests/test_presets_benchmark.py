@@ -191,7 +191,7 @@ def test_classical_needs_no_model(drift, trained, tmp_path, monkeypatch):
 
 def test_a_program_that_fails_is_quoted():
     with pytest.raises(UserError, match=r"train.py ended with status 2.*no_such_folder"):
-        presets.script("train.py", "-s", "no_such_folder", "--device", "cpu")
+        presets.run_program("train.py", "-s", "no_such_folder", "--device", "cpu")
 
 
 def test_refusals(drift, trained, tmp_path, monkeypatch):
