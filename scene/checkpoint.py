@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scene import compact
 from scene.parameters import COLOURS, PARAMETERS, SEGMENTATION_HEAD
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -41,6 +42,16 @@ _STATISTICS: dict[str, tuple[int | str, ...]] = {
 }
 _OUR_STATISTICS: dict[str, tuple[int | str, ...]] = {"m_gradient_accum": ("N", 1), "m_denom": ("N", 1)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_COMPACT = "medgs_compact"  # the key that tells a compact model
+_KEPT = (
+    "width",
+    "height",
+    "distance",
+    "bits",
+    "numbers",
+    "background",
+    "options",
+)  # extras of a compact model
 _EXTRAS: dict[str, type | tuple[type, ...]] = {
     "width": int,  # of the frames, px, and so
     "height": int,
@@ -78,6 +89,13 @@ class Checkpoint:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, device: torch.device | str) -> Checkpoint:
+        """Itself, with params, time_func and statistics on ``device``."""
+        self.time_func = self.time_func.to(device)
+        for tensors in (self.params, self.statistics):
+            tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
+        return self
 
     @property
     def uses_dff(self) -> bool:
@@ -161,6 +179,38 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         torch.save((state, int(checkpoint.iteration)), file)
 
 
+def save_compact(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
+    """Write what is needed to draw ``checkpoint``, and nothing that training would go on with. To `load_checkpoint` it
+    is a checkpoint; other programs find none of their keys in it. The file is complete or not there."""
+    state = {
+        _COMPACT: 1,
+        "iteration": checkpoint.iteration,
+        "active_sh_degree": checkpoint.active_sh_degree,
+        "spatial_lr_scale": checkpoint.spatial_lr_scale,
+        "time_func": checkpoint.time_func.detach().float().cpu().clone(),
+        "extras": _plain({name: checkpoint.extras[name] for name in _KEPT if name in checkpoint.extras}),
+        **compact.pack(checkpoint.params),
+    }
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
+        torch.save(state, file)
+
+
+def _read_compact(path: str | os.PathLike[str], state: dict[str, Any]) -> Checkpoint:
+    try:
+        if state[_COMPACT] != 1:
+            raise ValueError(f"version {state[_COMPACT]}")
+        return Checkpoint(
+            int(state["iteration"]),
+            compact.unpack(state),
+            state["time_func"],
+            int(state["active_sh_degree"]),
+            float(state["spatial_lr_scale"]),
+            extras=dict(state["extras"]),
+        )
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} is a damaged compact model ({error}): export it again") from error
+
+
 def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | str = "cpu") -> Checkpoint:
     """Read `chkpnt<n>.pth`, ours or a published one, without executing anything in it.
 
@@ -171,6 +221,8 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     file that is missing, damaged, of another kind, or asks for code, and names the key at fault.
     """
     contents = _load(path)
+    if isinstance(contents, dict) and _COMPACT in contents:
+        return _read_compact(path, contents).to(map_location)
     if not isinstance(contents, (tuple, list)) or len(contents) != 2:
         raise UserError(f"{path} is not a checkpoint of this program: it is no pair (state, iteration)")
     state, iteration = contents
@@ -181,11 +233,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
         )
     if not isinstance(state, dict) or type(iteration) is not int or iteration < 0:
         raise UserError(f"{path} is not a checkpoint of this program: it is no pair (state, iteration)")
-    checkpoint = _Reader(path, state).checkpoint(iteration)
-    checkpoint.time_func = checkpoint.time_func.to(map_location)
-    for tensors in (checkpoint.params, checkpoint.statistics):
-        tensors.update({name: tensor.to(map_location) for name, tensor in tensors.items()})
-    return checkpoint
+    return _Reader(path, state).checkpoint(iteration).to(map_location)
 
 
 def newest(model_path: str | os.PathLike[str]) -> Path:
