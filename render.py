@@ -219,7 +219,9 @@ def write_images(
 ) -> list[str]:
     """Render chunk after chunk while threads write what is done; at most two chunks are in memory, or one image per
     thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
-    numbers = [(k, i) for k in range(renderer.model.num_frames) for i in range(options.interp)]
+    last = renderer.model.num_frames - 1
+    numbers = [(k, i) for k in range(last) for i in range(options.interp)]
+    numbers += [(last, i) for i in range(options.interp if options.beyond else 1)]
     names = {k + i / options.interp: f"{k:05d}_{i}{options.extension}" for k, i in numbers}
     slots = {position: slot for slot, position in enumerate(volumes[0].grid.positions)} if volumes else {}
     positions = sorted(names.keys() | slots.keys())

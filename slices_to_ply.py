@@ -6,7 +6,8 @@ makes meshes/<case>.ply of every folder output/<case>. Where the frames lie come
 prepare.py in the case folder or its parent, `<case>.nii.gz` in the folder given by -n, a NIfTI file in the case folder.
 A NIfTI file alone says that frame k is volume[:, :, k].T. With none of them the mesh is in voxels, and that is printed.
 
-Several organs in one run: a case folder for each, or with --labels one stack of label maps, meshes/<case>_<label>.ply.
+Several organs in one run: a case folder for each, or one stack of label maps: meshes/<case>_<label>.ply, whose
+neighbours share their surfaces, and meshes/<case>.glb of all in their colours.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import utils.threads  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import multiprocessing
 import os
+import re
+import shlex
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,7 +27,6 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from skimage.restoration import denoise_tv_chambolle
@@ -32,6 +34,8 @@ from tqdm import tqdm
 from trimesh import Trimesh
 
 from patient.geometry import HELDOUT
+from patient.label_surfaces import label_surfaces
+from patient.labels import Kind, LabelTable
 from patient.meshes import (
     FORMATS,
     decimate,
@@ -44,11 +48,15 @@ from patient.meshes import (
     surface,
     surface_of_volume,
     write_mesh,
+    write_scene,
 )
 from patient.stacks import (
     FRAME_FOLDERS,
+    GENERIC,
     PUBLISHED_INTER,
     Stack,
+    case_name,
+    check_newest,
     frame_paths,
     loose_paths,
     read_stack,
@@ -67,7 +75,7 @@ SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
 # The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors
 # gave the surfaces nearest to the true ones: less leaves the steps of voxels, more blurs what is thin.
 OF_FINEST, OF_OWN = 0.7, 0.25
-MAX_LABELS = 64  # more kinds of value than this are grey levels
+MAX_LABELS = 200  # more kinds of value than this are grey levels
 
 
 @dataclass(frozen=True)
@@ -128,11 +136,12 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--labels",
-        type=int,
         nargs="*",
         metavar="V",
-        help="frames are label maps: a mesh <case>_<V> for each of these pixel values (default: all but 0)",
+        help="frames are label maps: a mesh <case>_<name> for each of these values or names (default: all but 0), and"
+        " <case>.glb of all where frames.json has their names and colours",
     )
+    parser.add_argument("--scene", action="store_true", help="of label maps <case>.glb of all in any case")
     parser.add_argument(
         "--smoothing",
         metavar="MM|none|published",
@@ -197,26 +206,43 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _cases(folder: Path, extension: str) -> list[Case]:
-    """One case if the folder has renders; else its case folders; else one case of the frames in the folder itself."""
+    """One case if the folder has renders; else its case folders; else one case of the frames in the folder itself.
+
+    A folder of prepare.py, or one within a case, is that case; one too high names where the cases are.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give -i a folder of case folders, or a case folder")
-    name = folder.resolve().name
-    if rendered_paths(folder, extension):
-        return [Case(name, folder)]
+    if (own := _case(folder, extension)) is not None:
+        return [own]
     if any(folder.glob("chkpnt*.pth")):
-        raise UserError(f"{folder} is a model without renders: run render.py -m {folder} first")
+        command = f"python render.py -m {shlex.quote(str(folder))} --pipeline both --interp {PUBLISHED_INTER}"
+        raise UserError(f"{folder} is a model without renders: run render.py first ({command})")
     children = sorted(
         child
         for child in folder.iterdir()
         if child.is_dir() and not child.name.startswith(".") and child.name not in NOT_CASES
     )
-    if any(frame_paths(child, extension) for child in children):
-        return [Case(child.name, child) for child in children]
+    cases = [_case(child, extension) or Case(child.name, child) for child in children]
+    if any(frame_paths(case.folder, extension) for case in cases):
+        return cases
     if loose_paths(folder, extension):
-        return [Case(name, folder)]
+        return [Case(case_name(folder), folder)]
+    below = [child for child in children if any(_case(c, extension) for c in child.iterdir() if c.is_dir())]
+    hint = f", but {below[0]} has cases: give -i {shlex.quote(str(below[0]))}" if below else ""
     raise UserError(
-        f"{folder} has no {extension} frames in {', '.join(FRAME_FOLDERS)}, itself or a case folder"
+        f"{folder} has no {extension} frames in {', '.join(FRAME_FOLDERS)}, itself or a case folder{hint}"
     )
+
+
+def _case(folder: Path, extension: str) -> Case | None:
+    """The case of a folder that has renders, or is one within a case; of prepare.py's, the masks."""
+    if rendered_paths(folder, extension):
+        return Case(case_name(folder), folder)
+    for inner in ("original", "seg/original"):
+        if (folder / inner).is_dir() and loose_paths(folder / inner, extension):
+            return Case(case_name(folder), folder / inner)
+    inside = folder.resolve().name in GENERIC and loose_paths(folder, extension)
+    return Case(case_name(folder), folder) if inside else None
 
 
 # ---- cases side by side ----------------------------------------------------------------------------------------------
@@ -273,47 +299,113 @@ def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
 
 def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
     """Read, smooth, mesh and write a case; what is worth knowing goes to `lines`."""
-    kind: Literal["labels"] | None = None if options.labels is None else "labels"
+    kind: Kind | None = None if options.labels is None else "labels"
+    check_newest(case.folder, options.extension)
     stack = read_stack(case.folder, options.extension, options.nifti, options.inter, kind)
     frames = frame_paths(case.folder, options.extension)
+    beyond = stack.found - len(stack.values)
     lines.append(
-        f"{case.name}: {len(frames)} frames of {frames[0].parent}, {stack.inter} per slice; {stack.place}"
+        f"{case.name}: {stack.found} frames of {frames[0].parent}, {stack.inter} per slice"
+        f"{f' (the {beyond} behind the last slice are left out)' if beyond else ''}; {stack.place}"
     )
-    one = options.labels is None and (stack.meaning is None or len(stack.meaning.ids) < 2)
-    if stack.numbers is None or one:
-        _write(case.name, stack, stack.values, options, lines)
+    for note in stack.meaning.notes if stack.meaning else ():
+        lines.append(f"  note: {note}")
+    if stack.numbers is None or (
+        options.labels is None and stack.labels is None and len(np.unique(stack.numbers)) < 3
+    ):
+        _write(case.name, *_mesh_of(stack, stack.values, options, lines), options, lines)
         return
-    for value in _labels(stack.numbers, options.labels or []):
-        _write(f"{case.name}_{value}", stack, (stack.numbers == value).astype(np.float32), options, lines)
+    _mesh_labels(case, stack, _labels(stack, options.labels), options, lines)
 
 
-def _labels(stored: np.ndarray, wanted: list[int]) -> list[int]:
+def _mesh_labels(
+    case: Case, stack: Stack, labels: LabelTable, options: argparse.Namespace, lines: list[str]
+) -> None:
+    """A mesh for each label, of which neighbours share their surface, and a scene of all."""
+    numbers = stack.numbers
+    assert numbers is not None  # the caller has looked
+    if options.largest:
+        kept = np.zeros_like(numbers)
+        for number in np.unique(numbers[numbers > 0]).tolist():
+            kept[largest((numbers == number).astype(np.float32), 0.5) > 0.5] = number
+        numbers = kept
+    sigma, volumes = None, None
+    if options.smoothing == "published":
+        sigma = SIGMA
+    elif options.smoothing != "none":
+        millimetres = _sigma(stack.spacing, options.smoothing)
+        column, row, frame = (own / step for own, step in zip(millimetres, stack.spacing, strict=True))
+        sigma = frame * stack.inter, row, column
+        lines.append(_smoothed(stack, millimetres))
+        every = np.unique(numbers[numbers > 0]).tolist()
+        volumes = {number: stack.volume((numbers == number).astype(np.float32)) for number in every}
+    meshes = label_surfaces(
+        numbers, labels.ids, sigma, volumes, stack.affine, stack.heights, not options.open
+    )
+    scene = {}
+    for label in labels:
+        if label.id not in meshes:
+            lines.append(f"  note: label {label.id} ({label.name}) is lost in smoothing: --smoothing none")
+            continue
+        mesh = meshes[label.id]
+        if volumes and not options.open and abs(mesh.volume / volumes[label.id] - 1) > 0.01:
+            lines.append(
+                f"  note: {label.name} encloses {mesh.volume:,.1f} for {volumes[label.id]:,.1f}, as happens to specks:"
+                " --smoothing none"
+            )
+        if options.decimate:
+            try:
+                mesh = decimate(mesh, options.decimate)
+            except ValueError as error:
+                raise UserError(f"{label.name}: {error}") from error
+        name = re.sub(r"[^\w.+-]+", "_", label.name)
+        if sum(re.sub(r"[^\w.+-]+", "_", other.name) == name for other in labels) > 1:
+            name = f"{name}_{label.id}"
+        _write(f"{case.name}_{name}", mesh, None, options, lines)
+        scene[label] = mesh
+    if options.decimate:
+        lines.append("  note: decimated meshes share their surfaces no longer")
+    if scene and (options.scene or stack.labels is not None):
+        path = Path(options.output) / f"{case.name}.glb"
+        write_scene(path, scene)
+        lines.append(f"  {path}: all {len(scene)} in their colours")
+
+
+def _labels(stack: Stack, wanted: list[str] | None) -> LabelTable:
     """The labels to mesh, all of which are there."""
-    present = np.unique(stored).tolist()
+    present = np.unique(stack.numbers).tolist() if stack.numbers is not None else []
+    names = stack.labels or LabelTable()
     if len(present) > MAX_LABELS:
         raise UserError(
             f"the frames hold {len(present)} different values, so they are no label maps: leave --labels out, and give"
             " each organ a case folder of its own masks"
         )
-    missing = sorted(set(wanted) - set(present))
-    if missing or present == [0]:
-        raise UserError(
-            f"no pixel has the value {', '.join(map(str, missing)) or 'of a label'}: there are"
-            f" {', '.join(map(str, present))}"
-        )
-    return sorted(set(wanted)) or [value for value in present if value]
+    if present == [0]:
+        raise UserError("no pixel has the value of a label: there are 0")
+    ids = []
+    for word in wanted or []:
+        number = names.find(word)
+        if number is None or number not in present:
+            raise UserError(f"no pixel has the value {word}: there are {', '.join(map(str, present))}")
+        ids.append(number)
+    return names.of(ids or [value for value in present if value])
+
+
+def _mesh_of(
+    stack: Stack, values: np.ndarray, options: argparse.Namespace, lines: list[str]
+) -> tuple[Trimesh, float]:
+    """The mesh of values (frame, row, column) and its level."""
+    try:
+        mesh, level = _surface(stack, values, options, lines)
+        return decimate(mesh, options.decimate) if options.decimate else mesh, level
+    except ValueError as error:
+        raise UserError(f"the frames hold no surface: {error}") from error
 
 
 def _write(
-    name: str, stack: Stack, values: np.ndarray, options: argparse.Namespace, lines: list[str]
+    name: str, mesh: Trimesh, level: float | None, options: argparse.Namespace, lines: list[str]
 ) -> None:
-    """One mesh of values (frame, row, column), and its picture."""
-    try:
-        mesh, level = _surface(stack, values, options, lines)
-        if options.decimate:
-            mesh = decimate(mesh, options.decimate)
-    except ValueError as error:
-        raise UserError(f"the frames hold no surface: {error}") from error
+    """One mesh, and its picture."""
     if mesh.metadata["space"]:
         mesh = in_space(mesh, options.space.upper())
     path = Path(options.output) / f"{name}.{options.format}"
@@ -324,7 +416,8 @@ def _write(
     enclosed = (
         f"volume {mesh.volume:,.1f} {unit}{'^3' if unit == 'mm' else ''}" if is_closed(mesh) else "open"
     )
-    lines.append(f"  level {level * 255:.1f}, {len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
+    cut = "" if level is None else f"level {level * 255:.1f}, "
+    lines.append(f"  {cut}{len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
     lines.append(f"  {enclosed}, box {box} {unit}")
     lines.append(f"  {path}{f' ({options.space.upper()})' if unit == 'mm' else ''}")
     if options.preview:
@@ -362,10 +455,7 @@ def _surface(
     volume = stack.volume(inside_shares(values, level))
     millimetres = _sigma(stack.spacing, options.smoothing)
     column, row, frame = (sigma / step for sigma, step in zip(millimetres, stack.spacing, strict=True))
-    unit = "voxels" if stack.affine is None else "mm"
-    lines.append(
-        f"  smoothed by {', '.join(f'{sigma:.3g}' for sigma in millimetres)} {unit} (column, row, slice)"
-    )
+    lines.append(_smoothed(stack, millimetres))
     smoothed = smooth(values, (frame * stack.inter, row, column))
     mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
     if options.largest:  # what hung by a thread may have come off
@@ -376,6 +466,11 @@ def _surface(
             f"  note: no level gives the mask's volume of {volume:,.1f} back, as happens to specks: --smoothing none"
         )
     return mesh, level
+
+
+def _smoothed(stack: Stack, sigma: tuple[float, float, float]) -> str:
+    unit = "voxels" if stack.affine is None else "mm"
+    return f"  smoothed by {', '.join(f'{own:.3g}' for own in sigma)} {unit} (column, row, slice)"
 
 
 def _sigma(spacing: tuple[float, float, float], wanted: float | None) -> tuple[float, float, float]:

@@ -431,6 +431,7 @@ class RenderOptions(MachineOptions, DataOptions):
     model_path: str = _option("", "the trained model's folder", short="m")
     iteration: int = _option(-1, "chkpnt<iteration>.pth is rendered; -1: the newest", low=-1)
     interp: int = _option(1, "images per frame: n - 1 between each frame and the next", low=1)
+    beyond: bool = _option(False, "also the n - 1 images behind the last frame, which nothing was seen of")
     pipeline: str = _option(
         "img", "img: render_img/; seg: render_mask/; both", choices=("img", "seg", "both")
     )

@@ -116,7 +116,7 @@ def methods(masks: np.ndarray, affine: np.ndarray, given: Any) -> Iterator[tuple
     """Name, frames (F, H, W) in [0, 1], and how many of them a kept slice has. masks: the kept ones, (K, H, W) bool."""
     yield "kept slices", masks.astype(np.float32), 1
     column, row, _ = np.linalg.norm(affine[:3, :3], axis=0).tolist()
-    at = np.minimum(np.arange(len(masks) * given.interp) / given.interp, len(masks) - 1)
+    at = np.arange((len(masks) - 1) * given.interp + 1) / given.interp
     slices = np.arange(len(masks), dtype=np.float64)
     distances = signed_distances(masks, (row, column), given.keep * float(np.linalg.norm(affine[:3, 2])))
     edge = EDGE * min(row, column)
@@ -127,8 +127,8 @@ def methods(masks: np.ndarray, affine: np.ndarray, given: Any) -> Iterator[tuple
     for name in FRAME_FOLDERS:
         renders = sub_frames(image_files(given.model / name)) if (given.model / name).is_dir() else None
         if renders:
-            wanted = [(k, i) for k in range(len(masks)) for i in range(given.interp)]
-            missing = sorted({*wanted} ^ {*renders})
+            wanted = [divmod(number, given.interp) for number in range((len(masks) - 1) * given.interp + 1)]
+            missing = sorted({*wanted} - {*renders}) or sorted(n for n in renders if n[0] >= len(masks))
             if missing:
                 raise UserError(
                     f"{given.model / name} is not of {len(masks)} frames with --interp {given.interp}: see frame"
@@ -148,7 +148,7 @@ def place(case: Path, frames: np.ndarray, affine: np.ndarray, inter: int) -> Non
     """A case folder for slices_to_ply.py: 16-bit frames, and a NIfTI file of the kept slices' grid."""
     for number, frame in enumerate(frames):
         write_image(case / "render_mask" / f"{number // inter:05d}_{number % inter}.png", frame, 16)
-    shape = (frames.shape[2], frames.shape[1], len(frames) // inter)
+    shape = (frames.shape[2], frames.shape[1], -(-len(frames) // inter))
     nibabel.save(nibabel.Nifti1Image(np.zeros(shape, np.uint8), affine), case / "grid.nii.gz")
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +22,11 @@ from trimesh.exchange.obj import export_obj
 from trimesh.exchange.ply import export_ply
 from trimesh.exchange.stl import export_stl
 from trimesh.intersections import slice_faces_plane
+from trimesh.visual import TextureVisuals
+from trimesh.visual.material import PBRMaterial
 
 from patient.geometry import swap_ras_lps
+from patient.labels import Label
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -104,7 +108,7 @@ def surface(
     # is whether the affine mirrors. The volume's sign would tell too, but open meshes have none.
     outwards = affine is None or np.linalg.det(affine[:3, :3]) > 0
     if heights is not None:
-        vertices[:, 2] = np.interp(vertices[:, 2], *_beyond(heights))
+        vertices[:, 2] = np.interp(vertices[:, 2], *frame_heights(heights))
     if affine is not None:
         vertices = vertices @ affine[:3, :3].T + affine[:3, 3]
     mesh = Trimesh(vertices, triangles if outwards else triangles[:, ::-1], process=False)
@@ -113,7 +117,7 @@ def surface(
     return mesh
 
 
-def _beyond(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def frame_heights(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices and heights of frames, with one more at either end for the caps."""
     steps = np.diff(heights)
     longer = np.concatenate(([heights[0] - steps[0]], heights, [heights[-1] + steps[-1]]))
@@ -254,6 +258,19 @@ def mesh_bytes(mesh: Trimesh, kind: str) -> bytes:
             f"meshes are written as {', '.join(FORMATS)}, not as {kind or 'a file without suffix'}"
         )
     return data
+
+
+def write_scene(path: str | os.PathLike[str], meshes: Mapping[Label, Trimesh]) -> None:
+    """Meshes of labels as one GLB, each by its name in its colour."""
+    scene = trimesh.Scene()
+    for part_of, mesh in meshes.items():
+        lps = in_space(mesh, "LPS") if mesh.metadata["space"] else mesh
+        material = PBRMaterial(name=part_of.name, baseColorFactor=[*part_of.colour, 255], roughnessFactor=0.6)
+        visual = TextureVisuals(material=material)
+        part = Trimesh(lps.vertices, lps.faces, visual=visual, process=False)
+        scene.add_geometry(part, node_name=part_of.name, geom_name=part_of.name)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(export_glb(scene.apply_transform(_TO_GLTF)))
 
 
 def read_mesh(path: str | os.PathLike[str]) -> Trimesh:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from patient.geometry import HELDOUT, FrameCut, Geometry, cut_geometry, voxel_sizes
-from patient.labels import Kind, Meaning, segmentation
+from patient.labels import Kind, LabelTable, Meaning, segmentation
 from patient.readers.nifti import nifti_grid
 from utils.errors import UserError
-from utils.images import image_files, read_image, read_levels, to_grey
+from utils.images import frame_number, image_files, read_image, read_levels, to_grey
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 INNER = ("original", HELDOUT)  # folders of a data root
+GENERIC = (*FRAME_FOLDERS, *INNER, "img", "seg", "mirror")  # folders within a case, which are no name
+_SAME_TIME = 5.0  # seconds between folders that were written one after the other
 NIFTI = (".nii.gz", ".nii")
 PUBLISHED_INTER = 8
 
@@ -38,6 +41,10 @@ class Stack:
     """What the files' numbers mean; None of grey levels, such as renders of images."""
     numbers: np.ndarray | None
     """(frame, row, column) int32 labels, of a label map."""
+    labels: LabelTable | None
+    """Names and colours that frames.json gives the labels."""
+    found: int
+    """Frames in the folder, with those beyond the last slice, which are left out."""
     place: str
     """Who says where the frames lie, in words."""
 
@@ -67,6 +74,38 @@ def rendered_paths(folder: Path, extension: str = ".png") -> list[Path]:
     return []
 
 
+def check_newest(folder: Path, extension: str = ".png") -> None:
+    """Raise UserError where the renders that `rendered_paths` takes are older than those of another folder beside them.
+
+    A model that was trained on has new images then, and masks of before. Where its checkpoint is older than both, they
+    were rendered one after the other, and belong together.
+    """
+    dates = {
+        name: [path.stat().st_mtime for path in loose_paths(folder / name, extension)]
+        for name in FRAME_FOLDERS
+        if (folder / name).is_dir()
+    }
+    dates = {name: times for name, times in dates.items() if times}
+    if len(dates) < 2:
+        return
+    first, *others = dates
+    trained = max((path.stat().st_mtime for path in folder.glob("chkpnt*.pth")), default=np.inf)
+    for other in others:
+        if max(dates[first]) + _SAME_TIME < min(dates[other]) and min(dates[first]) < trained:
+            raise UserError(
+                f"{folder / first} is older than {folder / other}: render both anew"
+                f" (python render.py -m {shlex.quote(str(folder))} --pipeline both), or remove the older one"
+            )
+
+
+def case_name(folder: Path) -> str:
+    """A case's name: that of its folder, or of the one that has the folders in which programs put frames."""
+    place = folder.resolve()
+    while place.name in GENERIC and place.parent != place:
+        place = place.parent
+    return place.name
+
+
 def loose_paths(folder: Path, extension: str = ".png") -> list[Path]:
     """The frames that lie in the folder itself."""
     return image_files(folder, [extension if extension.startswith(".") else f".{extension}"])
@@ -89,24 +128,49 @@ def read_stack(
     if not paths:
         raise UserError(f"{folder} has no {extension} frames")
     geometry, place = _geometry(folder, nifti)
-    inter = _inter(paths, geometry, inter)
     own = geometry or case_geometry(folder)
-    values, numbers, meaning = read_frames(
-        paths, kind, () if own is None or own.labels is None else own.labels.ids
-    )
+    labels = None if own is None else own.labels
+    found, slices = len(paths), None
+    if geometry is not None and inter is None and (slices := _painted_slices(paths, geometry)) is not None:
+        inter = 1
+    else:
+        inter = _inter(paths, geometry, inter)
+        paths = _to_the_last_slice(paths, geometry, inter)
+    values, numbers, meaning = read_frames(paths, kind, () if labels is None else labels.ids)
     if min(values.shape) < 2:
         rows, columns = values.shape[1:]
         raise UserError(f"{len(paths)} frame of {columns} x {rows} pixels encloses no volume")
     affine, heights = None, None
     if geometry is not None:
-        complete = inter * len(geometry.slices)
-        if len(paths) not in (complete, complete - inter + 1):  # with those beyond the last frame, or without
+        if slices is None and len(paths) != inter * (len(geometry.slices) - 1) + 1:
             raise UserError(
-                f"{len(paths)} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
+                f"{found} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
                 " --inter ask for"
             )
-        affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), len(values), inter)
-    return Stack(values, affine, heights, inter, meaning, numbers, place)
+        places = np.arange(len(values)) if slices is None else np.array(slices)
+        affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), places, inter)
+    return Stack(values, affine, heights, inter, meaning, numbers, labels, found, place)
+
+
+def _painted_slices(paths: list[Path], geometry: Geometry) -> list[int] | None:
+    """The frames that masks on some of them belong to, by their numbers; None where every frame has its mask."""
+    if sub_frames(paths) is not None or len(paths) >= len(geometry.slices):
+        return None
+    if paths[0].parent.name in FRAME_FOLDERS:
+        return None
+    numbers = [frame_number(path) for path in paths]
+    return numbers if len(set(numbers)) == len(numbers) and max(numbers) < len(geometry.slices) else None
+
+
+def _to_the_last_slice(paths: list[Path], geometry: Geometry | None, inter: int) -> list[Path]:
+    """The frames without those behind the last slice, where there was nothing to see."""
+    found = sub_frames(paths)
+    if found is not None:
+        last = max(frame for frame, _ in found)
+        return [path for (frame, sub_frame), path in found.items() if frame < last or sub_frame == 0]
+    if geometry is not None and len(paths) == inter * len(geometry.slices):
+        return paths[: len(paths) - inter + 1]
+    return paths
 
 
 def read_frames(
@@ -143,12 +207,12 @@ def read_frames(
 
 def case_geometry(folder: Path) -> Geometry | None:
     """frames.json of a case: in its folder or the parent; for OUT/seg/original of prepare.py, in OUT."""
-    return Geometry.find(folder.parent if folder.name in INNER else folder)
+    return Geometry.find(folder.parent if folder.name in (*INNER, *FRAME_FOLDERS) else folder)
 
 
 def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geometry | None, str]:
     """Where the frames lie, and who says so."""
-    name = folder.resolve().name
+    name = case_name(folder)
     geometry = case_geometry(folder)
     if geometry is not None and geometry.affine is not None:
         return geometry, f"place from frames.json of {geometry.source}"
@@ -176,17 +240,15 @@ def sub_frames(paths: list[Path]) -> dict[tuple[int, int], Path] | None:
 def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> int:
     """Frames per slice, which have to be all there for the spacing to be right."""
     found = sub_frames(paths)
-    if found is None:  # plain numbers: other programs' frames, or input frames
+    if found is None:  # plain numbers: other programs' renders, or frames and masks, one per slice
+        renders = paths[0].parent.name in FRAME_FOLDERS
         slices = len(geometry.slices) if geometry is not None else len(paths) + 1
-        told = len(paths) // slices if len(paths) % slices == 0 else PUBLISHED_INTER
+        told = len(paths) // slices if len(paths) % slices == 0 else PUBLISHED_INTER if renders else 1
         return wanted or told
     frames, inter = [max(numbers) + 1 for numbers in zip(*found, strict=True)]
     first = min(frame for frame, _ in found)
     for frame in range(first, frames):
-        ends_here = (
-            frame == frames - 1 and (frame, 1) not in found
-        )  # interpolate.py has nothing beyond the last frame
-        for sub_frame in range(1 if ends_here else inter):
+        for sub_frame in range(inter if frame < frames - 1 else 1):
             if (frame, sub_frame) not in found:
                 raise UserError(
                     f"frame {frame:05d}_{sub_frame} is missing in {paths[0].parent}: render again"
@@ -199,11 +261,16 @@ def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> 
 
 
 def _placed(
-    geometry: Geometry, size: tuple[int, int], frames: int, inter: int
+    geometry: Geometry, size: tuple[int, int], places: np.ndarray, inter: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The affine of (column, row, frame) that is right for the first frame and the last, and heights for the others."""
+    """The affine of (column, row, frame) that is right for the first frame and the last, and heights for the others.
+
+    places: of the frames, in sub-frames, increasing.
+    """
+    frames = len(places)
     indices = np.zeros((frames + 2, 3))
-    indices[:frames, 2] = np.arange(frames)
+    indices[:frames, 2] = places
+    indices[frames:, 2] = places[0]
     indices[frames:, :2] = np.eye(2)
     points = geometry.to_patient(indices, size, inter)
     assert points is not None  # the caller has asked for the affine

@@ -126,7 +126,7 @@ def test_masks_left_out_and_mirrored_are_no_cases_of_meshes(tmp_path, volume):
     slices_to_ply.main(
         ["-i", str(tmp_path / "out" / "seg"), "-o", str(tmp_path / "mesh"), "--smoothing", "none"]
     )
-    assert os.listdir(tmp_path / "mesh") == ["original.ply"]
+    assert os.listdir(tmp_path / "mesh") == ["out.ply"]
 
 
 def test_label_values(tmp_path, volume):

@@ -159,7 +159,12 @@ def expected(folder, position, head=IMAGE, bit=ACTIVE):
 def test_frames_and_the_frames_between(tmp_path, call, channels):
     folder = save(tmp_path, random_gaussians(channels=channels))
     call("-m", folder, "--interp", 3, "--extension", ".npy")
+    plain = images(folder / "render_img")
+    call("-m", folder, "--interp", 3, "--extension", ".npy", "--beyond")
     made = images(folder / "render_img")
+    assert list(plain) == list(made)[:-2], (
+        "behind the last frame nothing was seen: drawn where it is asked for"
+    )
     assert list(made) == [f"{k:05d}_{i}.npy" for k in range(FRAMES) for i in range(3)]
     for name in ("00000_0.npy", "00001_0.npy", "00002_1.npy", "00003_2.npy"):
         position = int(name[:5]) + int(name[6]) / 3
@@ -224,10 +229,10 @@ def test_files_keep_the_depth_of_the_frames(tmp_path, call, capsys, bits, extens
 
 
 def test_images_of_an_earlier_render_do_not_stay_among_the_new(model, call, capsys):
-    call("-m", model, "--interp", 4, "--quiet")
+    call("-m", model, "--interp", 4, "--beyond", "--quiet")
     for kept in ("00000_1.tif", "notes.txt", "overview.png"):
         (model / "render_img" / kept).write_text("mine")
-    call("-m", model, "--interp", 2)
+    call("-m", model, "--interp", 2, "--beyond")
     names = {path.name for path in (model / "render_img").iterdir()}
     assert names == {f"{k:05d}_{i}.png" for k in range(FRAMES) for i in range(2)} | {
         "00000_1.tif",
@@ -377,7 +382,7 @@ def test_points_are_the_active_centres_of_every_frame(tmp_path, call):
     folder, points = save(tmp_path / "model", params), tmp_path / "points"
     (points / "means3Dmasked").mkdir(parents=True)
     torch.save(torch.zeros(3, 3), points / "means3Dmasked" / "00004.pt")  # of a longer sequence
-    call("-m", folder, "--generate_points_path", points, "--interp", 2, "--quiet")
+    call("-m", folder, "--generate_points_path", points, "--interp", 2, "--beyond", "--quiet")
     files = sorted((points / "means3Dmasked").iterdir())
     assert [file.name for file in files] == [f"{k:05d}.pt" for k in range(FRAMES)]
     assert len(images(folder / "render_img")) == 2 * FRAMES, "images are written too"
@@ -422,7 +427,8 @@ def test_fewer_than_11_points_draw_nothing(tmp_path, call, count, drawn):
 def test_in_between_frames_are_masked_by_the_points_of_both_neighbours(tmp_path, call):
     left, right = np.tile([-0.2, 0, 0], (11, 1)), np.tile([0.2, 0, 0], (11, 1))
     folder = save(tmp_path / "model", gaussians([[-0.2, 0.0], [0.2, 0.0]], 0.03, 1.0), frames=2)
-    call("-m", folder, "--mask_path", save_points(tmp_path / "points", left, right), "--interp", 2, "--quiet")
+    masked = "--mask_path", save_points(tmp_path / "points", left, right)
+    call("-m", folder, *masked, "--interp", 2, "--beyond", "--quiet")
     halves = {
         name: (image[:, : WIDTH // 2].max() > 100, image[:, WIDTH // 2 :].max() > 100)
         for name, image in images(folder / "render_img").items()
@@ -524,7 +530,7 @@ def test_the_function_gets_all_gaussians_at_the_time(tmp_path, call):
     params["rotation"][0] = torch.logit(torch.tensor(1 / 12))  # of a turn: 30 degrees
     folder = save(tmp_path, params, frames=2)
     body = f"torch.save((means, scales, quaternions, t), f'{tmp_path}/{{t:.2f}}.pt'); return means, scales, quaternions"
-    call("-m", folder, "--interp", 2, "--quiet", "--modify", function(tmp_path, body))
+    call("-m", folder, "--interp", 2, "--beyond", "--quiet", "--modify", function(tmp_path, body))
     assert {path.name for path in tmp_path.glob("0.*.pt")} == {f"{t:.2f}.pt" for t in (0, 0.25, 0.5, 0.75)}
     means, scales, quaternions, t = torch.load(tmp_path / "0.25.pt", weights_only=True)
     assert t == 0.25
@@ -765,7 +771,7 @@ def test_a_volume_of_uneven_frames_has_even_slices(tmp_path, call, capsys):
         positions=(0.0, 2.0, 6.0, 7.0),
         affine=((-0.5, 0, 0, 20), (0, -0.5, 0, 16), (0, 0, 7 / 3, 5), (0, 0, 0, 1)),
     )
-    call("-m", folder, "--interp", 2, "--nifti", "--extension", ".npy")
+    call("-m", folder, "--interp", 2, "--beyond", "--nifti", "--extension", ".npy")
     assert "unevenly spaced: slices are drawn at even steps" in capsys.readouterr().out
     image = nibabel.load(folder / "render_img.nii.gz")
     assert image.shape == (WIDTH, HEIGHT, 15) and image.affine[2].tolist() == [0, 0, 0.5, 5]

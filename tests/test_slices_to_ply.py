@@ -8,6 +8,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import trimesh
 from nibabel.affines import apply_affine
 
 import prepare
@@ -300,7 +301,7 @@ def test_masks_to_frames_to_mesh_is_the_surface_of_the_label(tmp_path, affine, a
     for smoothing, farthest in (("none", 0.5), (None, np.inf)):
         arguments = ["-i", str(case / "seg" / "original"), "-o", str(tmp_path), "--quiet"]
         assert main([*arguments, *(["--smoothing", smoothing] if smoothing else [])]) == 0
-        mesh = in_space(read_mesh(tmp_path / "original.ply"), "RAS")
+        mesh = in_space(read_mesh(tmp_path / "case.ply"), "RAS")
         scores = surface_scores(mesh, direct, samples=5000)
         half = min(SPACING) / 2
         assert mesh.is_watertight and mesh.volume > 0
@@ -343,6 +344,7 @@ def test_smoothing_keeps_the_volume(tmp_path, spacing, inter, smoothing):
     for name, inside in shapes.items():
         mesh = read_mesh(tmp_path / "out" / f"{name}.ply")
         assert mesh.is_watertight
+        inside = inside[: len(inside) - inter + 1]  # up to the last slice: nothing was seen behind it
         assert mesh.volume == pytest.approx(inside.sum() * np.prod(spacing) / inter, rel=0.01), name
 
 
@@ -660,3 +662,191 @@ def test_a_model_without_renders(tmp_path):
     (tmp_path / "chkpnt10.pth").touch()
     with pytest.raises(UserError, match=r"run render\.py"):
         main(["-i", str(tmp_path), "-o", str(tmp_path / "out")])
+
+
+# ---- which frames, of which case -------------------------------------------------------------------------------------
+
+
+def _prepared(folder, shape=(12, 24, 24), radius=7.0, keep=()):
+    """OUT of prepare.py with the masks of a ball, 2 mm a slice, made without it."""
+    z, y, x = np.mgrid[: shape[0], : shape[1], : shape[2]]
+    ball = np.linalg.norm((2 * (z - 5.5), y - 11.5, x - 11.5), axis=0) < radius
+    for number, frame in enumerate(ball):
+        if not keep or number in keep:
+            write_image(folder / "seg" / "original" / f"{number:04d}.png", frame.astype(float))
+    Geometry(
+        axes=(0, 1, 2),
+        flips=(False, False),
+        size=(shape[2], shape[1]),
+        affine=((-1.0, 0, 0, 0), (0, -1.0, 0, 0), (0, 0, 2.0, 0), (0, 0, 0, 1.0)),
+        slices=tuple(range(shape[0])),
+        slice_count=shape[0],
+        positions=tuple(2.0 * k for k in range(shape[0])),
+        window=(0.0, 1.0),
+        bits=8,
+        source="ball",
+    ).save(folder / FILE_NAME)
+    return ball
+
+
+def test_every_level_of_a_case_is_that_case(tmp_path, capsys):
+    """The folder of masks, those around it, and the parent of all: meshes are named by the case, and none is lost."""
+    for name in ("a", "b"):
+        _prepared(tmp_path / "data" / name)
+    for number, below in enumerate(("", "a", "a/seg", "a/seg/original")):
+        out = tmp_path / f"out{number}"
+        assert main(["-i", str(tmp_path / "data" / below), "-o", str(out), "--quiet", "--jobs", "1"]) == 0
+        assert sorted(path.name for path in out.iterdir()) == (["a.ply"] if below else ["a.ply", "b.ply"])
+        assert (out / "a.ply").read_bytes() == (tmp_path / "out0" / "a.ply").read_bytes()
+    assert read_mesh(out / "a.ply").metadata["unit"] == "mm"
+    for name in ("a", "b"):
+        assert (
+            main(["-i", str(tmp_path / "data" / name / "seg" / "original"), "-o", str(tmp_path / "both")])
+            == 0
+        )
+    assert len(list((tmp_path / "both").iterdir())) == 2
+    with pytest.raises(UserError, match=r"but .*data has cases: give -i .*data"):
+        main(["-i", str(tmp_path), "-o", str(tmp_path / "none")])
+    model = tmp_path / "a model"
+    model.mkdir()
+    (model / "chkpnt10.pth").touch()
+    with pytest.raises(UserError, match=r"python render\.py -m '.*/a model' --pipeline both"):
+        main(["-i", str(model), "-o", str(tmp_path / "none")])
+
+
+def test_a_folder_of_plain_masks_has_one_frame_per_slice(tmp_path, capsys):
+    _write_frames(tmp_path / "case", _round_frames())
+    assert main(["-i", str(tmp_path / "case"), "-o", str(tmp_path / "out")]) == 0
+    assert "16 frames" in (said := capsys.readouterr().out) and "1 per slice" in said
+    _write_frames(tmp_path / "other" / "render_mask", _round_frames())
+    assert main(["-i", str(tmp_path / "other"), "-o", str(tmp_path / "out")]) == 0
+    assert "8 per slice" in capsys.readouterr().out, "renders keep the published number"
+
+
+def test_frames_behind_the_last_slice_are_not_meshed(tmp_path, capsys):
+    """Renders of another program go on behind it, where nothing was seen: the mesh is as without them."""
+    inter, values = 4, np.zeros((16, 20, 20))
+    values[:, 5:15, 5:15] = 1
+    values[13:] = 0
+    values[13:, :, :] = np.random.default_rng(0).integers(0, 2, (3, 20, 20))
+    with_them = _placed(tmp_path, values, (1, 1, 4), inter, "with")
+    without = _placed(tmp_path, values, (1, 1, 4), inter, "without")
+    for sub_frame in (1, 2, 3):
+        (without / "render_mask" / f"00003_{sub_frame}.png").unlink()
+    for case in (with_them, without):
+        assert main(["-i", str(case), "-o", str(tmp_path)]) == 0
+        assert ("3 behind the last slice are left out" in capsys.readouterr().out) == (case == with_them)
+    meshes = [read_mesh(tmp_path / f"{name}.ply") for name in ("with", "without")]
+    assert np.array_equal(meshes[0].vertices, meshes[1].vertices)
+    assert meshes[0].volume == pytest.approx(13 * 100, rel=0.01)
+
+
+def test_masks_older_than_the_images_beside_them_are_refused(tmp_path, capsys):
+    case = _placed(tmp_path, _round_frames())
+    _write_frames(case / "render_img", _round_frames(), 1)
+    arguments = ["-i", str(case), "-o", str(tmp_path / "out"), "--quiet"]
+    assert main(arguments) == 0
+    for path in (case / "render_mask").iterdir():
+        os.utime(path, (1000, 1000))
+    assert main(arguments) == 1
+    assert "render_mask is older than" in (said := capsys.readouterr().err) and "python render.py -m" in said
+    (case / "chkpnt1.pth").touch()
+    os.utime(case / "chkpnt1.pth", (900, 900))
+    assert main(arguments) == 0, "rendered one after the other, from one model"
+
+
+def test_masks_on_some_frames_lie_where_their_numbers_say(tmp_path):
+    """Every second slice painted: the ball is as large, and where it was."""
+    _prepared(tmp_path / "full")
+    _prepared(tmp_path / "some", keep=(1, 3, 5, 7, 9))
+    for name in ("full", "some"):
+        assert main(["-i", str(tmp_path / name), "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    full, some = (read_mesh(tmp_path / "out" / f"{name}.ply") for name in ("full", "some"))
+    assert some.bounds[:, 2] == pytest.approx(full.bounds[:, 2], abs=2) and some.volume == pytest.approx(
+        full.volume, rel=0.1
+    )
+
+
+def _cubes():
+    """Touching blocks of labels 1, 2 and 7 that meet along a line, 2 reaching the border of the stack."""
+    numbers = np.zeros((12, 20, 24), np.uint8)
+    numbers[3:9, 5:15, 4:12], numbers[3:12, 5:15, 12:20], numbers[1:3, 5:15, 4:20] = 1, 2, 7
+    return numbers
+
+
+@pytest.mark.parametrize("smoothing", [None, "none", "1.2"])
+def test_neighbours_share_their_surface(tmp_path, smoothing):
+    """No gap and no overlap: what two meshes have in common is the very same triangles, the other way round."""
+    numbers = _cubes()
+    case = _placed(tmp_path, numbers / 255, (1, 1, 2))
+    arguments = ["-i", str(case), "-o", str(tmp_path / "out"), "--quiet", "--labels", "--format", "obj"]
+    assert main([*arguments, *(["--smoothing", smoothing] if smoothing else [])]) == 0
+    meshes = {i: read_mesh(tmp_path / "out" / f"case_{i}.obj") for i in (1, 2, 7)}
+    faces = {}
+    for number, mesh in meshes.items():
+        assert is_closed(mesh) and mesh.volume > 0
+        if smoothing != "none":
+            assert mesh.volume == pytest.approx(2 * (numbers == number).sum(), rel=0.01), number
+        corners = np.round(mesh.triangles, 4)
+        faces[number] = {frozenset(map(tuple, triangle)): triangle for triangle in corners}
+    shared = {pair: faces[pair[0]].keys() & faces[pair[1]].keys() for pair in ((1, 2), (1, 7), (2, 7))}
+    for (one, other), common in shared.items():
+        assert len(common) > 50
+        for corners in common:
+            normals = [np.cross(*np.diff(faces[i][corners], axis=0)) for i in (one, other)]
+            assert np.allclose(normals[0], -normals[1], atol=1e-6)
+    together = sum(mesh.volume for mesh in meshes.values())
+    between = set().union(*shared.values())
+    hull = np.array([corners for own in faces.values() for key, corners in own.items() if key not in between])
+    enclosed = np.einsum("ij,ij->i", hull[:, 0], np.cross(hull[:, 1], hull[:, 2])).sum() / 6
+    assert enclosed == pytest.approx(together, rel=1e-4), "what is between them is enclosed once"
+
+
+def test_meshes_of_labels_have_their_names_and_colours(tmp_path, capsys):
+    """prepare.py's names go to the files, and all organs into one scene."""
+    numbers = _cubes()
+    affine = np.diag([-1.0, -1.0, 2.0, 1.0])
+    for name, values in (("image", np.random.default_rng(0).random(numbers.shape)), ("label", numbers)):
+        nibabel.save(nibabel.Nifti1Image(values.transpose(2, 1, 0), affine), tmp_path / f"{name}.nii.gz")
+    (tmp_path / "names.csv").write_text(
+        "id,name,colour\n1,liver,#ff0000\n2,left kidney,#00ff00\n7,spleen,#0000ff\n"
+    )
+    volumes = ["-i", str(tmp_path / "image.nii.gz"), "-l", str(tmp_path / "label.nii.gz")]
+    names = ["--label_names", str(tmp_path / "names.csv"), "--labels", "all"]
+    prepare.main([*volumes, *names, "-o", str(tmp_path / "case"), "--axis", "2", "--quiet"])
+    out = tmp_path / "out"
+    assert main(["-i", str(tmp_path / "case"), "-o", str(out)]) == 0
+    written = ["case.glb", "case_left_kidney.ply", "case_liver.ply", "case_spleen.ply"]
+    assert sorted(path.name for path in out.iterdir()) == written
+    scene = trimesh.load_scene(out / "case.glb")
+    assert set(scene.geometry) == {"liver", "left kidney", "spleen"}
+    assert scene.geometry["liver"].visual.material.baseColorFactor[:3].tolist() == [255, 0, 0]
+    liver = read_mesh(out / "case_liver.ply")
+    assert liver.metadata == {"space": "LPS", "unit": "mm"}
+    assert (
+        main(
+            ["-i", str(tmp_path / "case"), "-o", str(tmp_path / "one"), "--labels", "left kidney", "--quiet"]
+        )
+        == 0
+    )
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == ["case.glb", "case_left_kidney.ply"]
+    assert (tmp_path / "one" / written[1]).read_bytes() == (out / written[1]).read_bytes()
+    assert (
+        main(["-i", str(tmp_path / "case"), "-o", str(tmp_path / "no"), "--labels", "lung", "--quiet"]) == 1
+    )
+    assert "no pixel has the value lung: there are 0, 1, 2, 7" in capsys.readouterr().err
+
+
+def test_mistyped_options_are_guessed(tmp_path):
+    for word, meant in (
+        ("--smoothin", "--smoothing"),
+        ("--extention", "--extension"),
+        ("--out-put", "--output"),
+    ):
+        with pytest.raises(UserError, match=f"did you mean {meant}\\?"):
+            main(["-i", "x", "-o", "y", word, "z"])
+    with pytest.raises(UserError, match=r"required: -o/--output: did you mean --output\?"):
+        main(["-i", "x", "--ouput", "y"])
+    with pytest.raises(UserError) as error:
+        main(["-i", "x", "-o", "y", "--nothing_like_it"])
+    assert "did you mean" not in str(error.value)

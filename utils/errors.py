@@ -4,8 +4,10 @@ disk), 130 interrupted, 143 asked to end (SIGTERM)."""
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import os
+import re
 import signal
 import sys
 import traceback
@@ -41,8 +43,33 @@ class ArgumentParser(argparse.ArgumentParser):
             "--version", action="version", version=f"MedGS {VERSION}", help="print the version and exit"
         )
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (--help lists the options)")
+        raise UserError(f"{message}{self._meant()} (--help lists the options)")
+
+    def _meant(self) -> str:
+        """What options that nobody knows are close to: ": did you mean --output?"."""
+        known = _options(self)
+        found = {}
+        for word in getattr(self, "_words", []):
+            option = word.split("=")[0]
+            if not re.fullmatch(r"--[A-Za-z]\S*", option) or option in known:
+                continue
+            plain = option.replace("-", "_").replace("__", "--", 1)
+            near = [name for name in known if name == plain] or [
+                name for name in known if name.startswith(plain) or plain.startswith(name + "_")
+            ]
+            near = near or difflib.get_close_matches(plain, known, n=1, cutoff=0.7)
+            if near:
+                found[option] = near[0]
+        if not found:
+            return ""
+        if len(found) == 1:
+            return f": did you mean {next(iter(found.values()))}?"
+        return ": did you mean " + ", ".join(f"{name} for {word}" for word, name in found.items()) + "?"
 
     def add_shared(self, max_pixels: int) -> None:
         """The options that programs on images have in common; max_pixels: a default."""
@@ -55,6 +82,17 @@ class ArgumentParser(argparse.ArgumentParser):
         )
         self.add_argument("--quiet", action="store_true", help="print errors only")
         self.add_argument("--debug", action="store_true", help="print the traceback of an error too")
+
+
+def _options(parser: argparse.ArgumentParser) -> list[str]:
+    """The long options of a parser and of its subcommands."""
+    names: dict[str, None] = {}
+    for action in parser._actions:
+        names |= dict.fromkeys(name for name in action.option_strings if name.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for child in action.choices.values():
+                names |= dict.fromkeys(_options(child))
+    return list(names)
 
 
 def positive(text: str) -> int:
