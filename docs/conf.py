@@ -6,8 +6,11 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 import generate  # noqa: E402
 
+from utils.version import VERSION  # noqa: E402
+
 project = "MedGS"
 html_title = "MedGS"
+release = VERSION
 author = "the MedGS contributors"
 copyright = author
 
