@@ -41,7 +41,7 @@ CLASSICAL: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
+class HeldOutCase:
     """A folder with img/original, seg/original or both, all F frames of it.
 
     files, frames: by kind, img or seg; frames (F, H, W) grey in [0, 1]. spacing: from one frame, row and column to the
@@ -60,7 +60,7 @@ class Case:
     def __len__(self) -> int:
         return len(next(iter(self.frames.values())))
 
-    def only(self, pipeline: str) -> Case:
+    def only(self, pipeline: str) -> HeldOutCase:
         """What of the case ``pipeline`` trains on. Raises UserError where it has no such frames."""
         if missing := set(KINDS[pipeline]) - set(self.files):
             lacking = " and ".join(f"{kind}/original" for kind in sorted(missing))
@@ -84,7 +84,7 @@ class Case:
                 shutil.copyfile(file, target / f"{k:04d}{file.suffix}")
 
 
-def read_case(folder: Path) -> Case:
+def read_case(folder: Path) -> HeldOutCase:
     """The case in ``folder``. Images that are the masks once more are left out."""
     files = {
         kind: frame_files(folder / kind / "original")
@@ -99,7 +99,7 @@ def read_case(folder: Path) -> Case:
     if len(frames) == 2 and np.array_equal(frames["img"], frames["seg"]):
         del files["img"], frames["img"]
     shape = next(iter(frames.values())).shape
-    return Case(folder.resolve().name, files, frames, _spacing(folder, shape))
+    return HeldOutCase(folder.resolve().name, files, frames, _spacing(folder, shape))
 
 
 def _spacing(folder: Path, shape: tuple[int, ...]) -> tuple[float, float, float]:
@@ -123,7 +123,7 @@ def read(files: Sequence[Path]) -> np.ndarray:
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def rounded(images: np.ndarray) -> np.ndarray:
+def in_8_bits(images: np.ndarray) -> np.ndarray:
     """Values in [0, 1] on the levels of 8 bits, as in a file. Half-way ones go to the even level, also where float32
     has them a little above or below."""
     return np.rint(np.round(255 * images.astype(np.float64).clip(0, 1), 3)) / 255
@@ -132,7 +132,7 @@ def rounded(images: np.ndarray) -> np.ndarray:
 def scores_of(kind: str, images: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """Of (T, H, W) in [0, 1] each: PSNR, SSIM and, where it is installed, LPIPS of images, rounded to 8 bits as files
     are; Dice and PSNR of masks."""
-    images = rounded(images) if kind == "img" else images.astype(np.float64)
+    images = in_8_bits(images) if kind == "img" else images.astype(np.float64)
     pairs = [torch.from_numpy(np.ascontiguousarray(frames))[:, None] for frames in (images, truth)]
     found = Scores.of(*pairs)
     if kind == "seg":
@@ -151,7 +151,7 @@ def _perceptual() -> Callable[[torch.Tensor, torch.Tensor], float] | None:
 # ---- without a model -------------------------------------------------------------------------------------------------
 
 
-def fill(case: Case, kept: np.ndarray, at: np.ndarray) -> Filled:
+def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> Filled:
     """The frames ``at`` from those ``kept``, by every classical method that suits the case.
 
     linear: of every pixel. cubic: the spline through all frames. flow: both neighbours carried along TV-L1 flow and

@@ -28,7 +28,17 @@ import torch
 
 from arguments import PRESETS, TrainOptions, resolve_device
 from benchmarks.common import describe, run_program
-from benchmarks.heldout import CLASSICAL, KINDS, Case, Filled, fill, read, read_case, rounded, scores_of
+from benchmarks.heldout import (
+    CLASSICAL,
+    KINDS,
+    Filled,
+    HeldOutCase,
+    fill,
+    in_8_bits,
+    read,
+    read_case,
+    scores_of,
+)
 from benchmarks.preset_tables import Row, tables
 from gaussian_renderer import rasterizer
 from pictures.figures import draw_montage
@@ -72,7 +82,7 @@ SHOWN_METHODS = {"img": ("linear", "flow"), "seg": ("sdf", "sdf along flow")}
 class Plan:
     """A run of train.py. method: what tables call it. options: of train.py, beside data, model and device."""
 
-    case: Case = field(repr=False)
+    case: HeldOutCase = field(repr=False)
     keep: int
     method: str
     options: tuple[str, ...]
@@ -91,7 +101,7 @@ def key(row: Row) -> tuple[Any, ...]:
     return row["case"], row["keep"], row["method"], row.get("pipeline")
 
 
-def plans(cases: Sequence[Case], given: argparse.Namespace, extra: Sequence[str]) -> Iterator[Plan]:
+def plans(cases: Sequence[HeldOutCase], given: argparse.Namespace, extra: Sequence[str]) -> Iterator[Plan]:
     """All runs that were asked for, those of one case and ``keep`` one after the other."""
     if given.ablation:
         wanted = {f"best: {name}": ("best", changes) for name, changes in ABLATION.items()}
@@ -133,7 +143,7 @@ def train_options(
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def classical_rows(case: Case, keep: int) -> list[Row]:
+def classical_rows(case: HeldOutCase, keep: int) -> list[Row]:
     """A row for each method that needs no model."""
     kept, at = case.split(keep)
     start = time.perf_counter()
@@ -270,7 +280,7 @@ def frames_name(case: str, keep: int, method: str, kind: str) -> str:
 
 
 def draw_montages(
-    folder: Path, case: Case, keep: int, frames: Mapping[str, np.ndarray], models: Mapping[str, str]
+    folder: Path, case: HeldOutCase, keep: int, frames: Mapping[str, np.ndarray], models: Mapping[str, str]
 ) -> None:
     """A picture for each kind of frames: truth, classical methods, models (title -> method), and the error of each."""
     kept, at = case.split(keep)
@@ -285,7 +295,7 @@ def draw_montages(
         for title in (*SHOWN_METHODS[kind], *models):
             if (images := predictions.get(title, {}).get(kind)) is None:
                 continue
-            images = rounded(images)
+            images = in_8_bits(images)
             scores = Scores.of(*(torch.from_numpy(values)[:, None] for values in (images, truth)))
             figures = [
                 f"Dice {dice:.4f}" if kind == "seg" else f"{psnr:.2f} dB, SSIM {ssim:.3f}"
@@ -412,7 +422,7 @@ def main() -> int:
         return measure(cases, given, extra)
 
 
-def measure(cases: Sequence[Case], given: argparse.Namespace, extra: Sequence[str]) -> int:
+def measure(cases: Sequence[HeldOutCase], given: argparse.Namespace, extra: Sequence[str]) -> int:
     """Fills the file of results, draws montages, prints tables. 1 where a run failed."""
     results = Results(given.out, given.montages)
     for case in cases:

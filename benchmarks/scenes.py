@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import kernel_seconds, measure, measure_on_device, synchronise
-from gaussian_renderer import ACTIVE, Render, Renders, render
+from gaussian_renderer import ACTIVE, Render, Rendered, render
 from scene.cameras import Camera
 from scene.checkpoint import load_checkpoint
 from scene.frames import Frames
@@ -148,7 +148,7 @@ class Drawing:
         # Of the size that a mean over the batch gives, so that nothing is denormal.
         self.v_images = (torch.randn(shape, generator=generator) / math.prod(shape)).to(model.device)
 
-    def forward(self) -> Renders:
+    def forward(self) -> Rendered:
         renders = [Render(view, test=ACTIVE) for view in range(len(self.positions))]
         originals = [False] * len(self.positions)
         return render(

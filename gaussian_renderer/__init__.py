@@ -41,11 +41,12 @@ class Render:
 
 
 @dataclass(frozen=True)
-class Renders:
+class Rendered:
+    """What a call of `render` yields."""
+
     images: Tensor  # (R, C, H, W)
-    screen: (
-        Tensor | None
-    )  # (heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control
+    screen: Tensor | None
+    """(heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control."""
     radii: Tensor  # (V, N) int32 px, 0 where not visible
     active: Tensor  # (V, N) uint8, bits ACTIVE and ACTIVE_SEGMENTATION
 
@@ -70,7 +71,7 @@ def render(
     capacity: int = 0,
     counted: Tensor | None = None,
     antialiasing: bool = False,
-) -> Renders:
+) -> Rendered:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
     background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
@@ -133,7 +134,7 @@ def render(
     if not antialiasing:
         room = {"capacity": capacity, "counted": counted} if counted is not None else {}
         images = blend(cuts, raw_opacities, raw_colours, renders, screen, raw=True, **room)
-        return Renders(images, screen, radii, active)
+        return Rendered(images, screen, radii, active)
 
     opacities, colours = torch.sigmoid(raw_opacities), to_colour(raw_colours)
     screens = [None] * len(means2d) if screen is None else screen.split(1, dim=1)
@@ -144,7 +145,7 @@ def render(
         if shown:
             own_images = blend(cut, opacities * weights, colours, list(shown.values()), own)
             drawn.update(zip(shown, own_images, strict=True))
-    return Renders(torch.stack([drawn[place] for place in range(len(renders))]), screen, radii, active)
+    return Rendered(torch.stack([drawn[place] for place in range(len(renders))]), screen, radii, active)
 
 
 def compensations(conics: Tensor) -> Tensor:

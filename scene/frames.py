@@ -99,7 +99,7 @@ class Frames:
 
         data_device = torch.device(device if data_device is None else data_device)
         device = torch.device(device)
-        levels = torch.from_numpy(_stack(planes, alphas)).to(data_device)
+        levels = torch.from_numpy(_with_alpha(planes, alphas)).to(data_device)
         has_alpha = any(alpha is not None for alpha in alphas)
         numbers = [frame_number(file) for file in files]
         return cls(levels, [file.name for file in files], numbers, has_alpha, device, meaning)
@@ -290,7 +290,7 @@ def _full(dtype: np.dtype) -> int:
     return 1 if dtype == np.float32 else int(np.iinfo(dtype).max)
 
 
-def _stack(planes: list[np.ndarray], alphas: list[np.ndarray | None]) -> np.ndarray:
+def _with_alpha(planes: list[np.ndarray], alphas: list[np.ndarray | None]) -> np.ndarray:
     """The frames as one array (K, C [+ 1], H, W) in the type that `Frames.levels` describes."""
     dtype = max((plane.dtype for plane in planes), key=_DTYPES.index)
     channels = max(plane.shape[0] for plane in planes)

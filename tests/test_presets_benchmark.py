@@ -94,7 +94,7 @@ def test_the_nearer_frame_counts_for_more():
 
 def test_half_way_levels_go_to_the_even_one():
     halves = (np.arange(0, 254) + 0.5).astype(np.float32) / np.float32(255)
-    assert (255 * heldout.rounded(halves) % 2).round(9).max() == 0
+    assert (255 * heldout.in_8_bits(halves) % 2).round(9).max() == 0
 
 
 def test_images_that_are_the_masks_are_left_out(tmp_path):
