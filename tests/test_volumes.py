@@ -541,7 +541,9 @@ def _refusals(folder):
     for number in range(6):
         colours[0, 0, 0, 0] = 255
         write_image(folder / "pictures" / f"{number}.png", np.full((7, 9), number / 6))
-        write_image(folder / "coloured" / f"{number}.png", np.eye(9)[:7, :, None] * [1.0, 0, 0])
+        write_image(
+            folder / "coloured" / f"{number}.png", np.linspace(0, 1, 63).reshape(7, 9, 1) * [1.0, 0, 0]
+        )
         write_image(folder / "jpegs" / f"{number}.jpg", np.linspace(0, 1, 63).reshape(7, 9))
         write_image(folder / "numbered" / f"{number + (number > 2)}.png", np.eye(9)[:7])
     pictures = str(folder / "pictures")
@@ -577,7 +579,7 @@ def _refusals(folder):
         "two windows": (["-i", good, "--window", "0", "1", "--ct_window", "brain"], "not allowed with"),
         "a JPEG label": (["-i", pictures, "-l", folder / "jpegs"], "does not keep labels exactly"),
         "a label of lossy DICOM": (["-i", good, "-l", folder / "lossy"], "does not keep labels exactly"),
-        "a coloured label": (["-i", pictures, "-l", folder / "coloured"], "holds colours"),
+        "a coloured label": (["-i", pictures, "-l", folder / "coloured"], "63 colours: a mask holds one number"),
         "another numbering": (["-i", pictures, "-l", folder / "numbered"], "numbered differently"),
     }  # fmt: skip
 

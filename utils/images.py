@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import numpy as np
 import tifffile
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -261,6 +261,8 @@ def _read_pillow(path: Path, levels: bool) -> np.ndarray:
         check_pixels(path, *image.size)
         if getattr(image, "n_frames", 1) > 1:
             raise UserError(f"{path} holds {image.n_frames} images: write each frame into a file of its own")
+        if image.format == "JPEG":
+            return _read_jpeg(image)
         raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else ""
         if raw_mode in ("RGB;16B", "RGBA;16B", "LA;16B"):
             return _read_png16(path, raw_mode)
@@ -282,6 +284,12 @@ def _read_pillow(path: Path, levels: bool) -> np.ndarray:
         if image.mode == "1":
             return np.asarray(image.convert("L"))
         return np.asarray(image if image.mode in ("L", "RGB", "RGBA") else image.convert("RGB"))
+
+
+def _read_jpeg(image: Image.Image) -> np.ndarray:
+    """A JPEG turned as its EXIF orientation says that it is to be seen."""
+    upright = ImageOps.exif_transpose(image)
+    return np.asarray(upright if upright.mode in ("L", "RGB") else upright.convert("RGB"))
 
 
 def _read_png16(path: Path, raw_mode: str) -> np.ndarray:

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.images import image_files
 
 READERS: dict[str, Callable[[Path, Choice], Volume]] = {
-    **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".img"), nifti.read),
+    **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"), nifti.read),
     **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), itk.read),
     **dict.fromkeys((".dcm", ".ima"), dicom.read_file),
     **dict.fromkeys((".tif", ".tiff"), tiff.read),

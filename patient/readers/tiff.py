@@ -57,6 +57,8 @@ def read(path: Path, choice: Choice) -> Volume:
                 None,
                 1 if plain else DEFLATE,
             )
+            for each in file.pages:  # a frame of a series has counts alone
+                check_claim(path, max(each.databytecounts, default=0), None, 1)
             array, axes = pages.asarray(), pages.axes
             sizes = _voxel_sizes(file, page)
             if page.photometric == tifffile.PHOTOMETRIC.PALETTE:

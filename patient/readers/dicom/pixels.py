@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from patient.readers import video
-from patient.readers.common import check_claim, damage
+from patient.readers.common import DEFLATE, check_claim, damage
+from patient.readers.dicom.codec import decoder
 from patient.readers.dicom.files import Header, items, load, pydicom_for
 from utils.errors import UserError
 from utils.images import check_pixels
@@ -33,7 +34,8 @@ def decode(header: Header) -> np.ndarray:
     pydicom = pydicom_for(path)
     with damage(path, "is damaged, or cut off"):
         native = _syntax(header) in ("", *pydicom.uid.UncompressedTransferSyntaxes)
-        check_claim(path, columns * rows * frames * samples * bits // 8, None, 1 if native else 1032)
+        stored = 1 if native and _syntax(header) != pydicom.uid.DeflatedExplicitVRLittleEndian else DEFLATE
+        check_claim(path, columns * rows * frames * samples * bits // 8, None, stored)
         check_claim(path, claimed)
         dataset = load(path)
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
@@ -42,15 +44,10 @@ def decode(header: Header) -> np.ndarray:
             dataset.file_meta.TransferSyntaxUID = getattr(
                 pydicom.uid, names.get((implicit, little), "ExplicitVRBigEndian")
             )
-        try:
+        if native or _syntax(header) == pydicom.uid.RLELossless:
             array = dataset.pixel_array if bits == 1 else pydicom.pixels.pixel_array(dataset)
-        except (NotImplementedError, RuntimeError) as error:
-            if "missing dependencies" in str(error) or "plugins" in str(error):
-                raise UserError(
-                    f"{path} is compressed ({pydicom.uid.UID(_syntax(header)).name}): reading it needs"
-                    " python-gdcm: pip install python-gdcm"
-                ) from error
-            raise
+        else:
+            array = _decompress(header, pydicom.uid.UID(_syntax(header)).name)
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
             colours = pydicom.pixels.apply_color_lut(array, dataset)
             array = (colours >> 8).astype(np.uint8) if colours.dtype == np.uint16 else colours
@@ -64,6 +61,18 @@ def decode(header: Header) -> np.ndarray:
             f"{path} is damaged, or cut off: {frames} frames of {columns} x {rows} are {array.shape[:3]}"
         )
     return array
+
+
+def _decompress(header: Header, syntax: str) -> np.ndarray:
+    """Compressed pixels by pydicom's decoders, of which some have to be installed."""
+    try:
+        return decoder.decode(str(header.path.resolve()))
+    except RuntimeError as error:
+        if "missing dependencies" in str(error) or ("plugins" in str(error) and "missing" in str(error)):
+            raise UserError(
+                f"{header.path} is compressed ({syntax}): reading it needs python-gdcm: pip install python-gdcm"
+            ) from error
+        raise
 
 
 def _decode_video(header: Header) -> np.ndarray:
