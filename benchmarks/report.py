@@ -127,9 +127,23 @@ def presets(path: Path) -> Iterator[str]:
     yield from tables(rows)
 
 
+def refusals(result: dict[str, Any]) -> str:
+    """How many invalid calls each operator refused, by device."""
+    devices = [name for name in ("cpu", "cuda") if name in result]
+    rows = [
+        [operator, *(str(result[name]["by_operator"].get(operator, 0)) for name in devices)]
+        for operator in result[devices[0]]["by_operator"]
+    ]
+    rows.append(
+        ["refused / tried", *(f"{result[name]['refused']} / {result[name]['tried']}" for name in devices)]
+    )
+    return table(["invalid calls refused", *(result[name]["device"] for name in devices)], rows)
+
+
 def recorded() -> str:
     """Every table, as Markdown."""
-    results = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    results = [result for result in found if "sections" in result]
     lines = [
         json.loads(line)
         for path in sorted(RESULTS.glob("*.jsonl"))
@@ -141,6 +155,7 @@ def recorded() -> str:
     meshed = [line for line in lines if "surfaces" in line]
     if meshed:
         parts.append(surface_table(meshed))
+    parts += [refusals(result) for result in found if "refused" in result.get("cpu", {})]
     return "\n\n".join(parts or ["Nothing is recorded yet."])
 
 

@@ -70,3 +70,8 @@ def test_every_program_and_option_is_in_the_reference(generate):
 def test_the_architecture_page_has_the_order_that_imports_keep():
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert tuple(re.findall(r"^\| `(\w+)/` \|", text, re.M)) == FLOORS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_a_page_takes_from_the_code_can_be_made(page, generate):
+    assert "<!-- generated:" not in generate.expand(page.read_text(encoding="utf-8"))
