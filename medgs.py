@@ -16,6 +16,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -305,7 +306,10 @@ def _attempt(row: Row, out: Path, options: argparse.Namespace, steps: dict[str, 
 
 
 def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
-    if find_spec("snakemake") is None:
+    engine = (
+        [sys.executable, "-m", "snakemake"] if find_spec("snakemake") else [shutil.which("snakemake") or ""]
+    )
+    if not engine[0]:
         raise UserError(
             "--jobs and --profile need Snakemake: pip install -r requirements-cluster.txt, or leave them out"
         )
@@ -327,11 +331,13 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
             "cases": str(Path(options.cases).resolve()),
             "out": str(out),
             "names": [row.name for row in rows],
+            "python": sys.executable,
+            "gpu": options.device != "cpu",  # what a login node has says nothing of where jobs run
             "options": shlex.join(map(str, passed)),
         }
         temporary.write_text(json.dumps(values, indent=1))
     gpus = len(visible_gpus()) * options.per_gpu
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(SNAKEFILE), "--configfile", str(config)]
+    command = [*engine, "--snakefile", str(SNAKEFILE), "--configfile", str(config)]
     command += ["--directory", str(out), "--keep-going", "--rerun-incomplete"]
     if options.profile:
         command += ["--profile", str(Path(options.profile).resolve()), "--jobs", str(options.jobs)]
