@@ -13,13 +13,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo")
-PACKAGES = "slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge"
+CONFIG = Path("/etc/slurm/slurm.conf")  # where jobs look: the variable SLURM_CONF does not reach them
 
 
 def missing() -> list[str]:
     """What keeps a cluster from being started here."""
     lacking = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
-    return lacking + ([] if os.geteuid() == 0 else ["root"])
+    lacking += [] if os.geteuid() == 0 else ["root"]
+    return lacking + ([f"a free {CONFIG}"] if CONFIG.exists() else [])
 
 
 @contextmanager
@@ -37,10 +38,8 @@ def slurm(folder: Path, cores: int) -> Iterator[dict[str, str]]:
         if parent.stat().st_uid == os.getuid() and parent != Path("/"):
             parent.chmod(parent.stat().st_mode | 0o011)
     host = socket.gethostname().split(".")[0]
-    conf, prolog = folder / "slurm.conf", folder / "prolog"
-    prolog.write_text(f"#!/bin/sh\necho export SLURM_CONF={conf}\n")  # sbatch hands no variables of Slurm's on
-    prolog.chmod(0o755)
-    conf.write_text(f"""
+    CONFIG.parent.mkdir(exist_ok=True)
+    CONFIG.write_text(f"""
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
@@ -57,7 +56,6 @@ SlurmctldLogFile={state}/slurmctld.log
 SlurmdLogFile={state}/slurmd.log
 ProctrackType=proctrack/pgid
 TaskPlugin=task/none
-TaskProlog={folder}/prolog
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 AccountingStorageType=accounting_storage/none
@@ -69,14 +67,15 @@ KillWait=60
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cores} RealMemory=16000 State=UNKNOWN
 PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE State=UP
 """)
-    environment = {**os.environ, "SLURM_CONF": str(conf), "PATH": f"{os.environ['PATH']}:/usr/sbin"}
+    environment = {**os.environ, "PATH": f"{os.environ['PATH']}:/usr/sbin"}
     files = {"socket": "socket", "key-file": "key", "pid-file": "pid", "log-file": "log", "seed-file": "seed"}
     options = [f"{name}={munge / file}" for name, file in files.items()]
     with ExitStack() as stack:
+        stack.callback(CONFIG.unlink)
         for command in (
             ["runuser", "-u", "munge", "--", "munged", "--foreground", *(f"--{name}" for name in options)],
-            ["slurmctld", "-D", "-f", str(conf)],
-            ["slurmd", "-D", "-f", str(conf), "-N", host],
+            ["slurmctld", "-D"],
+            ["slurmd", "-D", "-N", host],
         ):
             log = stack.enter_context((folder / f"{Path(command[0]).name}.out").open("wb"))
             daemon = subprocess.Popen(
