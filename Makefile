@@ -33,7 +33,7 @@ SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,f
   -fno-sanitize-recover=all
 OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
 
-.PHONY: help setup demo test test-browser chromium lint format docs bench cuda-check sanitize clean
+.PHONY: help setup demo test test-browser test-slurm slurm cluster chromium lint format docs bench cuda-check sanitize clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -99,6 +99,24 @@ test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; c
 
 test-browser: setup chromium $(STAMPS)/requirements-dev  ## the viewer and the pages, in Chromium
 	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q --browser -m browser
+
+test-slurm: setup slurm cluster $(STAMPS)/requirements-dev  ## cases as jobs of a Slurm that is started here; needs root
+	@PATH="$(abspath $(VENV))/cluster/bin:$$PATH" $(BIN)/python -m pytest -q --slow tests/test_slurm.py \
+	  tests/test_medgs.py -k "job or side_by_side"
+
+cluster: $(STAMPS)/cluster  ## Snakemake, in an environment of its own beside the programs'
+
+$(STAMPS)/cluster: requirements-cluster.txt
+	@echo "installing $<"
+	@$(PYTHON) -m venv $(VENV)/cluster
+	@$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@mkdir -p $(@D) && touch $@
+
+# Debian's packages, installed where that is allowed.
+slurm:
+	@command -v slurmctld munged > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
+	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge \
+	    > /dev/null; } || { echo "Slurm is not installed, and could not be" >&2; exit 1; }
 
 # Debian's package, installed where that is allowed.
 chromium:
