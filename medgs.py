@@ -24,6 +24,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import prepare
+import report
 import slices_to_ply
 from arguments import PRESETS, render_parser, train_options
 from cases.case import STEPS, Case, CaseResult, plan, run_case
@@ -51,7 +52,7 @@ _OWN = {  # options of the steps that medgs.py itself gives
     },
     "render": {"model_path", "interp", "pipeline", "device"},
     "mesh": {"input", "output", "inter"},
-    "report": set(),
+    "report": {"model_path", "output", "mesh", "device"},
 }
 
 
@@ -161,7 +162,11 @@ def split_steps(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str
 
 def check(steps: dict[str, list[str]]) -> None:
     """Refuse options of a step that its program would refuse, before anything starts."""
-    parsers = {"prepare": (prepare.parser, "-i x -o x"), "mesh": (slices_to_ply.parser, "-i x -o x")}
+    parsers = {
+        "prepare": (prepare.parser, "-i x -o x"),
+        "mesh": (slices_to_ply.parser, "-i x -o x"),
+        "report": (report.parser, "-m x"),
+    }
     for name, given in steps.items():
         own = [token for token in given if token.split("=")[0].removeprefix("--") in _OWN[name]]
         if own:

@@ -19,7 +19,7 @@ from patient.geometry import FILE_NAME, Geometry
 from utils.errors import UserError
 from utils.files import own_folder
 
-STEPS = ("prepare", "train", "render", "mesh")
+STEPS = ("prepare", "train", "render", "mesh", "report")
 """In order. Each has options of its own: `--train.lambda_seg 2`."""
 PROGRAMS = {
     "prepare": "prepare.py",
@@ -252,7 +252,7 @@ def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before
             *(("--nifti",) if _has_affine(data) else ()),
         ],
         "mesh": ["-i", str(model), "-o", str(folder / MESHES), "--inter", str(case.interp), "--preview"],
-        "report": ["-m", str(model), "-o", str(folder / REPORT)],
+        "report": ["-m", str(model), "-o", str(folder / REPORT), *_mesh_option(case, folder), *device],
     }
     outputs = {
         "prepare": [data / FILE_NAME],
@@ -263,6 +263,12 @@ def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before
     }
     given = [*arguments[name], *case.steps.get(name, ())]
     return Step(name, PROGRAMS[name], given, outputs[name], inputs if name == "prepare" else {}, before)
+
+
+def _mesh_option(case: Case, folder: Path) -> list[str]:
+    """The case's mesh for its report, where it has just one."""
+    mesh = folder / MESHES / f"{case.name}.ply"
+    return ["--mesh", str(mesh)] if mesh.exists() else []
 
 
 def _has_affine(data: Path) -> bool:

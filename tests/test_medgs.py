@@ -72,6 +72,7 @@ def test_a_case_is_one_folder(done):
     assert len(record["inputs"]) == 2 and record["versions"]["torch"] == torch.__version__
     assert (folder / "images" / "00000_0.png").exists() and (folder / "masks" / "00000_0.png").exists()
     assert [mesh.name for mesh in (folder / "meshes").glob("*.ply")] == ["ball.ply"]
+    assert (folder / "report.html").stat().st_size > 10_000
     assert "$ " in (folder / "log.txt").read_text()
 
 
@@ -129,7 +130,7 @@ def test_arrays_go_in(tmp_path):
         options=options,
         say=told.append,
     )
-    assert again.complete and sum("current" in line for line in told) == 4
+    assert again.complete and sum("current" in line for line in told) == 5
     with pytest.raises(UserError, match="no volume"):
         run_case(image[0], output=tmp_path / "flat", say=told.append)
 
