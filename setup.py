@@ -59,9 +59,8 @@ def requirements(name: str) -> list[str]:
 def commands() -> list[str]:
     """The console commands of src/medgs/commands.py, which cannot be imported before the package is there."""
     tree = ast.parse((ROOT / "src" / "medgs" / "commands.py").read_text())
-    (table,) = [
-        node.value for node in tree.body if isinstance(node, ast.Assign) and node.targets[0].id == "COMMANDS"
-    ]
+    tables = (node for node in tree.body if isinstance(node, ast.Assign))
+    (table,) = [node.value for node in tables if ast.unparse(node.targets[0]) == "COMMANDS"]
     return [
         f"{name} = medgs.commands:main"
         for name, file in ast.literal_eval(table).items()
