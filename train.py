@@ -66,8 +66,8 @@ def main() -> int:
             train(training, stop)
         if stop and training.iteration < options.iterations:
             print(
-                f"stopped at iteration {training.iteration} of {options.iterations}; to go on: the same command with "
-                f"-m {options.model_path} --start_checkpoint {AUTO}",
+                f"stopped at iteration {training.iteration} of {options.iterations}; to continue, run the same command "
+                f"with -m {options.model_path} --start_checkpoint {AUTO}",
                 file=sys.stderr,
             )
             return stop.status

@@ -92,7 +92,7 @@ class MachineOptions:
         "compiled kernels, or the dense PyTorch oracle (slow; for checking)",
         choices=("compiled", "oracle"),
     )
-    quiet: bool = _option(False, "print nothing but warnings and errors")
+    quiet: bool = _option(False, "print warnings and errors only")
     debug: bool = _option(
         False, "add the traceback to errors, and stop at the first value that is not finite"
     )
@@ -115,28 +115,28 @@ class DataOptions:
     )
     images: str = _option(
         "original",
-        "the frames' folder under the data root; 'images', the name of such programs, "
-        "means original where there is no images/",
+        "the frames' folder under the data root; 'images', the default of other 3DGS "
+        "programs, means original where there is no images/",
         short="i",
         saved=True,
     )
     resolution: int = _option(
         -1,
-        "1, 2, 4, 8 divide the frames' size, another number is a width in pixels, "
-        "-1 leaves frames up to 1600 wide",
+        "1, 2, 4, 8 divide the frames' size, any other number is a width in pixels, "
+        "-1 keeps frames of up to 1600 px",
         short="r",
         source=_KERBL,
         saved=True,
     )
     white_background: bool = _option(
-        False, "white behind transparent frames and splats, not black", short="w", saved=True
+        False, "white instead of black behind transparent frames and splats", short="w", saved=True
     )
     distance: float = _option(
         1.0, "distance d of the camera from the plane of the frame", source=_RELEASE, above=0, saved=True
     )
     antialiasing: bool = _option(
         False,
-        "opacities make up for the 0.3 px^2 that every Gaussian is widened by, so that thin ones do not show too much; "
+        "lower the opacities of thin Gaussians, to compensate for the 0.3 px^2 that every Gaussian is widened by; "
         "render.py draws a model as it was trained",
         saved=True,
     )
@@ -173,11 +173,11 @@ class ModelOptions:
     sh_degree: int = _option(
         0, "degree of the spherical harmonics of a Gaussian's colour", source=_RELEASE, low=0, high=3
     )
-    num_pts: int = _option(100_000, "Gaussians at the start", source=_RELEASE, low=1)
+    num_pts: int = _option(100_000, "number of Gaussians at the start", source=_RELEASE, low=1)
     start: str = _option(
         "random",
-        "where they are then: random, uniform over the plane and over time, all grey; or frames, most of them on "
-        "edges and contours of the frames, with the colours there (scene/image_start.py)",
+        "where they start: random, uniformly over the plane and in time, all grey; or frames, mostly on edges and "
+        "contours of the frames, with the colours found there (scene/image_start.py)",
         choices=("random", "frames"),
         source=_RELEASE,
     )
@@ -213,7 +213,7 @@ class OptimisationOptions:
     sigma_until_iter: int = _option(20_000, "regularise sigma while iteration < this", source=_RELEASE, low=0)
     sigma_low_views: float = _option(
         2.0,
-        "lower bound of sigma, over the number of training views (flipped copies are views)",
+        "lower bound of sigma, divided by the number of training views (flipped copies count)",
         source=_RELEASE,
         low=0,
     )
@@ -224,20 +224,20 @@ class OptimisationOptions:
     lambda_ibfr_seg: float = _option(0.0, "seg: weight of IBFR", source=_RELEASE, low=0)
     ibfr_target: str = _option(
         "linear",
-        "what IBFR expects between two frames: their linear blend, or what their motion and the look of the "
-        "anatomy from the side tell (in_between/prediction.py)",
+        "what IBFR expects between two frames: their linear blend, or a prediction from their motion and from "
+        "how the anatomy looks from the side (in_between/prediction.py)",
         choices=("linear", "motion"),
         source=_PAPER,
     )
     ibfr_from_iter: int = _option(10_000, "IBFR while iteration >= this", source=_PAPER, low=0)
     ibfr_skip: int = _option(
-        0, "the first of every so many iterations is without IBFR (0: none is)", source=_OURS, low=0
+        0, "leave IBFR out of the first of every N iterations (0: never)", source=_OURS, low=0
     )
     ibfr_alpha_min: float = _option(
-        0.2, "IBFR: least position between two frames", source=_PAPER, low=0, high=1
+        0.2, "IBFR: lowest position between two frames", source=_PAPER, low=0, high=1
     )
     ibfr_alpha_max: float = _option(
-        0.8, "IBFR: greatest position between two frames", source=_PAPER, low=0, high=1
+        0.8, "IBFR: highest position between two frames", source=_PAPER, low=0, high=1
     )
 
     # Batches
@@ -245,15 +245,19 @@ class OptimisationOptions:
     random_background: bool = _option(False, "a random background behind transparent frames")
 
     # Rates of Adam
-    extent_per_distance: float = _option(1.1, "scene extent E over the distance d", source=_RELEASE, above=0)
-    position_lr_init: float = _option(1.6e-4, "rate of xyz at the start, over E", source=_KERBL, above=0)
+    extent_per_distance: float = _option(
+        1.1, "scene extent E divided by the distance d", source=_RELEASE, above=0
+    )
+    position_lr_init: float = _option(
+        1.6e-4, "rate of xyz at the start, relative to E", source=_KERBL, above=0
+    )
     position_lr_final: float = _option(
-        1.6e-6, "rate of xyz at the end of its log-linear decay, over E", source=_KERBL, above=0
+        1.6e-6, "rate of xyz at the end of its log-linear decay, relative to E", source=_KERBL, above=0
     )
     position_lr_max_steps: int = _option(30_000, "iterations of that decay", source=_KERBL, low=1)
     feature_lr: float = _option(2.5e-3, "rate of f_dc", source=_KERBL, low=0)
     feature_rest_divisor: float = _option(
-        20.0, "rate of f_rest is feature_lr over this", source=_KERBL, above=0
+        20.0, "the rate of f_rest is feature_lr divided by this", source=_KERBL, above=0
     )
     opacity_lr: float = _option(2.5e-2, "rate of opacity", source=_KERBL, low=0)
     scaling_lr: float = _option(5e-3, "rate of scaling", source=_KERBL, low=0)
@@ -284,7 +288,7 @@ class OptimisationOptions:
     )
     densify_grad_threshold: float = _option(
         2e-4,
-        "clone or split from this mean gradient on (of the position, in NDC units, or of m)",
+        "clone or split where the mean gradient reaches this (of the position, in NDC units, or of m)",
         source=_KERBL,
         low=0,
     )
@@ -292,18 +296,23 @@ class OptimisationOptions:
         0.01, "split Gaussians of a scale above this times E, clone the others", source=_KERBL, low=0
     )
     split_sigma: float = _option(
-        1.0, "by the gradient of m: split from this sigma on, clone up to it", source=_RELEASE, above=0
+        1.0,
+        "where the gradient of m is high: split from this sigma up, clone up to it",
+        source=_RELEASE,
+        above=0,
     )
-    split_children: int = _option(2, "Gaussians that a split makes of one", source=_KERBL, low=1)
+    split_children: int = _option(
+        2, "number of Gaussians that replace one that is split", source=_KERBL, low=1
+    )
     split_shrink: float = _option(1.6, "a split divides the scales by this", source=_KERBL, above=0)
-    prune_opacity: float = _option(0.01, "prune Gaussians of less opacity", source=_RELEASE, low=0, high=1)
+    prune_opacity: float = _option(0.01, "prune Gaussians of lower opacity", source=_RELEASE, low=0, high=1)
     prune_scale: float = _option(
-        0.11, "prune Gaussians of a greater scale, in plane units", source=_RELEASE, above=0
+        0.11, "prune Gaussians of larger scale, in plane units", source=_RELEASE, above=0
     )
     prune_scale_from_iter: int = _option(3000, "prune by scale once iteration > this", source=_KERBL, low=0)
     max_gaussians: int = _option(
         0,
-        "density steps stop adding Gaussians there; 0: as many as half of the free memory is likely to hold",
+        "upper bound on the number of Gaussians; 0: as many as half of the free memory is likely to hold",
         low=0,
     )
     opacity_reset_interval: int = _option(
@@ -314,13 +323,13 @@ class OptimisationOptions:
     )
     average_from_iter: int = _option(
         0,
-        "score, save and render running averages of the parameters, which begin with the update of this iteration, "
-        "and anew with a density step or a reset of the opacities (0: never)",
+        "score, save and render running averages of the parameters, which start with the update of this iteration "
+        "and start over after a density step or a reset of the opacities (0: never)",
         source=_RELEASE,
         low=0,
     )
     average_decay: float = _option(
-        0.998, "what is left of a running average after an iteration", source=_OURS, low=0, high=1
+        0.998, "share of a running average that is kept in each iteration", source=_OURS, low=0, high=1
     )
 
 
@@ -350,7 +359,7 @@ class RunOptions:
     )
     eval: bool = _option(
         False,
-        "hold out every --eval_every-th frame and report scores on those; needless where the data root has "
+        "hold out every --eval_every-th frame and report scores on them; not needed where the data root has "
         "heldout/ (prepare.py --keep_every)",
     )
     eval_every: int = _option(
@@ -359,17 +368,17 @@ class RunOptions:
     iterations: int = _option(30_000, "iterations to train", source=_KERBL, low=1)
     scale_schedule: bool = _option(
         False,
-        "with --preset published: every iteration at which something begins or ends goes with --iterations, as it does "
-        "with the other presets",
+        "with --preset published: scale every iteration at which something begins or ends with --iterations, as the "
+        "other presets do",
     )
     test_iterations: tuple[int, ...] = _option(
         (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate there"
     )
     save_iterations: tuple[int, ...] = _option((30_000,), "save the point cloud there, and at the last")
     checkpoint_iterations: tuple[int, ...] = _option((), "save a checkpoint there, and at the last")
-    checkpoint_interval: int = _option(0, "save one every so many iterations too; 0: do not", low=0)
+    checkpoint_interval: int = _option(0, "also save one every N iterations; 0: off", low=0)
     keep_checkpoints: int = _option(
-        0, "keep no more than the newest so many checkpoints in the output folder; 0: all", low=0
+        0, "keep only the newest N checkpoints in the output folder; 0: all", low=0
     )
     report: bool = _option(
         False,
@@ -378,12 +387,12 @@ class RunOptions:
     save_xyz: bool = _option(
         False, "save the centres, xyz/<iteration>.pt, at 1, 5001, 10001, ... and the last"
     )
-    seed: int = _option(0, "of all random numbers", source=_KERBL, low=0, high=2**63 - 1)
+    seed: int = _option(0, "seed of all random numbers", source=_KERBL, low=0, high=2**63 - 1)
     data_device: str = _option(
         "auto", "where the frames are kept: auto (with the computation), cuda, cuda:N or cpu"
     )
     deterministic: bool = _option(
-        False, "the same bits in every run on a GPU, at some cost (a CPU always gives them)"
+        False, "bit-identical results in every run on a GPU, at some cost (results on a CPU always are)"
     )
     debug_from: int = _option(-1, "turn --debug on at this iteration", low=-1)
     detect_anomaly: bool = _option(

@@ -376,7 +376,7 @@ def _load(path: str | os.PathLike[str]) -> Any:
     except Exception as error:  # damaged archives and pickles raise anything
         if isinstance(error, pickle.UnpicklingError) and (match := re.search(r"GLOBAL (\S+)", str(error))):
             raise UserError(
-                f"{path} is refused: it asks for {match[1]}, and a checkpoint has no business calling that"
+                f"{path} is refused: it asks for {match[1]}, which no checkpoint needs"
             ) from error
         raise UserError(f"{path} is damaged, or no checkpoint: take another one, or train again") from error
 

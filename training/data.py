@@ -66,7 +66,7 @@ def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], 
 
 
 def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
-    """Do the masks belong to the frames?"""
+    """Checks that the masks belong to the frames."""
     if len(masks) != len(frames):
         raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
     for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
@@ -104,7 +104,7 @@ def expected_between(options: TrainOptions, data: Data, say: Callable[[str], obj
 
 
 def check_batch(options: TrainOptions, todo: Sequence[Task]) -> None:
-    """Can the rasteriser draw an iteration's images at once?"""
+    """Checks that the rasteriser can draw an iteration's images at once."""
     real = min(options.batch_size, len(todo[0].frames))
     renders = sum(2 * real - 1 if task.in_betweens else real for task in todo)
     if renders > MAX_RENDERS and options.rasterizer == "compiled":

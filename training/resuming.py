@@ -33,8 +33,8 @@ def starting_point(
             return options, load_checkpoint(options.start_checkpoint, device)
         if there := all_of(folder):
             say(
-                f"{folder} holds checkpoints of an earlier run, up to iteration {max(there)}: this run starts anew "
-                f"among them (--start_checkpoint {AUTO} goes on)"
+                f"{folder} holds checkpoints of an earlier run, up to iteration {max(there)}: this run starts over "
+                f"among them (--start_checkpoint {AUTO} continues it)"
             )
         return options, None
     found = newest_readable(folder, device)
@@ -63,23 +63,24 @@ def changes(before: Mapping[Any, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_continues(options: TrainOptions, saved: Checkpoint, pixels: str) -> None:
-    """Is this the same run, gone on with? Raises `UserError` where it could not mean anything."""
+    """Checks that the options and frames still are those of the saved run. Raises `UserError` where continuing it would
+    be meaningless."""
     path, before = options.start_checkpoint, saved.extras.get("options", {})
     for name in _FIXED:
         if name in before and before[name] != getattr(options, name):
             raise UserError(
-                f"--{name} {getattr(options, name)}: the run of {path} had {before[name]}, and cannot go on with "
-                "another; give that, or start anew"
+                f"--{name} {getattr(options, name)}: the run of {path} had {before[name]}, which cannot change: "
+                "give that, or start a new run"
             )
     if saved.extras.get("pixels", pixels) != pixels:
         raise UserError(
-            f"{path} was trained on other frames than those of {options.source_path} (as many, of the same size, with "
-            "other pixels): give those, or start anew"
+            f"{path} was trained on other frames than those of {options.source_path} (equally many, of the same size, "
+            "with other pixels): give those, or start a new run"
         )
 
 
 def check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:
-    """Do the checkpoint's model and these frames belong together?"""
+    """Checks that the checkpoint's model was trained on these frames."""
     path = options.start_checkpoint
     if saved.num_frames != len(frames):
         raise UserError(

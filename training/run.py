@@ -61,7 +61,7 @@ class Training:
     geometry: Geometry | None = None  # of the frames, where prepare.py wrote it
     heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task, where there are such frames
     iteration: int = 0
-    found: bool = False  # whether it goes on from a checkpoint that was not named but found
+    found: bool = False  # whether it continues from a checkpoint that was found, not named
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
@@ -128,8 +128,8 @@ class Training:
         return training
 
     def _resume(self, saved: Checkpoint, say: Callable[[str], object]) -> None:
-        """Goes on where ``saved`` stopped, if it was optimising the same parameters; else takes its weights only,
-        unless it was found and not named."""
+        """Continues where ``saved`` stopped, if it optimised the same parameters; otherwise takes its weights only, or
+        refuses, where the checkpoint was found and not named."""
         options, path = self.options, self.options.start_checkpoint
         wanted = [group["name"] for group in self.optimizer.param_groups]
         there = [group.get("name") for group in saved.optimizer["param_groups"]] if saved.optimizer else []
@@ -167,7 +167,7 @@ class Training:
             self._end_iteration(saved.extras["gradients"])
 
     def _end_iteration(self, gradients: Mapping[str, Tensor]) -> None:
-        """What the iteration of the checkpoint was to end with."""
+        """Takes the update that the iteration of the checkpoint was to end with."""
         degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
         self.set_rates()
         self.model.active_sh_degree = degree
@@ -331,7 +331,7 @@ class Training:
         return partial(forward_backward, objective)
 
     def release(self) -> None:
-        """Lets go of recorded iterations, before the parameters are exchanged or much else is rendered."""
+        """Frees recorded iterations, before the parameters are exchanged or much else is rendered."""
         if self._recorded is not None:
             self._recorded.forget()
 

@@ -1,5 +1,5 @@
-"""How a script ends: 0 done, 1 partly done or the machine said no, 2 what the user has to mend (wrong input, a full
-disk), 130 interrupted, 143 asked to end (SIGTERM)."""
+"""How a script ends: 0 done, 1 partly done or a system error, 2 something for the user to fix (wrong input, a full
+disk), 130 interrupted, 143 terminated (SIGTERM)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. The message is one line: what is wrong, where, and what to do about it."""
+    """An error that the user can fix. The message is one line: what is wrong, where, and what to do about it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
