@@ -1,4 +1,4 @@
-"""The judge of the general rasteriser: ``project`` and the whole drop-in call in plain PyTorch.
+"""The reference of the general rasteriser: ``project`` and the whole drop-in call in plain PyTorch.
 
 Written from the equations with matrix products and library routines where the kernels have expanded sums, so
 that a slip in one is not a slip in the other. Autograd gives the gradients.
@@ -141,7 +141,8 @@ def rasterize_gaussians(
         settings.sh_degree,
         settings.antialiasing,
     )
-    centres = centres + means2d[:, :2] * means3d.new_tensor([width / 2, height / 2])
+    # Only its gradient counts, never its values.
+    centres = centres + (means2d - means2d.detach())[:, :2] * means3d.new_tensor([width / 2, height / 2])
     order = [n for n in sorted(range(len(depths)), key=lambda n: depths[n].item()) if radii[n] > 0]
     colours = sh_colours if shs is not None else colours
     images, _ = oracle.blend(

@@ -361,12 +361,11 @@ def test_gradcheck_of_the_whole_call():
     z = torch.tensor([[3.0], [2.0], [4.0]], dtype=torch.float64)
     gaussians["means3D"] = to_world(torch.cat([ratio * z * settings.tanfovy, z], 1), settings)
     gaussians["scales"] = gaussians["scales"] + 1.5
-    gaussians["means2D"] = torch.zeros_like(gaussians["means3D"])
     inputs = leaves(gaussians)
 
     def images(*values):
         given = dict(zip(inputs, values, strict=True))
-        colour, _, inverse_depth = rasterize(given, settings, given["means2D"])
+        colour, _, inverse_depth = rasterize(given, settings)
         return colour, inverse_depth
 
     assert torch.autograd.gradcheck(images, tuple(inputs.values()), eps=1e-6, atol=1e-5)

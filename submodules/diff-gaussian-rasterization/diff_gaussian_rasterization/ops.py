@@ -6,11 +6,12 @@ The general rasteriser of :mod:`.general` ends in the same ``blend``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from ._library import load
 
@@ -56,6 +57,7 @@ def fold(
     Raises:
         ValueError, TypeError: a shape, device or dtype that does not fit.
     """
+    no_forward_mode("fold", xyz, w1, m, sigma, scaling, rotation, times)
     return _ops.fold(xyz, w1, m, sigma, scaling, rotation, times, signs, pixels_per_unit, width, height)
 
 
@@ -101,6 +103,7 @@ def blend(
         images (R, C, height, width) and the transmittance left at each pixel (R, height, width). Gradients flow to
         means2d, conics, opacities, colours and backgrounds.
     """
+    no_forward_mode("blend", means2d, conics, opacities, colours, backgrounds)
     renders = list(views), list(heads), list(bits)
     out = _ops.blend(
         means2d,
@@ -125,6 +128,7 @@ def similarity(images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Mean absolute difference, and mean structural similarity (Wang et al. 2004: an 11 x 11 Gaussian window of sigma
     1.5, zero padding, C1 = 0.01^2, C2 = 0.03^2), in one pass. (B, C, H, W) each -> two scalars; gradients to images.
     """
+    no_forward_mode("similarity", images, targets)
     l1, ssim, _ = _ops.similarity(images, targets, images.requires_grad)
     return l1, ssim
 
@@ -133,6 +137,7 @@ def sigma_outside(raw: Tensor, low: float, high: float) -> Tensor:
     """Mean of (low - sigma) over the Gaussians with sigma < low, plus mean of (sigma - high) over those with sigma >
     high; a side without Gaussians adds 0. raw: (N,), logs of sigma -> scalar; gradient to raw.
     """
+    no_forward_mode("sigma_outside", raw)
     return _ops.sigma_outside(raw, low, high)[0]
 
 
@@ -339,6 +344,28 @@ def _(parameters, gradients, first_moments, second_moments, *_):
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
+def differentiated_twice(name: str) -> Callable[..., None]:
+    """The gradient of a gradient: an error that says whose, where torch alone would warn and give zeros."""
+
+    def refuse(*_: object) -> None:
+        raise NotImplementedError(f"{name} can be differentiated once, not twice")
+
+    return refuse
+
+
+def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
+    """An error where forward-mode derivatives are asked for, which torch would take to be 0."""
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    transform = functorch.peek_interpreter_stack()
+    asked = transform is not None and transform.key() == functorch.TransformType.Jvp
+    if not asked and forward_ad._current_level >= 0:
+        asked = any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    if asked:
+        raise NotImplementedError(f"{name} has reverse-mode gradients only, no forward-mode ones (jvp)")
+
+
 # Gradients of outputs that nothing used come as None: filling the larger ones with zeros would cost more than some
 # kernels do.
 
@@ -394,12 +421,10 @@ torch.library.register_autograd(
 )
 
 
-def _differentiated_twice(*_):  # torch alone would warn and give zeros
-    raise NotImplementedError("fold and blend can be differentiated once, not twice")
-
-
-for _name in ("fold_backward", "blend_backward"):
-    torch.library.register_autograd(f"diff_gaussian_rasterization::{_name}", _differentiated_twice)
+for _name in ("fold", "blend"):
+    torch.library.register_autograd(
+        f"diff_gaussian_rasterization::{_name}_backward", differentiated_twice(_name)
+    )
 
 
 def _similarity_setup(ctx, inputs, output):
@@ -407,7 +432,9 @@ def _similarity_setup(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:2], output[2])
 
 
-def _similarity_backward(ctx, v_l1, v_ssim, _):
+def _similarity_backward(ctx, v_l1, v_ssim, v_gradient):
+    if v_gradient is not None:
+        raise NotImplementedError("similarity can be differentiated once, not twice")
     images, targets, gradient = ctx.saved_tensors
     v_images = None
     if v_l1 is not None:
@@ -428,7 +455,9 @@ def _sigma_setup(ctx, inputs, output):
     ctx.save_for_backward(output[1])
 
 
-def _sigma_backward(ctx, v_loss, _):
+def _sigma_backward(ctx, v_loss, v_gradient):
+    if v_gradient is not None:
+        raise NotImplementedError("sigma_outside can be differentiated once, not twice")
     (gradient,) = ctx.saved_tensors
     return None if v_loss is None else gradient * v_loss, None, None
 

@@ -23,6 +23,7 @@ struct ProjectArguments {
   double tanfovx, tanfovy, scale_modifier;
   int64_t width, height, sh_degree;
   bool antialiasing;
+  double low_pass;
 
   int64_t count() const { return means3d.size(0); }
 
@@ -37,7 +38,8 @@ struct ProjectArguments {
             int(width),
             int(height),
             int(sh_degree),
-            antialiasing};
+            antialiasing,
+            T(low_pass)};
   }
   template <class T>
   Gaussians3d<const T> gaussians() const {
@@ -53,12 +55,13 @@ inline ProjectArguments check_project_arguments(const Tensor& means3d, const Opt
                                                 const OptionalTensor& shs, const Tensor& viewmatrix,
                                                 const Tensor& projmatrix, const Tensor& campos, double tanfovx,
                                                 double tanfovy, double scale_modifier, int64_t width, int64_t height,
-                                                int64_t sh_degree, bool antialiasing) {
+                                                int64_t sh_degree, bool antialiasing, double low_pass) {
   check_real(means3d, "means3D");
   TORCH_CHECK_VALUE(means3d.dim() == 2, "means3D must have shape (N, 3), got ", means3d.sizes());
   TORCH_CHECK_VALUE(scales.has_value() == quaternions.has_value() && scales.has_value() != covariances.has_value(),
                     "give exactly one of scales with rotations and cov3D_precomp");
   TORCH_CHECK_VALUE(sh_degree >= 0 && sh_degree <= 3, "sh_degree must be 0 ... 3, got ", sh_degree);
+  TORCH_CHECK_VALUE(low_pass >= 0, "kernel_size must not be negative, got ", low_pass);
   check_image(width, height);
 
   const int64_t n = means3d.size(0), needed = sh_count(int(sh_degree));
@@ -84,7 +87,8 @@ inline ProjectArguments check_project_arguments(const Tensor& means3d, const Opt
           width,
           height,
           sh_degree,
-          antialiasing};
+          antialiasing,
+          low_pass};
 }
 
 /// `run(camera, gaussians, count, footprints, radii)`, with T = float or double.

@@ -28,6 +28,7 @@ struct ProjectionCamera {
   int width, height;    // px
   int sh_degree;        // 0..3
   bool antialiasing;
+  T low_pass;  // px^2 added to the diagonal of every projected covariance
 };
 
 /// Gaussians, or with a mutable T the gradients with respect to them. Null marks what the call does not have.
@@ -276,7 +277,10 @@ MEDGS_INLINE Vec3<T> sh_colour_backward(const T* shs, int degree, Vec3<T> mean, 
   const Vec3<T> v = {colour.x > T(0) ? v_colour.x : T(0), colour.y > T(0) ? v_colour.y : T(0),
                      colour.z > T(0) ? v_colour.z : T(0)};
   for (int k = 0; k < sh_count(degree); ++k) {
-    v_basis[k] = dot(v, load3(shs + 3 * k));
+    // A channel that is clamped, as one that is not a number, must not reach the mean through 0 times it.
+    const Vec3<T> sh = load3(shs + 3 * k);
+    v_basis[k] =
+        (v.x != T(0) ? v.x * sh.x : T(0)) + (v.y != T(0) ? v.y * sh.y : T(0)) + (v.z != T(0) ? v.z * sh.z : T(0));
     store3(v_shs + 3 * k, basis[k] * v);
   }
   const Vec3<T> v_direction = sh_basis_backward(degree, direction, v_basis);
@@ -298,9 +302,10 @@ struct Projection {
   Vec3<T> row_x, row_y;      // of J W
   Symmetric3<T> covariance;  // world
   T xx, xy, yy;              // J W Sigma W^T J^T, px^2, before the low-pass filter
+  T low_pass;
 
   MEDGS_INLINE T determinant() const { return xx * yy - xy * xy; }
-  MEDGS_INLINE T filtered_determinant() const { return (xx + T(kLowPass)) * (yy + T(kLowPass)) - xy * xy; }
+  MEDGS_INLINE T filtered_determinant() const { return (xx + low_pass) * (yy + low_pass) - xy * xy; }
 };
 
 template <class T>
@@ -308,6 +313,7 @@ MEDGS_INLINE Projection<T> project_mean(const ProjectionCamera<T>& camera, const
                                         int64_t n) {
   Projection<T> p;
   p.mean = load3(gaussians.means + 3 * n);
+  p.low_pass = camera.low_pass;
   p.x = transform(camera.viewmatrix, 0, p.mean);
   p.y = transform(camera.viewmatrix, 1, p.mean);
   p.z = transform(camera.viewmatrix, 2, p.mean);
@@ -374,9 +380,9 @@ MEDGS_INLINE void project_gaussian(const ProjectionCamera<T>& camera, const Gaus
     determinant = p.filtered_determinant();
     u = T(0.5) * ((p.ndc_x + T(1)) * T(camera.width) - T(1));
     v = T(0.5) * ((p.ndc_y + T(1)) * T(camera.height) - T(1));
-    radius = radius_of(p.xx + T(kLowPass), p.xy, p.yy + T(kLowPass));
+    radius = radius_of(p.xx + p.low_pass, p.xy, p.yy + p.low_pass);
     // A covariance that was given may have a negative eigenvalue; then no ellipse bounds the footprint.
-    visible = determinant > T(0) && p.xx + T(kLowPass) > T(0) && touches_tiles(u, radius, camera.width) &&
+    visible = determinant > T(0) && p.xx + p.low_pass > T(0) && touches_tiles(u, radius, camera.width) &&
               touches_tiles(v, radius, camera.height);
   }
   T* mean2d = footprints.means2d + 2 * n;
@@ -384,9 +390,9 @@ MEDGS_INLINE void project_gaussian(const ProjectionCamera<T>& camera, const Gaus
   radii[n] = visible ? int32_t(radius) : 0;
   mean2d[0] = visible ? u : T(0);
   mean2d[1] = visible ? v : T(0);
-  conic[0] = visible ? (p.yy + T(kLowPass)) / determinant : T(0);
+  conic[0] = visible ? (p.yy + p.low_pass) / determinant : T(0);
   conic[1] = visible ? -p.xy / determinant : T(0);
-  conic[2] = visible ? (p.xx + T(kLowPass)) / determinant : T(0);
+  conic[2] = visible ? (p.xx + p.low_pass) / determinant : T(0);
   footprints.depths[n] = visible ? p.z : T(0);
 
   T compensation = visible ? T(1) : T(0);
@@ -414,7 +420,7 @@ MEDGS_INLINE void project_gaussian_backward(const ProjectionCamera<T>& camera, c
   project_covariance(camera, gaussians, n, p);
 
   // Conic = Cov^-1, so dL/dCov = -Conic (dL/dConic) Conic; v_xy is for the entry that stands twice.
-  const T filtered_xx = p.xx + T(kLowPass), filtered_yy = p.yy + T(kLowPass);
+  const T filtered_xx = p.xx + p.low_pass, filtered_yy = p.yy + p.low_pass;
   const T inverse_determinant = T(1) / p.filtered_determinant();
   const T a = filtered_yy * inverse_determinant, b = -p.xy * inverse_determinant, c = filtered_xx * inverse_determinant;
   const T v_a = v_footprints.conics[3 * n], v_b = v_footprints.conics[3 * n + 1], v_c = v_footprints.conics[3 * n + 2];

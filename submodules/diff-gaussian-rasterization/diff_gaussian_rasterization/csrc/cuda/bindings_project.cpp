@@ -14,11 +14,12 @@ namespace {
 ProjectOutputs project(const Tensor& means3d, const OptionalTensor& scales, const OptionalTensor& quaternions,
                        const OptionalTensor& covariances, const OptionalTensor& shs, const Tensor& viewmatrix,
                        const Tensor& projmatrix, const Tensor& campos, double tanfovx, double tanfovy,
-                       double scale_modifier, int64_t width, int64_t height, int64_t sh_degree, bool antialiasing) {
+                       double scale_modifier, int64_t width, int64_t height, int64_t sh_degree, bool antialiasing,
+                       double low_pass) {
   const c10::cuda::CUDAGuard guard(means3d.device());
   const auto arguments =
       check_project_arguments(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos, tanfovx,
-                              tanfovy, scale_modifier, width, height, sh_degree, antialiasing);
+                              tanfovy, scale_modifier, width, height, sh_degree, antialiasing, low_pass);
   return project_with(
       arguments, [](const auto& camera, const auto& gaussians, int64_t count, const auto& footprints, int32_t* radii) {
         launch_project(camera, gaussians, count, footprints, radii, c10::cuda::getCurrentCUDAStream());
@@ -32,11 +33,12 @@ ProjectGradients project_backward(const Tensor& v_means2d, const Tensor& v_conic
                                   const OptionalTensor& quaternions, const OptionalTensor& covariances,
                                   const OptionalTensor& shs, const Tensor& viewmatrix, const Tensor& projmatrix,
                                   const Tensor& campos, double tanfovx, double tanfovy, double scale_modifier,
-                                  int64_t width, int64_t height, int64_t sh_degree, bool antialiasing) {
+                                  int64_t width, int64_t height, int64_t sh_degree, bool antialiasing,
+                                  double low_pass) {
   const c10::cuda::CUDAGuard guard(means3d.device());
   const auto arguments =
       check_project_arguments(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos, tanfovx,
-                              tanfovy, scale_modifier, width, height, sh_degree, antialiasing);
+                              tanfovy, scale_modifier, width, height, sh_degree, antialiasing, low_pass);
   return project_backward_with(arguments, v_means2d, v_conics, v_colours, v_depths, v_compensations, radii,
                                [](const auto& camera, const auto& gaussians, int64_t count, const int32_t* radii,
                                   const auto& v_footprints, const auto& v_gaussians) {
