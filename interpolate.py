@@ -34,8 +34,10 @@ import prepare
 from arguments import resolve_device
 from in_between.classical import interpolate, interpolate_masks
 from in_between.flow import blend_along, flow_at
+from in_between.masks import dense_distances
 from in_between.prediction import InBetween, pixel_gap
 from in_between.progress import Report, shown
+from in_between.rows import matching_gap
 from patient.geometry import FILE_NAME, HELDOUT, Geometry
 from patient.rendered_volume import Grid, RenderedVolume
 from scene.frames import Frames
@@ -62,13 +64,14 @@ Predict = Callable[[Sequence[float]], Tensor]
 class Sequences:
     """What is to be filled in.
 
-    frames: by kind, img or seg; K of each. heldout: those left out between them, and their positions (frame index plus
-    fraction). window: what of the images' [0, 1] is black and white to the prediction and in scores; the rest of the
-    range is kept all the same.
+    frames: by kind, img or seg; K images, masks of all of them or of some. painted: the frames that have a mask.
+    heldout: those left out between the frames, and their positions (frame index plus fraction). window: what of the
+    images' [0, 1] is black and white to the prediction and in scores; the rest of the range is kept all the same.
     """
 
     frames: dict[str, Frames]
     geometry: Geometry | None
+    painted: list[int]
     heldout: dict[str, tuple[Frames, list[float]]]
     window: tuple[float, float] = (0.0, 1.0)
 
@@ -221,14 +224,19 @@ def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) 
                 )
             heldout[kind] = left_out, [places[number] for number in left_out.numbers]
     first, *rest = frames.values()
-    if len(first) < 2:
-        raise UserError(f"{next(iter(roots.values()))} has one frame: at least 2 are needed")
+    if min(map(len, frames.values())) < 2:
+        raise UserError(f"{next(iter(roots.values()))} has one frame or one mask: at least 2 are needed")
+    painted = list(range(len(first)))
     for other in rest:
-        if other.numbers != first.numbers or (other.width, other.height) != (first.width, first.height):
+        index = {number: k for k, number in enumerate(first.numbers)}
+        if set(other.numbers) - set(index) or (other.width, other.height) != (first.width, first.height):
             raise UserError(
                 f"{seg_root}: its {len(other)} masks of {other.width} x {other.height} pixels do not belong to the "
                 f"{len(first)} frames of {first.width} x {first.height} pixels of {root}: number and size them alike"
             )
+        painted = [index[number] for number in other.numbers]
+        if len(painted) < len(first):
+            say(f"masks of {len(painted)} of {len(first)} frames: the others are filled in too")
     if geometry is not None and geometry.labels is not None and "seg" in roots:
         raise UserError(
             f"{roots['seg']} holds label maps, and one mask is filled in at a time: choose its label with prepare.py "
@@ -239,7 +247,7 @@ def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) 
             f"{next(iter(roots.values()))} has {len(first)} frames, its {FILE_NAME} has {len(geometry.slices)}: run "
             "prepare.py again, or remove that file"
         )
-    return Sequences(frames, geometry, heldout)
+    return Sequences(frames, geometry, painted, heldout)
 
 
 # ---- filling in ------------------------------------------------------------------------------------------------------
@@ -280,10 +288,13 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
     masks = values["seg"].mean(1, keepdim=True) if "seg" in values else None
     frames = values.get("img", masks)
     assert frames is not None
+    gap = pixel_gap(sequences.geometry, frames.shape[-1])
     low, high = sequences.window if "img" in values else (0.0, 1.0)
     seen = ((frames - low) / (high - low)).clamp(0, 1)
     beyond = frames - low - (high - low) * seen
-    gap = pixel_gap(sequences.geometry, frames.shape[-1])
+    if masks is not None and len(masks) < len(frames):
+        known = matching_gap(seen) if gap is None else gap
+        masks = (dense_distances(seen, masks, sequences.painted, known) > 0).float()
     between = InBetween(seen, masks, gap, report=report)
     last = len(sequences) - 1
 
@@ -325,17 +336,19 @@ def classically(sequences: Sequences, kind: str, method: str) -> Predict:
     """Pixel by pixel (linear, cubic), or masks through signed distances (sdf; cubic takes them too)."""
     frames, geometry = sequences.frames[kind], sequences.geometry
     values = frames(range(len(frames))).numpy()
-    count = len(values)
-    places = np.arange(count, dtype=float) if geometry is None else np.array(geometry.positions)
+    places = np.arange(len(sequences), dtype=float) if geometry is None else np.array(geometry.positions)
+    everywhere = places
+    if kind == "seg":
+        places = places[sequences.painted]
     columns, rows, _ = (geometry.spacing if geometry else None) or (1.0, 1.0, 1.0)
 
     def of(positions: Sequence[float]) -> Tensor:
-        at = np.interp(positions, np.arange(count), places)
+        at = np.interp(positions, np.arange(len(everywhere)), everywhere)
+        at = at.clip(places[0], places[-1])  # before the first mask and after the last, these go on
         if kind == "seg" and method in ("sdf", "cubic"):
             how = "cubic" if method == "cubic" else "linear"
-            # All at once would repeat the distances of every frame for each batch of positions; neighbours tell
-            # everything to the linear one.
-            first, last = _around(positions, count) if how == "linear" else (0, count)
+            # Neighbours tell everything to the linear one: distances of all would be made for each few positions.
+            first, last = _around(places, at) if how == "linear" else (0, len(places))
             inside = values[first:last].mean(1) >= 0.5
             filled = interpolate_masks(inside, places[first:last], at, (rows, columns), how)
             return torch.from_numpy(filled[:, None].astype(np.float32))
@@ -345,10 +358,10 @@ def classically(sequences: Sequences, kind: str, method: str) -> Predict:
     return of
 
 
-def _around(positions: Sequence[float], count: int) -> tuple[int, int]:
-    """The frames around positions, as first and one past the last; two at least."""
-    first = min(int(min(positions)), count - 2)
-    return first, max(first + 2, min(count, int(np.ceil(max(positions))) + 1))
+def _around(places: np.ndarray, at: np.ndarray) -> tuple[int, int]:
+    """The first of the places around ``at``, and one past their last; two at least."""
+    first = min(max(0, int(np.searchsorted(places, at.min(), "right")) - 1), len(places) - 2)
+    return first, max(first + 2, int(np.searchsorted(places, at.max(), "left")) + 1)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from skimage.registration import optical_flow_tvl1
 from skimage.transform import warp
 
 from in_between.classical import interpolate, interpolate_masks, signed_distances
+from in_between.prediction import InBetween
 from patient.geometry import voxel_sizes
 from patient.readers.nifti import nifti_grid
 from patient.stacks import case_geometry
@@ -33,6 +34,7 @@ CLASSICAL: dict[str, tuple[str, ...]] = {
     "sdf": ("seg",),
     "cubic sdf": ("seg",),
     "sdf along flow": ("img", "seg"),
+    "prediction": (),
 }
 """Methods of `fill`, and what a case has to have for them."""
 
@@ -151,11 +153,12 @@ def _perceptual() -> Callable[[torch.Tensor, torch.Tensor], float] | None:
 # ---- without a model -------------------------------------------------------------------------------------------------
 
 
-def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> Filled:
+def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray, prediction: bool = True) -> Filled:
     """The frames ``at`` from those ``kept``, by every classical method that suits the case.
 
     linear: of every pixel. cubic: the spline through all frames. flow: both neighbours carried along TV-L1 flow and
     blended. For masks, sdf and cubic sdf: of signed distances; sdf along flow: these carried along the images' flow.
+    prediction: what interpolate.py makes, by its method motion (minutes on a CPU; left out if ``prediction`` is false).
     """
     out: Filled = {"linear": {k: interpolate(v[kept], kept, at) for k, v in case.frames.items()}}
     flows: dict[int, tuple[Flow, Flow]] = {}
@@ -173,7 +176,21 @@ def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> Filled:
             distances = signed_distances(masks, tuple(pixel), gap)
             # Splines overshoot where distances have their ridges, half-way between outlines.
             out["sdf along flow"] = {"seg": carried(distances, flows, kept, at, order=1) > 0}
+    if prediction:
+        out["prediction"] = predicted(case, kept, at)
     return out
+
+
+def predicted(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> dict[str, np.ndarray]:
+    """The in-between prediction, by kind: (M, H, W) in [0, 1]. Of millimetres it knows as little as train.py here."""
+    given = {kind: torch.from_numpy(f[kept]).float()[:, None] for kind, f in case.frames.items()}
+    between = InBetween(given.get("img", given.get("seg")), given.get("seg"))
+    k, alpha = neighbours(kept, at)
+    looked_up = {"img": between.images, "seg": between.masks}
+    parts = list(zip(torch.from_numpy(k).split(16), torch.from_numpy(alpha).float().split(16), strict=True))
+    return {
+        kind: torch.cat([looked_up[kind](*part)[:, 0] for part in parts]).double().numpy() for kind in given
+    }
 
 
 def neighbours(kept: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

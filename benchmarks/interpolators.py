@@ -10,8 +10,11 @@ flow: both neighbours warped to the time asked for and blended; it takes minutes
 
 from __future__ import annotations
 
+import json
+import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +28,9 @@ from in_between.flow import blend_along, flow_at
 from in_between.prediction import InBetween
 from scene.frames import frame_files
 from utils.errors import ArgumentParser, UserError, run
+from utils.files import atomic_write
+
+Row = dict[str, Any]
 
 
 def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:
@@ -33,8 +39,9 @@ def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:
     return torch.cat(parts).mean(1).cpu().numpy().astype(np.float64)
 
 
-def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> list[list[str]]:
-    """Rows of the table: case, keep, what, then scores."""
+def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> list[Row]:
+    """A row for each method: its scores, and what the prediction took, in seconds of the clock and of all processors
+    (which count, where others use them too)."""
     truth = {
         kind: read(frame_files(case / kind / "original"))
         for kind in ("img", "seg")
@@ -48,16 +55,17 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
     kept = np.arange(0, count, keep)
     at = np.setdiff1d(np.arange(kept[-1]), kept)
     given = {kind: torch.from_numpy(f[kept]).float()[:, None].to(device) for kind, f in truth.items()}
-    start = time.perf_counter()
+    start, processors = time.perf_counter(), time.process_time()
     between = InBetween(given.get("img", given.get("seg")), given.get("seg"))
     index, fraction = neighbours(kept, at)
     k, alpha = torch.from_numpy(index).to(device), torch.from_numpy(fraction).float().to(device)
     ours = {"img": looked_up(between.images, k, alpha)}
     if "seg" in given:
         ours["seg"] = looked_up(between.masks, k, alpha)
-    seconds = time.perf_counter() - start
+    seconds, processors = time.perf_counter() - start, time.process_time() - processors
 
-    rows = []
+    rows: list[Row] = []
+    head = {"case": case.name, "keep": keep}
     if "img" in truth:
         frames = truth["img"]
         found = {name: interpolate(frames[kept], kept, at, name) for name in ("linear", "cubic")}
@@ -65,8 +73,7 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
             found["TV-L1"] = tvl1(frames[kept], kept, at)
         found["ours"] = ours["img"]
         for name, images in found.items():
-            scores = scores_of("img", images, frames[at])
-            rows.append([case.name, str(keep), name, f"{scores['psnr']:.2f} / {scores['ssim']:.4f}", ""])
+            rows.append(head | {"method": name, "img": scores_of("img", images, frames[at])})
     if "seg" in truth:
         masks = truth["seg"] >= 0.5
         distances = distances_of(given["seg"], between.gap)
@@ -80,10 +87,24 @@ def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> 
             "ours": ours["seg"],
         }
         for name, predicted in found.items():
-            dice = scores_of("seg", predicted, truth["seg"][at])["dice"]
-            rows.append([case.name, str(keep), name, "", f"{dice:.4f}"])
-    rows[-1][2] += f" ({seconds:.0f} s)"
+            rows.append(head | {"method": name, "seg": scores_of("seg", predicted, truth["seg"][at])})
+    for row in rows:
+        if row["method"] == "ours":
+            row |= {"seconds": round(seconds, 1), "processor_seconds": round(processors, 1)}
     return rows
+
+
+def cells(row: Row) -> list[str]:
+    """Case, keep, method, scores of images, of masks, seconds."""
+    images, masks = row.get("img"), row.get("seg")
+    return [
+        row["case"],
+        str(row["keep"]),
+        row["method"],
+        f"{images['psnr']:.2f} / {images['ssim']:.4f}" if images else "",
+        f"{masks['dice']:.4f}" if masks else "",
+        f"{row['processor_seconds']:.0f}" if "processor_seconds" in row else "",
+    ]
 
 
 def main() -> None:
@@ -96,20 +117,30 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     parser.add_argument("--no_tvl1", action="store_true", help="leave out the slow optical flow")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, and for what made them")
     given = parser.parse_args()
     if min(given.keep) < 2:
         raise UserError(f"--keep {min(given.keep)}: nothing is left out; give 2 or more")
     device = resolve_device(given.device)
-    rows: list[list[str]] = []
+    rows: list[Row] = []
     for case in given.cases:
         for keep in given.keep:
             before = len(rows)
             rows += score_case(case, keep, device, not given.no_tvl1)
             for row in rows[before:]:
-                print(*filter(None, row), sep="  ", flush=True)  # a run takes minutes
+                print(*filter(None, cells(row)), sep="  ", flush=True)  # a run takes minutes
     about = describe(device)
     print(f"{about['machine']}, {about['device']}, torch {about['torch']}, {torch.get_num_threads()} threads")
-    print(table(["case", "keep 1/N", "method", "PSNR / SSIM", "Dice"], rows))
+    headers = ["case", "keep 1/N", "method", "PSNR / SSIM", "Dice", "s of processors"]
+    print(table(headers, [cells(row) for row in rows]))
+    if given.out is not None:
+        command = " ".join(["python -m benchmarks.interpolators", *sys.argv[1:]])
+        text = ",\n".join(f"  {json.dumps(row)}" for row in rows)
+        with atomic_write(given.out) as unfinished:
+            unfinished.write_text(
+                f'{{"command": {json.dumps(command)},\n "about": {json.dumps(about)},\n "rows": [\n{text}\n]}}\n',
+                encoding="utf-8",
+            )
 
 
 if __name__ == "__main__":

@@ -285,7 +285,7 @@ def draw_montages(
     """A picture for each kind of frames: truth, classical methods, models (title -> method), and the error of each."""
     kept, at = case.split(keep)
     at = shown_frames(at)
-    predictions: Filled = fill(case, kept, at)
+    predictions: Filled = fill(case, kept, at, prediction=False)
     for title, method in models.items():
         keys = {kind: frames_name(case.name, keep, method, kind) for kind in case.frames}
         predictions[title] = {kind: frames[name] / 255 for kind, name in keys.items() if name in frames}

@@ -36,7 +36,15 @@ def table(headers: list[str], rows: list[list[str]]) -> str:
 
 def programs() -> list[str]:
     """The root scripts, in the order in which one meets them."""
-    order = ["medgs.py", "prepare.py", "train.py", "render.py", "slices_to_ply.py", "evaluate.py"]
+    order = [
+        "medgs.py",
+        "interpolate.py",
+        "prepare.py",
+        "train.py",
+        "render.py",
+        "slices_to_ply.py",
+        "evaluate.py",
+    ]
     found = sorted(path.name for path in ROOT.glob("*.py"))
     return [name for name in order if name in found] + [name for name in found if name not in order]
 

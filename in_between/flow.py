@@ -215,7 +215,8 @@ class Paths(NamedTuple):
 def find_paths(frames: Tensor, settings: FlowSettings, stride: int = 1, done: Done = unheard) -> list[Paths]:
     """Those of all pairs of frames (k, k + stride), by each of `settings.estimates`. frames: (K, C, H, W)."""
     grey = frames.mean(1, keepdim=True)
-    chunk = max(1, settings.pixels_at_once // grey[0].numel())
+    at_once = settings.pixels_at_once_cpu if grey.device.type == "cpu" else settings.pixels_at_once
+    chunk = max(1, at_once // grey[0].numel())
     pairs = torch.stack([grey[:-stride], grey[stride:]]).split(chunk, 1)  # each (2, b, 1, H, W)
     k = torch.arange(len(frames) - stride, device=frames.device)
     found = []

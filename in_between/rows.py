@@ -7,6 +7,7 @@ the frames left out of the stack, seen from the side.
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from torch import Tensor, nn
 from in_between.networks import convolutions, flipped, trained
 from in_between.progress import Done, unheard
 from in_between.settings import STEPS, RowSettings
+
+START = Path(__file__).with_name("rows.npz")
+"""Where the network starts: it has learned to fill in rows of photographs (`benchmarks/pretrain_rows.py`)."""
 
 
 def matching_gap(frames: Tensor) -> float:
@@ -50,12 +54,15 @@ def _error_between(frames: Tensor, s: int) -> Tensor:
 class RowsBetween(nn.Module):
     """Fills in rows: images (B, 1, R, W) of every gap-th row -> (B, STEPS - 1, R - 1, W), those in between."""
 
-    def __init__(self, settings: RowSettings) -> None:
+    def __init__(self, settings: RowSettings, start: Path | None = START) -> None:
+        """start: a file of weights for these settings; None: at random."""
         super().__init__()
-        self.gain = settings.gain
-        self.layers = convolutions(
-            1, settings.network, nn.Conv2d(settings.network.width, STEPS - 1, (2, 3), padding=(0, 1))
-        )
+        self.gain, width = settings.gain, settings.network.width
+        last = nn.Conv2d(width, STEPS - 1, (2, 3), padding=(0, 1))
+        self.layers = convolutions(1, settings.network, last)
+        if start is not None:
+            with np.load(start) as file:
+                self.load_state_dict({name: torch.from_numpy(file[name]).float() for name in file.files})
 
     def forward(self, rows: Tensor) -> Tensor:
         steps = torch.arange(1, STEPS, device=rows.device).view(1, -1, 1, 1) / STEPS
@@ -87,7 +94,7 @@ def learn_rows(
         if not len(corners):
             return None
         sources.append((images, corners))
-    matrix = _between_matrix(count, gap).to(frames)
+    matrix = between_matrix(count, gap).to(frames)
     down, across = torch.arange(extent, device=frames.device), torch.arange(columns, device=frames.device)
 
     def loss(network: RowsBetween, i: int) -> Tensor:
@@ -102,7 +109,7 @@ def learn_rows(
     return trained(lambda: RowsBetween(settings), loss, shapes, settings.network, frames.device, generator)
 
 
-def _between_matrix(count: int, gap: int) -> Tensor:
+def between_matrix(count: int, gap: int) -> Tensor:
     """(STEPS - 1, count - 1, L): weights on L rows that give those at 1/STEPS, ... of each gap, by a cubic where that
     is between two rows."""
     length = (count - 1) * gap + 1

@@ -156,6 +156,19 @@ def test_slices_of_a_folder_without_a_place(tmp_path, capsys):
         interpolate.main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "x.nii.gz"), "--quiet"])
 
 
+@pytest.mark.parametrize("method", ["motion", "sdf"])
+def test_masks_on_some_slices_only(tmp_path, case, capsys, method):
+    """The rod leans by 1.5 px per slice, and every fourth slice is painted; its mask is known in all of them."""
+    arguments = ["-i", case[0], "-l", case[1], "--label_slices", "0,4,8", "--interp", "1", "--method", method]
+    interpolate.main([*arguments, "-o", str(tmp_path / "dense.nii.gz")])
+    assert "masks of 3 of 9 frames" in capsys.readouterr().out
+    found = np.asarray(nibabel.load(tmp_path / "dense_mask.nii.gz").dataobj) > 0
+    truth = np.asarray(nibabel.load(case[1]).dataobj) > 0
+    assert np.array_equal(found[..., ::4], truth[..., ::4])
+    dice = 2 * (found & truth).sum() / (found.sum() + truth.sum())
+    assert dice > (0.97 if method == "motion" else 0.9)
+
+
 def test_refusals(tmp_path, case):
     out = str(tmp_path / "o.nii.gz")
     for arguments, words in (

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from in_between import prediction
 from in_between.contours import distances_of
 from in_between.flow import _median, blend_along, estimate_flow, flow_at
+from in_between.masks import dense_distances
+from in_between.networks import _orthogonal
 from in_between.prediction import InBetween
 from in_between.rows import matching_gap
 from in_between.settings import DEFAULT, Settings
@@ -55,7 +58,7 @@ def brief(iterations: int, **of_rows: float) -> Settings:
 
 @pytest.fixture(scope="module")
 def between() -> InBetween:
-    return InBetween(*stack(range(7)), settings=brief(40))
+    return InBetween(*stack(range(7)), settings=brief(80))
 
 
 def stack(times: range) -> tuple[torch.Tensor, torch.Tensor]:
@@ -230,6 +233,56 @@ def test_same_seed_same_result_and_nothing_random_outside() -> None:
     assert torch.equal(state, torch.random.get_rng_state())
 
 
+def test_masks_on_some_frames_follow_the_images() -> None:
+    """Every third frame is painted, and the last ones are not: the disc walks 3 px a frame."""
+    frames, masks = stack(range(8))
+    painted = [0, 3, 6]
+    found = dense_distances(frames, masks[painted], painted)
+    assert torch.equal(found[painted] > 0, masks[painted] > 0.5)
+    others = [1, 2, 4, 5]
+    still = torch.cat(
+        [torch.lerp(*distances_of(masks[[k // 3 * 3, k // 3 * 3 + 3]])[:, None], k % 3 / 3) for k in others]
+    )
+    wrong, wrong_still = (((d > 0) != (masks[others] > 0.5)).sum() for d in (found[others], still))
+    assert wrong < 0.3 * wrong_still
+    beyond = ((found[7] > 0) != (masks[7] > 0.5)).sum()
+    assert beyond < 0.5 * ((masks[6] > 0.5) != (masks[7] > 0.5)).sum()
+
+
+@pytest.mark.parametrize("painted", [[], [0], [3, 1, 6], [0, 3, 9], [-1, 3, 6], [0, 3, 3]])
+def test_masks_and_painted_frames_must_fit(painted: list[int]) -> None:
+    frames, masks = stack(range(8))
+    with pytest.raises(ValueError, match=r"masks of the frames|are painted"):
+        dense_distances(frames, masks[:3], painted)
+
+
+def test_background_that_never_changes_takes_no_part() -> None:
+    """The same frames in a wide black surround: what is predicted inside is the same but at the rim, and black
+    outside."""
+    frames, masks = stack(range(4))
+    frames = (frames - frames.amin(0)) * (disc(2) + disc(4) + disc(0)).clamp(0, 1)  # black around the discs
+    wide = [F.pad(values, (60, 60, 60, 60)) for values in (frames, masks)]
+    few = brief(3)
+    narrow, around = InBetween(frames, masks, gap=2, settings=few), InBetween(*wide, gap=2, settings=few)
+    k, alpha = torch.tensor([1, 2]), torch.tensor([0.5, 0.25])
+    inside = around.images(k, alpha)[..., 60:-60, 60:-60]
+    # networks start alike but see patches drawn otherwise, for three iterations
+    assert (inside - narrow.images(k, alpha)).abs().mean() < 0.01
+    assert not around.images(k, alpha)[..., :30].any() and not around.flow[..., :30].any()
+    assert not around.masks(k, alpha)[..., :40].any()
+    assert around.masks(k, alpha).sum() == pytest.approx(float(narrow.masks(k, alpha).sum()), rel=0.02)
+
+
+def test_steps_of_hidden_layers_are_orthogonal() -> None:
+    """Singular values of any matrix come near 1; its directions stay."""
+    matrix = torch.randn(2, 6, 20, generator=torch.Generator().manual_seed(0))
+    u, _, v = torch.linalg.svd(matrix, full_matrices=False)
+    found = u.mT @ _orthogonal(matrix) @ v.mT
+    values = found.diagonal(dim1=1, dim2=2)
+    assert values.min() > 0.6 and values.max() < 1.3
+    assert (found - torch.diag_embed(values)).abs().max() < 1e-4
+
+
 @pytest.mark.parametrize(
     "frames", [torch.zeros(3, 1, 20, 24), torch.rand(2, 3, 9, 30), torch.rand(2, 1, 3, 3)]
 )
@@ -287,7 +340,7 @@ def test_a_prediction_for_a_known_gap_is_not_one_that_estimates_it(tmp_path):
 def test_a_gpu_predicts_the_same_each_time_and_what_a_cpu_does(between: InBetween) -> None:
     frames, masks = (values.cuda() for values in stack(range(7)))
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
-        first, again = (InBetween(frames, masks, settings=brief(40)) for _ in range(2))
+        first, again = (InBetween(frames, masks, settings=brief(80)) for _ in range(2))
     k, alpha = torch.arange(6).cuda(), torch.full((6,), 0.4).cuda()
     for look_up in ("images", "masks"):
         found = getattr(first, look_up)(k, alpha)
