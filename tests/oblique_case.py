@@ -1,4 +1,4 @@
-"""A trained case made by hand: an oblique stack of eight frames with masks, on the disk as train.py leaves it."""
+"""A trained case made by hand: every second slice of an oblique stack, with masks, as train.py leaves it on the disk."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ def oblique() -> Geometry:
         about[np.ix_(others, others)] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
         turn = turn @ about
     affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag([0.8, 0.8, 3.0])
+    affine[:3, :3] = turn @ np.diag([0.8, 0.8, 1.5])  # of all slices; every second one is held out
     affine[:3, 3] = 40.0, -70.0, 25.0
-    shape = (WIDTH, HEIGHT, FRAMES)
+    shape = (WIDTH, HEIGHT, 2 * FRAMES - 1)
     return cut_geometry(
         FrameCut((0, 1, 2), (True, True)),
         affine,
         shape,
+        keep_every=2,
         window=(-200.0, 300.0),
         bits=8,
         source="oblique.nii.gz",
@@ -80,10 +81,11 @@ def make_case(root: Path) -> Path:
     """The model's folder under ``root``, with its input frames in ``root``/data."""
     folder, data = root / "case", root / "data"
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
-    for k in range(FRAMES):
-        blob = np.exp(-(((columns - 20 - k) / 9) ** 2) - ((rows - 18) / 8) ** 2)
-        write_image(data / "img" / "original" / f"{k:04d}.png", blob.astype(np.float32), 8)
-        write_image(data / "seg" / "original" / f"{k:04d}.png", (blob > 0.5).astype(np.float32), 8)
+    for k in range(2 * FRAMES - 1):
+        blob = np.exp(-(((columns - 20 - k / 2) / 9) ** 2) - ((rows - 18) / 8) ** 2)
+        place = f"original/{k // 2:04d}.png" if k % 2 == 0 else f"heldout/{k:04d}.png"
+        write_image(data / "img" / place, blob.astype(np.float32), 8)
+        write_image(data / "seg" / place, (blob > 0.5).astype(np.float32), 8)
     oblique().save(data / FILE_NAME)
     oblique().save(folder / FILE_NAME)
     options = TrainOptions(

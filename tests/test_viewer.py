@@ -63,8 +63,11 @@ def test_a_picture_holds_what_was_asked_for(case):
     mse = np.mean((arrays["image"] - arrays["other"]) ** 2)
     assert header["scores"]["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
     assert arrays["ellipses"].shape == (50, 7) and header["gaussians"]["total"] == 400
-    between, _ = unpacked(picture(case, 2.5, "", 0))
+    between, _ = unpacked(picture(case, 2.25, "", 0))
     assert between["scores"] is None and "gaussians" not in between
+    hidden, arrays = unpacked(picture(case, 2.5, "heldout", 0))
+    assert hidden["scores"]["of"] == "held out, slice 5" and hidden["against"]["t"] == 2.5
+    assert np.array_equal(arrays["other"], case.inputs.heldout["img"].frames(2)[0].numpy())
 
 
 def test_ellipses_lie_where_their_gaussians_are_drawn(case):
