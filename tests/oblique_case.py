@@ -1,4 +1,4 @@
-"""A trained case made by hand: every second slice of an oblique stack, with masks, as train.py leaves it on the disk."""
+"""A trained case made by hand: every second slice of an oblique stack, with masks, as train.py leaves it."""
 
 from __future__ import annotations
 
