@@ -8,10 +8,12 @@ DATA_ROOT/original/ holds the frames 0000.png, 0001.png, ...; --help lists every
 
 from __future__ import annotations
 
-import utils.threads  # noqa: F401  # isort: skip  (before torch)
+import utils.threads  # isort: skip  (before torch)
+import utils.timing  # isort: skip
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,8 +44,10 @@ def main() -> int:
         if not options.quiet:
             print(message, flush=True)
 
+    imports = time.perf_counter() - utils.timing.BEGUN
     with own_folder(options.model_path):
         training = Training.start(options, say)
+        training.parts.seconds["imports"] = imports
         training.tidy()
         options = training.options  # with what the checkpoint says
         if training.iteration >= options.iterations:
@@ -64,9 +68,10 @@ def main() -> int:
         say(f"Gaussians: {len(training.model)}")
         with StopRequest() as stop:
             train(training, stop)
-        if stop and training.iteration < options.iterations:
+        planned = training.options.iterations
+        if stop and training.iteration < planned:
             print(
-                f"stopped at iteration {training.iteration} of {options.iterations}; to continue, run the same command "
+                f"stopped at iteration {training.iteration} of {planned}; to continue, run the same command "
                 f"with -m {options.model_path} --start_checkpoint {AUTO}",
                 file=sys.stderr,
             )

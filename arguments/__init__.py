@@ -366,6 +366,12 @@ class RunOptions:
         8, "--eval: the last of each N frames is held out, but never the last of all", source=_KERBL, low=2
     )
     iterations: int = _option(30_000, "iterations to train", source=_KERBL, low=1)
+    time: float | None = _option(
+        None,
+        "minutes that the whole run may take: as many iterations as fit, and a schedule that stretches to them",
+        kind=float,
+        above=0,
+    )
     scale_schedule: bool = _option(
         False,
         "with --preset published: scale every iteration at which something begins or ends with --iterations, as the "

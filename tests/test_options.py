@@ -53,6 +53,7 @@ SHOWN_BY = {
     "train.py": {
         "seg_head_lr": "test_options.py::test_the_rate_of_the_head_alone",
         "preset": "test_arguments.py::test_a_preset_gives_defaults_alone",
+        "time": "test_budget.py::test_a_program_ends_on_time",
         "scale_schedule": "test_schedule.py::test_the_published_schedule_is_absolute_unless_asked",
         "source_path": "test_train.py::test_a_missing_folder_as_a_script",
         "images": "test_train.py::test_resolution_and_images",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from training.batches import Views
+from training.budget import budget_of, forecast
 from training.recording import side_stream
 from training.reports import Report
 from training.run import Training
@@ -14,12 +15,20 @@ XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 def train(training: Training, stop: object = None) -> None:
     """Trains until ``options.iterations``. ``stop`` is looked at in every iteration; once true, it ends the run after
     that iteration, with a checkpoint."""
-    options = training.options
+    options, parts = training.options, training.parts
     report = Report(training.folder, training.iteration, options.iterations, options.quiet)
     with side_stream(training.model.device):
         step = training.stepper()
-        for iteration in range(training.iteration + 1, options.iterations + 1):
-            training.iteration = iteration
+        report.say(forecast(training, step).line(training))
+        budget = budget_of(training, options.time) if options.time else None
+        while training.iteration < training.options.iterations:
+            iteration = training.iteration = training.iteration + 1
+            if budget:
+                planned = budget.plan(iteration, options.iterations, options.average_from_iter)
+                if planned != options.iterations:
+                    training.replan(planned)
+                    report.replan(planned)
+                    options = training.options
             last = iteration == options.iterations
             with stage("rates"):
                 training.set_rates()
@@ -37,15 +46,17 @@ def train(training: Training, stop: object = None) -> None:
             # opacity was reset, have learned nothing yet.
             stopping = bool(stop)
             if iteration in options.test_iterations or last:
-                report.evaluation(iteration, training.evaluate())
-            if iteration in options.save_iterations or last:
-                training.save_point_cloud()
-            if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
-                training.save_xyz()
-            regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
-            if iteration in options.checkpoint_iterations or regular or stopping or last:
-                training.save_checkpoint()
+                with parts("evaluation"):
+                    report.evaluation(iteration, training.evaluate())
+            with parts("saving"):
+                if iteration in options.save_iterations or last:
+                    training.save_point_cloud()
+                if options.save_xyz and (iteration % XYZ_INTERVAL == 1 or last):
+                    training.save_xyz()
+                regular = options.checkpoint_interval and iteration % options.checkpoint_interval == 0
+                if iteration in options.checkpoint_iterations or regular or stopping or last:
+                    training.save_checkpoint()
             if stopping or last:
                 break
             training.update()
-    report.close()
+    report.close(parts.seconds)

@@ -20,6 +20,7 @@ from training.finite import not_finite
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.metrics import Scores
+from utils.timing import BEGUN
 
 EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device
@@ -86,6 +87,10 @@ class Report:
         """One line, above the bar."""
         if not self.quiet:
             tqdm.write(message)
+
+    def replan(self, last: int) -> None:
+        """The run has another last iteration."""
+        self.last = self.bar.total = last
 
     def advance(self, iteration: int) -> bool:
         """Moves the bar; returns whether `metrics` should be called for this iteration, as every BAR_INTERVAL."""
@@ -223,14 +228,19 @@ class Report:
             for name in means.keys() - {"l1"}:
                 self.writer.add_scalar(f"{place}/{name}", means[name], iteration)
 
-    def close(self) -> None:
-        """Ends the bar and writes ``time.json``."""
+    def close(self, parts: Mapping[str, float]) -> None:
+        """Ends the bar and writes ``time.json``. parts: seconds that parts of the process took, by name; evaluation and
+        saving are within the loop's."""
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
+        elapsed = time.perf_counter() - self.started
+        within = sum(parts.get(name, 0.0) for name in ("evaluation", "saving"))
+        seconds = {**parts, "iterations": elapsed - within, "whole process": time.perf_counter() - BEGUN}
         spent = {
             "time": time.process_time(),
-            "elapsed": time.perf_counter() - self.started,
+            "elapsed": elapsed,
+            "parts": {name: round(value, 3) for name, value in seconds.items()},
         }
         with atomic_write(self.folder / "time.json") as temporary:
             temporary.write_text(json.dumps(spent), encoding="utf-8")

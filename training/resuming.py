@@ -17,7 +17,7 @@ from utils.errors import UserError
 # Of a run's options, those that say nothing of what it computes.
 _OF_NO_CONSEQUENCE = {
     "source_path", "seg_source_path", "model_path", "start_checkpoint", "quiet", "debug", "debug_from", "num_pts",
-    "start", "report",
+    "start", "report", "time",
 }  # fmt: skip
 # And those that a run cannot change half way: it would be neither the one nor the other.
 _FIXED = ("pipeline", "distance", "white_background", "random_background")

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,12 +35,13 @@ from training.pipelines import Task, tasks
 from training.recording import RecordedStep
 from training.reports import Metrics
 from training.resuming import as_saved, changes, check_continues, check_fits, starting_point, with_model_of
-from training.schedule import fitted, warn
+from training.schedule import fitted, replan, warn, with_iterations
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.metrics import psnr
 from utils.spherical_harmonics import to_colour
 from utils.stages import stage
+from utils.timing import Parts
 
 Run = TypeVar("Run", bound="Training")
 
@@ -65,6 +66,7 @@ class Training:
     bounded: bool = False  # whether the bound on the number of Gaussians was met
     averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
+    parts: Parts = field(default_factory=Parts)  # where its time goes
     _recorded: RecordedStep | None = None
 
     @classmethod
@@ -73,9 +75,14 @@ class Training:
         device = resolve_device(options.device)
         asked = options
         options, saved = starting_point(options, device, say)
-        data = read_data(options, device, say)
+        parts = Parts()
+        with parts("reading"):
+            data = read_data(options, device, say)
         frames, geometry = data.frames, data.geometry
         options = fitted(options, len(frames) * frames.height * frames.width)
+        if saved is not None and options.time:  # its length was found by its pace
+            before = saved.extras.get("options", {}).get("iterations", options.iterations)
+            options = with_iterations(options, max(before, options.iterations))
         todo = tasks(options, frames, data.masks)
         check_batch(options, todo)
         warn(options, any(task.in_betweens for task in todo), say)
@@ -118,12 +125,14 @@ class Training:
             geometry,
             {task.name: test for task, test in zip(todo, data.heldout, strict=True) if test is not None},
             say=say,
+            parts=parts,
         )
         if saved is not None:
             training.found = asked.start_checkpoint == AUTO
             training._resume(saved, say)
         if training.iteration < options.iterations:  # last, as it takes minutes
-            between = expected_between(options, data, say)
+            with parts("motion"):
+                between = expected_between(options, data, say)
             training.tasks = tasks(options, frames, data.masks, between)
         return training
 
@@ -182,6 +191,12 @@ class Training:
         return Objective(
             self.model, self.camera, self.tasks, self.background, self.options, self.sampler.num_views
         )
+
+    def replan(self, iterations: int) -> None:
+        """Makes it a run of so many iterations, with a schedule to match."""
+        self.options = replan(self.options, iterations, len(self.model))
+        if self._recorded is not None:
+            self._recorded.objective = self.objective
 
     def set_rates(self) -> None:
         """The learning rates of this iteration, and the degree of the harmonics."""
@@ -321,14 +336,16 @@ class Training:
 
     def stepper(self) -> Callable[[Views, int, bool], IterationResult]:
         """What takes an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
-        options, objective = self.options, self.objective
+        options = self.options
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
         plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
-            self._recorded = RecordedStep(objective)
+            self._recorded = RecordedStep(self.objective)
             return self._recorded
-        return partial(forward_backward, objective)
+        return lambda views, iteration, gradients: forward_backward(
+            self.objective, views, iteration, gradients
+        )
 
     def release(self) -> None:
         """Frees recorded iterations, before the parameters are exchanged or much else is rendered."""

@@ -67,16 +67,25 @@ def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
 def with_iterations(options: TrainOptions, iterations: int) -> TrainOptions:
     """``options`` of a run of so many iterations, whose SCHEDULE shrinks or stretches alike.
 
-    The published preset keeps its absolute numbers unless --scale_schedule asks otherwise; 0 stays 0.
+    The published preset keeps its absolute numbers unless --scale_schedule or --time asks otherwise; 0 stays 0.
     """
     changes: dict[str, Any] = {"iterations": iterations}
-    if options.preset != "published" or options.scale_schedule:
+    if options.preset != "published" or options.scale_schedule or options.time:
         defaults = {name: getattr(TrainOptions, name) for name in ("iterations", *SCHEDULE)}
         defaults |= PRESETS[options.preset]
         for name in SCHEDULE:
             if name not in options.given:
                 changes[name] = scaled(defaults[name], defaults["iterations"], iterations)
     return replace(options, **changes)
+
+
+def replan(options: TrainOptions, iterations: int, gaussians: int) -> TrainOptions:
+    """``options`` of a run that has so many ``gaussians`` now and time for so many iterations: in less than half of
+    those of its preset, Gaussians that are still to be added would learn nothing."""
+    usual = PRESETS[options.preset].get("iterations", TrainOptions.iterations)
+    if 2 * iterations < usual:
+        options = replace(options, max_gaussians=min(options.max_gaussians or gaussians, gaussians))
+    return with_iterations(options, iterations)
 
 
 def scaled(iteration: int, of: int, to: int) -> int:
