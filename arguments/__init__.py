@@ -601,11 +601,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "camera": "one",
         "iterations": 600,
         "position_lr_max_steps": 600,
-        "densify_from_iter": 100,
-        "densify_until_iter": 400,
+        "densify_until_iter": 0,  # all Gaussians from the start: new ones would have too little time to learn
         "sigma_until_iter": 400,
         "average_from_iter": 500,
-        "densify_grad_threshold": 1e-4,
     },
 }
 """Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md). Sizes and

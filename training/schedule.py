@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Size]] = {
     "best": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(6000, 1 / 4, least=6000)},
     "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 1 / 4, least=1200)},
     # For minutes on a CPU: time grows with the number of Gaussians there.
-    "quick": {"num_pts": Size(40_000, 1 / 3), "max_gaussians": Size(80_000, 1 / 3)},
+    "quick": {"num_pts": Size(64_000, 1 / 3)},
 }
 """What presets size by the data, beside the numbers in `arguments.PRESETS`."""
 
@@ -58,8 +58,6 @@ def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
     most = options.max_gaussians if "max_gaussians" in options.given else 0
     if most and "num_pts" in grown:
         grown["num_pts"] = min(grown["num_pts"], most)
-    if "max_gaussians" in grown:
-        grown["max_gaussians"] = max(grown["max_gaussians"], grown.get("num_pts", options.num_pts))
     iterations = grown.pop("iterations", options.iterations)
     return with_iterations(replace(options, **grown), iterations)
 
