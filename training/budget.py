@@ -63,6 +63,7 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
             if k == 2:
                 _wait(device)
                 start = time.perf_counter()
+            training.optimizer.zero_grad(set_to_none=True)  # as before every iteration: gradients would add up
             step(Views.of(batch, device), training.iteration + 1, training.controlled)
         _wait(device)
         return (time.perf_counter() - start) / repeats
@@ -71,6 +72,7 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
     plain = seconds(Batch(real, [], False), repeats)
     with_between = seconds(Batch(real, between, False), repeats) if taught else plain
     training.optimizer.zero_grad(set_to_none=True)
+    training.release()
 
     left = range(training.iteration + 1, options.iterations + 1)
     begun = max(len(left) - max(options.ibfr_from_iter - left.start, 0), 0) if taught else 0
