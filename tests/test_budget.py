@@ -75,9 +75,11 @@ def data(tmp_path):
 def test_a_program_ends_on_time(data, tmp_path):
     start, seconds = time.perf_counter(), 14.0
     minutes = (start - utils.timing.BEGUN + seconds) / 60  # this process began long before
-    budgeted = ("--preset", "fast", "--ibfr_target", "linear", "--time", minutes)
+    budgeted = ("--preset", "fast", "--iterations", 10**6, "--ibfr_target", "linear", "--time", minutes)
     train_at(data[0], tmp_path / "out", *budgeted)
-    assert time.perf_counter() - start < seconds + 4
+    assert (
+        time.perf_counter() - start < seconds + 20
+    )  # others may slow the end down; without --time it takes minutes
     parts = json.loads((tmp_path / "out" / "time.json").read_text())["parts"]
     names = {"imports", "reading", "motion", "iterations", "evaluation", "saving", "whole process"}
     assert names <= set(parts)

@@ -63,7 +63,9 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
             if k == 2:
                 _wait(device)
                 start = time.perf_counter()
-            training.optimizer.zero_grad(set_to_none=True)  # as before every iteration: gradients would add up
+            training.optimizer.zero_grad(
+                set_to_none=True
+            )  # as before every iteration: gradients would add up
             step(Views.of(batch, device), training.iteration + 1, training.controlled)
         _wait(device)
         return (time.perf_counter() - start) / repeats
