@@ -599,11 +599,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "quick": _FAST
     | {
         "camera": "one",
-        "iterations": 600,
-        "position_lr_max_steps": 600,
+        "iterations": 720,
+        "position_lr_max_steps": 720,
         "densify_until_iter": 0,  # all Gaussians from the start: new ones would have too little time to learn
-        "sigma_until_iter": 400,
-        "average_from_iter": 500,
+        "sigma_until_iter": 480,
+        "average_from_iter": 600,
     },
 }
 """Defaults of --preset other than the fields' own; chosen by held-out frames (benchmarks/README.md). Sizes and

@@ -44,7 +44,7 @@ SIZES: dict[str, dict[str, Size]] = {
     "best": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(6000, 1 / 4, least=6000)},
     "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 1 / 4, least=1200)},
     # For minutes on a CPU: time grows with the number of Gaussians there.
-    "quick": {"num_pts": Size(64_000, 1 / 3)},
+    "quick": {"num_pts": Size(100_000, 1 / 2)},
 }
 """What presets size by the data, beside the numbers in `arguments.PRESETS`."""
 
