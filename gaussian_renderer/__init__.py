@@ -56,7 +56,9 @@ def rasterizer(name: str) -> ModuleType:
     try:
         return importlib.import_module(RASTERIZERS[name])
     except ImportError as error:  # its text says what is missing and what to do
-        raise UserError(str(error)) from error
+        raise UserError(
+            f"{error}, or run with --rasterizer oracle, the slow form in plain PyTorch"
+        ) from error
 
 
 def render(

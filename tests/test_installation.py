@@ -119,14 +119,52 @@ def test_library_made_at_install_is_preferred(toy: Path, tmp_path: Path) -> None
 def test_missing_compiler_is_named_with_a_way_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ImportError, match=r"no C\+\+ compiler \(no-such-compiler\).*--rasterizer oracle"):
+        loader_of(toy).load(instead="run with --rasterizer oracle")
+
+
+def test_cache_that_cannot_be_written_says_what_to_set(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    with pytest.raises(ImportError, match=r"cannot be written .*TORCH_EXTENSIONS_DIR"):
         loader_of(toy).load()
+
+
+def test_nvcc_of_another_major_version_is_refused(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.utils import cpp_extension
+
+    nvcc = tmp_path / "cuda/bin/nvcc"
+    nvcc.parent.mkdir(parents=True)
+    nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 12.4, V12.4.131"\n')
+    nvcc.chmod(0o755)
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    loader = loader_of(toy)
+    with (
+        pytest.raises(ImportError, match=r"nvcc is of CUDA 12\.4, torch of CUDA 13\.0.*CUDA_HOME"),
+        loader.build_environment("cu130"),
+    ):
+        pass
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    with loader.build_environment("cu128"):
+        pass
+
+
+def test_tensor_on_a_gpu_meets_one_sentence_without_kernels() -> None:
+    from diff_gaussian_rasterization.ops import without_kernels
+
+    with pytest.raises(RuntimeError, match=r"blend: .* compiled for the CPU alone.*CUDA_HOME"):
+        without_kernels("blend")()
 
 
 @needs_compiler
 def test_compiler_error_is_quoted_and_logged(toy: Path, tmp_path: Path) -> None:
     (toy / "csrc/cpu/answer.cpp").write_text("#error not today\n")
     with pytest.raises(ImportError, match=r"#error not today.*--rasterizer oracle"):
-        loader_of(toy).load()
+        loader_of(toy).load(instead="run with --rasterizer oracle")
     (log,) = (tmp_path / "cache").rglob("*.log")
     assert "not today" in log.read_text()
     assert not list((tmp_path / "cache").rglob("*.so"))

@@ -21,6 +21,7 @@ import functools
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -57,7 +58,7 @@ def link_flags() -> list[str]:
 
 
 @functools.cache
-def load(instead: str = "run with --rasterizer oracle, the slow form in plain PyTorch") -> str:
+def load(instead: str | None = None) -> str:
     """Make the operators known to torch, once; later calls return at once.
 
     Args:
@@ -81,7 +82,7 @@ def load(instead: str = "run with --rasterizer oracle, the slow form in plain Py
         try:
             library = _cached_library(target)
         except ImportError as error:
-            raise ImportError(f"{error}, or {instead}") from error.__cause__
+            raise ImportError(f"{error}, or {instead}" if instead else str(error)) from error.__cause__
     if library.exists():
         try:
             torch.ops.load_library(str(library))
@@ -143,6 +144,8 @@ def build_environment(target: str) -> Iterator[None]:
     """
     import torch
 
+    if problem := _other_cuda(target):
+        raise ImportError(f"{NAME} cannot be compiled for torch {torch.__version__}: {problem}")
     changes = {}
     with contextlib.suppress(ImportError):
         import ninja
@@ -178,7 +181,14 @@ def _cached_library(target: str) -> Path:
     library = folder / f"{name}.so"
     if library.exists():
         return library
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.lock").touch()
+    except OSError as error:
+        raise ImportError(
+            f"{NAME} has to be compiled once, and {folder} cannot be written ({error.strerror}): name a folder that "
+            "can be with TORCH_EXTENSIONS_DIR"
+        ) from error
     with FileLock(folder / f"{name}.lock"):
         if not library.exists():  # else another process compiled it while this one waited
             _compile(target, name, library)
@@ -281,6 +291,25 @@ def _missing_tool() -> str | None:
     return None
 
 
+def _other_cuda(target: str) -> str | None:
+    """What to do where nvcc is of another major version than the CUDA that torch was built with."""
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    if target == "cpu" or CUDA_HOME is None or torch.version.cuda is None:
+        return None
+    nvcc = Path(CUDA_HOME, "bin", "nvcc")
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    wanted = torch.version.cuda.split(".")[0]
+    if release is None or release[1] == wanted:
+        return None
+    return (
+        f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of CUDA {torch.version.cuda}. Install the toolkit of CUDA "
+        f"{wanted} and name its folder with CUDA_HOME, or do without the GPU (MEDGS_FORCE_CPU=1)"
+    )
+
+
 def _describe(target: str) -> str:
     import torch
 
@@ -290,6 +319,9 @@ def _describe(target: str) -> str:
 
 
 def _seconds(files: list[Path]) -> int:
-    """A rough guess from a common machine's seconds for a file, most of them spent in torch's and CUDA's headers."""
+    """A rough guess from a common machine's seconds for a file, most of them spent in torch's and CUDA's headers; what
+    else the machine does now takes its share."""
     work = sum(30 if path.suffix == ".cu" else 12 for path in files)
-    return max(work // min(os.cpu_count() or 1, len(files)), 20)
+    cores = os.cpu_count() or 1
+    busy = 1 + (os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 0)
+    return round(max(work / min(cores, len(files)), 20) * busy)

@@ -15,8 +15,25 @@ from torch.autograd import forward_ad
 
 from ._library import load
 
-load()
 _ops = torch.ops.diff_gaussian_rasterization
+
+
+def without_kernels(name: str) -> Callable[..., None]:
+    """What a CUDA tensor meets where the library was compiled for the CPU alone."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError(
+            f"{name}: this library was compiled for the CPU alone, and the tensors are on a GPU. Install the toolkit "
+            f"of CUDA {torch.version.cuda} (with nvcc), name its folder with CUDA_HOME, unset MEDGS_FORCE_CPU, and "
+            "import again"
+        )
+
+    return refuse
+
+
+if load() == "cpu" and torch.version.cuda is not None:
+    for _name in ("fold", "blend", "project", "similarity", "sigma_outside", "observe", "adam_step"):
+        torch.library.impl(f"diff_gaussian_rasterization::{_name}", "CUDA", without_kernels(_name))
 
 ACTIVE = 1
 """Bit of ``active``: the time weight delta(t) exceeds 0.1 and the Gaussian is visible."""
