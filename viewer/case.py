@@ -109,7 +109,9 @@ class Case:
 
     @property
     def name(self) -> str:
-        return Path(self.options.model_path).resolve().name
+        """The folder's, or where that is only called model, its parent's."""
+        folder = Path(self.options.model_path).resolve()
+        return folder.parent.name if folder.name == "model" else folder.name
 
     @property
     def has_masks(self) -> bool:
