@@ -333,7 +333,7 @@ def _measured(volume: Volume, say: Say) -> np.ndarray | None:
         share = np.count_nonzero(volume.padded) / inside.size
         if not inside.any():
             raise UserError(f"{volume.name} is padding everywhere: nothing was measured")
-        say(f"  note: {share:.1%} of the voxels are padding (PixelPaddingValue), and left out of percentiles")
+        say(f"  note: {share:.1%} of the voxels are padding, and left out of percentiles")
     if volume.values.dtype.kind != "f":
         return inside
     finite = np.isfinite(volume.values)

@@ -3,7 +3,7 @@
     python -m benchmarks.fuzz_files --count 20000
 
 Small files of each kind are made, bytes of their headers are changed, and each is read in a process that stays until it
-dies: an answer is a volume or one line. Recorded in benchmarks/NOTES.md.
+dies: an answer is a volume or one line. Recorded in benchmarks/results/fuzz_files.json.
 """
 
 from __future__ import annotations

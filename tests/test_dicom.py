@@ -157,7 +157,9 @@ def test_echoes(tmp_path, numbered):
     ]
     series = write_series(tmp_path / "d", VALUES, AFFINE, **tags[0])
     _second(tmp_path / "d", series, VALUES + 1000, AFFINE, **tags[1])
-    with pytest.raises(UserError, match=r"2 echos: 1 \(6 slices\), 2 \(6 slices\)|2 echoes"):
+    with pytest.raises(
+        UserError, match=r"2 echoes: 1 \(6 slices\), 2 \(6 slices\): choose one with --echo N"
+    ):
         read_volume(tmp_path / "d")
     assert np.array_equal(read_volume(tmp_path / "d", choice=Choice(echo=2)).values, VALUES + 1000)
 
@@ -392,12 +394,30 @@ def test_one_real_slice_in_every_syntax(tmp_path, syntax):
 
 
 @pytest.mark.parametrize(
-    "name", ["SC_rgb_jpeg_dcmtk.dcm", "SC_rgb_rle.dcm", "SC_rgb_dcmtk_+eb+cr.dcm", "examples_rgb_color.dcm"]
+    "name",
+    [
+        "SC_rgb_jpeg_dcmtk.dcm",
+        "SC_rgb_rle.dcm",
+        "SC_rgb_dcmtk_+eb+cr.dcm",
+        "SC_ybr_full_422_uncompressed.dcm",
+        "examples_rgb_color.dcm",
+    ],
 )
 def test_real_colours(tmp_path, name):
     volume = _alone(tmp_path, name)
     theirs = pydicom.pixels.pixel_array(BUNDLED / name)
     assert np.array_equal(volume.values[:, :, 0].transpose(1, 0, 2), theirs) and volume.full_scale == (0, 255)
+
+
+def test_what_no_decoder_knows_is_said(tmp_path):
+    with pytest.raises(UserError, match=r"compressed \(JPEG Extended.*cannot be decoded here"):
+        _alone(tmp_path, "JPGExtended.dcm")
+
+
+def test_hounsfield_units_take_no_more_memory_than_stored(tmp_path):
+    write_series(tmp_path / "d", VALUES, AFFINE, slope=1.0, intercept=-1024.0)
+    volume = read_volume(tmp_path / "d")
+    assert volume.values.dtype == np.int16 and np.array_equal(volume.values, VALUES - 1024)
 
 
 def test_a_real_dose_grid():

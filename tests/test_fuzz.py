@@ -28,6 +28,7 @@ import render
 import slices_to_ply
 import train
 from arguments import read_cfg_args, render_options, train_options, train_parser
+from benchmarks import fuzz_files
 from patient.geometry import FILE_NAME, Geometry
 from scene.checkpoint import load_checkpoint, save_checkpoint
 from scene.frames import Frames
@@ -176,6 +177,12 @@ def test_checkpoints_of_other_values_are_user_errors(samples, tmp_path_factory, 
         load_checkpoint(path)
     except UserError as error:
         assert str(path) in str(error), keys
+
+
+def test_mutated_volumes_are_one_line(tmp_path):
+    """Some of each kind; `python -m benchmarks.fuzz_files` reads 20,000 of them."""
+    told = fuzz_files.fuzz(int(os.environ.get("FUZZ_EXAMPLES", "20")) * 16, seed=0, keep=tmp_path / "bad")
+    assert told["bad"] == []
 
 
 # ---- frames --------------------------------------------------------------------------------------------------------

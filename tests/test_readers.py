@@ -265,6 +265,32 @@ def test_a_tracked_sequence_is_recognised(tmp_path, suffix):
         read_volume(path)
 
 
+@pytest.mark.parametrize("spacing", [1.0, 0.5])
+def test_a_tracked_sequence_is_resampled(tmp_path, spacing):
+    """Frames 2 mm apart of a pattern that is linear along the sweep: the volume is that pattern, holes filled."""
+    pytest.importorskip("SimpleITK")
+    i, j, k = np.indices((9, 7, 6))
+    values = (10 + 3 * i + 5 * j + 8 * k).astype(np.uint8)
+    meta = "ObjectType = Image\nNDims = 3\nDimSize = 9 7 6\nElementSpacing = 1 1 1\n"
+    for n in range(6):
+        status = "INVALID" if n == 2 else "OK"
+        meta += f"Seq_Frame{n:04d}_ProbeToTrackerTransform = 1 0 0 4 0 1 0 5 0 0 1 {2 * n} 0 0 0 1\n"
+        meta += f"Seq_Frame{n:04d}_ProbeToTrackerTransformStatus = {status}\n"
+    path = tmp_path / "a.mha"
+    path.write_bytes(
+        f"{meta}ElementType = MET_UCHAR\nElementDataFile = LOCAL\n".encode() + values.tobytes(order="F")
+    )
+    volume = read_volume(path, choice=Choice(resample=spacing))
+    assert voxel_sizes(volume.affine) == pytest.approx((spacing,) * 3)
+    assert apply_affine(volume.affine, (0, 0, 0)) == pytest.approx((-4, -5, 0))
+    x, y, z = np.indices(volume.values.shape) * spacing
+    expected = 10 + 3 * np.rint(x) + 5 * np.rint(y) + 4 * z  # 8 levels in 2 mm
+    # Half a pixel in the plane and half a voxel along the sweep is where a sample may have come from.
+    assert np.abs(volume.values - expected).max() <= 1.5 + 2.5 + 4 * spacing / 2 + 0.5
+    assert volume.padded is None and "1 of 6 frames have no valid pose" in said(volume)
+    assert "are interpolated" in said(volume)
+
+
 def test_affines_are_those_of_simple_itk(tmp_path):
     sitk = pytest.importorskip("SimpleITK")
     image = sitk.GetImageFromArray(VALUES.transpose(2, 1, 0))

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import errno
+import io
 import os
 import re
 import signal
@@ -151,6 +152,8 @@ def run(
     What a user can cause ends in one line on stderr, `<script>: error: ...`; `--debug` on the command line adds
     the traceback. Anything else is a bug of ours and keeps its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not text is no reason to fail
     try:
         status = main() or 0
         sys.stdout.flush()  # a closed pipe or a full disk shows here, not in the interpreter's own shutdown

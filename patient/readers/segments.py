@@ -13,6 +13,7 @@ from patient.readers.common import quiet_libraries, simple_itk
 from patient.readers.dicom import segments as dicom_segments
 from patient.readers.dicom import structures
 from patient.readers.dicom.files import SEGMENTATIONS, STRUCTURE_SET, Header, read_header
+from patient.readers.itk_files import read_text_header
 from patient.segments import Segment, Segments
 from patient.volumes import Choice, Volume
 from utils.errors import UserError
@@ -90,7 +91,7 @@ def _segmentation(path: Path) -> Header | None:
 
 def _of_nrrd(path: Path) -> Segments | None:
     """3D Slicer's segmentation: Segment<n>_Name, _Layer, _LabelValue and _Color in the header."""
-    header = itk.read_text_header(path)
+    header = read_text_header(path)
     numbered = sorted(
         {
             int(match[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from patient.readers import video
-from patient.readers.common import DEFLATE, check_claim, damage
+from patient.readers.common import DEFLATE, check_claim, damage, reason
 from patient.readers.dicom.codec import decoder
 from patient.readers.dicom.files import Header, items, load, pydicom_for
 from utils.errors import UserError
@@ -35,7 +35,9 @@ def decode(header: Header) -> np.ndarray:
     with damage(path, "is damaged, or cut off"):
         native = _syntax(header) in ("", *pydicom.uid.UncompressedTransferSyntaxes)
         stored = 1 if native and _syntax(header) != pydicom.uid.DeflatedExplicitVRLittleEndian else DEFLATE
-        check_claim(path, columns * rows * frames * samples * bits // 8, None, stored)
+        check_claim(
+            path, int(columns * rows * frames * _samples_stored(header, samples) * bits) // 8, None, stored
+        )
         check_claim(path, claimed)
         dataset = load(path)
         if not getattr(dataset.file_meta, "TransferSyntaxUID", None):
@@ -63,6 +65,11 @@ def decode(header: Header) -> np.ndarray:
     return array
 
 
+def _samples_stored(header: Header, samples: int) -> float:
+    """Numbers that a pixel takes in the file: of colours at half the width, two."""
+    return 2 if header.text("PhotometricInterpretation").endswith("422") else samples
+
+
 def _decompress(header: Header, syntax: str) -> np.ndarray:
     """Compressed pixels by pydicom's decoders, of which some have to be installed."""
     try:
@@ -72,7 +79,9 @@ def _decompress(header: Header, syntax: str) -> np.ndarray:
             raise UserError(
                 f"{header.path} is compressed ({syntax}): reading it needs python-gdcm: pip install python-gdcm"
             ) from error
-        raise
+        raise UserError(
+            f"{header.path} is compressed ({syntax}), and cannot be decoded here, or is damaged: {reason(error)}"
+        ) from error
 
 
 def _decode_video(header: Header) -> np.ndarray:
@@ -138,7 +147,7 @@ def rescaled(stored: np.ndarray, scales: list[tuple[float, float]], header: Head
         and (slopes == np.rint(slopes)).all()
         and (intercepts == np.rint(intercepts)).all()
     ):
-        ends = np.outer(stored_range(header), slopes) + intercepts
+        ends = np.outer((int(stored.min()), int(stored.max())), slopes) + intercepts
         kind: np.dtype = next(
             (
                 np.dtype(kind)

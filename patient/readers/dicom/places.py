@@ -56,13 +56,17 @@ def one_volume(
                 return _nth(path, groups, choice.frame)
             also = " (or --frame 0, 1, ...)" if key == "time" else ""
             raise UserError(
-                f"{path} holds {len(groups)} {key}s: {_counts(groups)}: choose one with {option} N{also}"
+                f"{path} holds {len(groups)} {_plural(key)}: {_counts(groups)}: choose one with {option} N{also}"
             )
         elif len(groups) > 1:
-            words = f"{len(groups)} {key}s ({_counts(groups)})"
+            words = f"{len(groups)} {_plural(key)} ({_counts(groups)})"
             if len(groups) <= len(frames) // 2:
                 notes.append(f"{words} follow each other evenly: they are read as one volume")
     return _told_apart(path, frames, choice)
+
+
+def _plural(key: str) -> str:
+    return "echoes" if key == "echo" else f"{key}s"
 
 
 def _number_echoes(frames: list[Frame]) -> list[Frame]:
