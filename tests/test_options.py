@@ -15,6 +15,7 @@ import torch
 from sequences import BriefInBetween, checkpoint, colours, masks, threads, train_at, write
 
 import evaluate
+import interpolate
 import prepare
 import slices_to_ply
 from arguments import OptimisationOptions, render_parser, train_parser
@@ -109,6 +110,15 @@ SHOWN_BY = {
         "quiet": "test_render.py",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
     },
+    "interpolate.py": {
+        **dict.fromkeys(("input", "label", "output", "interp", "method", "quiet"), "test_interpolate.py"),
+        "source_path": "test_interpolate.py::test_frames_of_prepare_and_their_held_out_slices",
+        "seg_source_path": "test_interpolate.py::test_frames_of_prepare_and_their_held_out_slices",
+        "device": "test_arguments.py::test_resolve_device",
+        "force": "test_interpolate.py::test_nothing_is_replaced_unasked",
+        "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
+        "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
+    },
     "prepare.py": {
         **dict.fromkeys(("input", "label", "label_value", "output", "axis", "window"), "test_prepare.py"),
         **dict.fromkeys(("percentiles", "bits", "keep_every", "frame", "force", "quiet"), "test_prepare.py"),
@@ -155,6 +165,7 @@ SHOWN_BY = {
 PARSERS = {
     "train.py": train_parser,
     "render.py": render_parser,
+    "interpolate.py": interpolate.parser,
     "prepare.py": prepare.parser,
     "slices_to_ply.py": slices_to_ply.parser,
     "evaluate.py": evaluate.parser,
