@@ -116,7 +116,7 @@ class Camera:
         return self.view_matrix(mirrored, dtype, device) @ perspective
 
     def entries(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """What ``cameras.json`` of 3-D Gaussian splatting programs holds, one entry a frame.
+        """What ``cameras.json`` of 3-D Gaussian splatting programs holds, one entry per frame.
 
         ``rotation`` is camera to world (its columns are the camera's right, down and forward axes), ``fx``
         and ``fy`` are in px. All frames share the camera: their times are not part of this format.

@@ -78,7 +78,7 @@ def image_start(
 
     # Gaussians are drawn in the order of their index, first in front: none should be in front by its place in the scan.
     order = torch.randperm(n, generator=generator)
-    density = n * interest[frame, pixel // first.width, pixel % first.width] / ends[-1]  # Gaussians a pixel
+    density = n * interest[frame, pixel // first.width, pixel % first.width] / ends[-1]  # Gaussians per pixel
     spacing = torch.from_numpy(density**-0.5)[order]  # px
     at = torch.from_numpy(np.stack([pixel % first.width, pixel // first.width], 1))[
         order

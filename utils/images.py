@@ -302,7 +302,7 @@ def _read_png16(path: Path, raw_mode: str) -> np.ndarray:
             return np.asarray(image).astype(np.uint16)
 
     if raw_mode == "LA;16B":
-        quads = decode("RGBA")  # the same four bytes a pixel: grey high, grey low, alpha high, alpha low
+        quads = decode("RGBA")  # the same four bytes per pixel: grey high, grey low, alpha high, alpha low
         grey, alpha = quads[:, :, 0] << 8 | quads[:, :, 1], quads[:, :, 2] << 8 | quads[:, :, 3]
         return np.stack((grey, grey, grey, alpha), axis=2)
     return decode(raw_mode) << 8 | decode(raw_mode.replace("16B", "16L"))

@@ -21,4 +21,4 @@ def container_share() -> int | None:
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (_share := container_share()) is not None and _share < (os.cpu_count() or 1):
-    os.environ.setdefault("OMP_NUM_THREADS", str(_share))  # else a thread for each of the host's
+    os.environ.setdefault("OMP_NUM_THREADS", str(_share))  # otherwise one thread for each of the host's

@@ -298,7 +298,7 @@ class Case:
     # ---- the dense volume --------------------------------------------------------------------------------------------
 
     def sub_frames(self, most_voxels: int) -> int:
-        """Slices a frame that make voxels about as deep as wide, as far as ``most_voxels`` allow."""
+        """Slices per frame that make voxels about as deep as wide, as far as ``most_voxels`` allows."""
         spacing = self.placed.spacing
         assert spacing is not None
         wanted = round(spacing[2] / min(spacing[:2])) if self.unit == "mm" else 4
