@@ -45,7 +45,7 @@ def programs() -> list[str]:
         "slices_to_ply.py",
         "evaluate.py",
     ]
-    found = sorted(path.name for path in ROOT.glob("*.py"))
+    found = sorted(path.name for path in ROOT.glob("*.py") if path.name != "setup.py")
     return [name for name in order if name in found] + [name for name in found if name not in order]
 
 
