@@ -32,7 +32,7 @@ SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,f
   -fno-sanitize-recover=all
 OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
 
-.PHONY: help setup demo test test-browser test-slurm slurm cluster chromium lint format docs bench cuda-check sanitize clean
+.PHONY: help setup demo test test-browser test-slurm slurm cluster chromium lint format docs bench cuda-check sanitize wheels clean
 .DELETE_ON_ERROR:
 
 help:  ## list these commands
@@ -156,6 +156,11 @@ sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels b
 	    $(BIN)/python -m pytest -q -p no:cacheprovider -W ignore::UserWarning \
 	      $$(if [ -z "$$kernels" ]; then echo $(OPERATOR_TESTS); else echo tests/operators_fuzz.py; fi) || exit 1; \
 	done
+
+wheels: setup  ## wheels of both packages in dist/, compiled for the torch of $(VENV): no compiler needed there
+	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist $(RASTERIZER) $(KNN)
+	@rm -rf submodules/*/build submodules/*/*.egg-info
+	@ls -sh dist
 
 cuda-check: $(if $(NVCC),$(CUDA_OBJECTS),no-nvcc)  ## compile every CUDA kernel; needs nvcc, neither a GPU nor torch
 

@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import os
 import shutil
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -33,6 +34,17 @@ def compiled_part(target: str) -> dict:
     """The arguments of setup() that compile the operators and name the library as _library.py looks for it."""
     from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
+    try:
+        from setuptools.command.bdist_wheel import bdist_wheel
+    except ImportError:  # before setuptools 70.1
+        from wheel.bdist_wheel import bdist_wheel
+
+    class AnyPython(bdist_wheel):
+        """The library calls torch and not Python: one wheel serves every version of Python."""
+
+        def get_tag(self) -> tuple[str, str, str]:
+            return "py3", "none", super().get_tag()[2]
+
     class BuildLibrary(BuildExtension):
         def get_ext_filename(self, ext_name: str) -> str:
             return os.path.join(*ext_name.split(".")[:-1], _library.installed_library(target).name)
@@ -50,9 +62,10 @@ def compiled_part(target: str) -> dict:
         [os.path.relpath(path) for path in _library.sources(target)],
         include_dirs=[os.path.abspath(f"{NAME}/csrc")],
         extra_compile_args=flags if cuda else flags["cxx"],
-        extra_link_args=_library.link_flags(),
+        extra_link_args=[*_library.link_flags(), *(["-Wl,-S"] if sys.platform == "linux" else [])],
     )
-    return {"ext_modules": [extension], "cmdclass": {"build_py": FreshBuildPy, "build_ext": BuildLibrary}}
+    commands = {"build_py": FreshBuildPy, "build_ext": BuildLibrary, "bdist_wheel": AnyPython}
+    return {"ext_modules": [extension], "cmdclass": commands}
 
 
 try:
