@@ -20,6 +20,7 @@ from __future__ import annotations
 import utils.threads  # noqa: F401  # isort: skip  (before torch)
 
 import argparse
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -458,7 +459,7 @@ def write(
     lines = [f"{len(names)} images in {out / RENDERS[kind]}" for kind in predictions]
     if grid is None:
         lines.append("  no NIfTI volume: the frames have no place in a patient, or are in colour")
-    return [*lines, f"next: python slices_to_ply.py -i {out} -o meshes"]
+    return [*lines, f"next: python slices_to_ply.py -i {shlex.quote(str(out))} -o meshes"]
 
 
 def fill(volume: RenderedVolume, predict: Predict, frames: Frames) -> None:

@@ -75,6 +75,11 @@ SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
 # The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors
 # gave the surfaces nearest to the true ones: less leaves the steps of voxels, more blurs what is thin.
 OF_FINEST, OF_OWN = 0.7, 0.25
+# Of frames in between whose edges are grey, which say where the edge lies within a pixel: no step is there to smooth.
+# The liver from every 2nd slice, predicted in between (mm, ASD and HD95): 0.316 and 1.04 without, 0.325 and 1.04 with
+# this, 0.412 and 1.21 with OF_FINEST; of signed distances 0.351, 0.371, 0.491 (ASD).
+OF_GREY = 0.35
+GREY_EDGES = 0.3  # grey pixels per step from inside to outside along a row, from which on edges count as grey
 MAX_LABELS = 200  # more kinds of value than this are grey levels
 
 
@@ -147,7 +152,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="MM|none|published",
         help=f"standard deviation in mm of a Gaussian; none; or published: total variation per frame, then a Gaussian"
         f" of sigma {SIGMA} (slice, row, column) voxels. Default, on each axis: {OF_FINEST:g} of the finest spacing,"
-        f" at least {OF_OWN:g} of the axis' own. Except for none and published, the enclosed volume stays the mask's",
+        f" at least {OF_OWN:g} of the axis' own; {OF_GREY:g} of the finest for grey frames in between."
+        " Except for none and published, the enclosed volume stays the mask's",
     )
     parser.add_argument("--largest", action="store_true", help="keep the largest connected body alone")
     parser.add_argument(
@@ -453,7 +459,8 @@ def _surface(
     if values.max() < level:
         raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
     volume = stack.volume(inside_shares(values, level))
-    millimetres = _sigma(stack.spacing, options.smoothing)
+    grey = stack.inter > 1 and grey_edges(values, level) > GREY_EDGES
+    millimetres = _sigma(stack.spacing, options.smoothing, grey)
     column, row, frame = (sigma / step for sigma, step in zip(millimetres, stack.spacing, strict=True))
     lines.append(_smoothed(stack, millimetres))
     smoothed = smooth(values, (frame * stack.inter, row, column))
@@ -473,12 +480,28 @@ def _smoothed(stack: Stack, sigma: tuple[float, float, float]) -> str:
     return f"  smoothed by {', '.join(f'{own:.3g}' for own in sigma)} {unit} (column, row, slice)"
 
 
-def _sigma(spacing: tuple[float, float, float], wanted: float | None) -> tuple[float, float, float]:
-    """Standard deviations of the smoothing along column, row and slice in the unit of `spacing`."""
+def _sigma(
+    spacing: tuple[float, float, float], wanted: float | None, grey: bool = False
+) -> tuple[float, float, float]:
+    """Standard deviations of the smoothing along column, row and slice in the unit of `spacing`.
+
+    grey: whether frames in between have grey edges, so that neither pixels nor slices make steps.
+    """
     if wanted is not None:
         return wanted, wanted, wanted
+    if grey:
+        return (OF_GREY * min(spacing),) * 3
     column, row, slice_ = (max(OF_FINEST * min(spacing), OF_OWN * own) for own in spacing)
     return column, row, slice_
+
+
+def grey_edges(values: np.ndarray, level: float) -> float:
+    """Pixels (frame, row, column) that are neither inside nor outside, per step between the two along a row."""
+    shares = inside_shares(values, level)
+    steps = np.count_nonzero((shares[:, :, 1:] > 0.5) != (shares[:, :, :-1] > 0.5))
+    low, high = float(values.min()), float(values.max())
+    grey = np.count_nonzero((values > low + 0.05 * (high - low)) & (values < high - 0.05 * (high - low)))
+    return grey / steps if steps else 0.0
 
 
 def _denoise(values: np.ndarray, quiet: bool) -> np.ndarray:

@@ -12,6 +12,7 @@ import utils.threads  # isort: skip  (before torch)
 import utils.timing  # isort: skip
 
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable
@@ -72,13 +73,15 @@ def main() -> int:
         if stop and training.iteration < planned:
             print(
                 f"stopped at iteration {training.iteration} of {planned}; to continue, run the same command "
-                f"with -m {options.model_path} --start_checkpoint {AUTO}",
+                f"with -m {shlex.quote(str(options.model_path))} --start_checkpoint {AUTO}",
                 file=sys.stderr,
             )
             return stop.status
     if options.report:
         write_the_report(options, say)
-    say(f"done: {options.model_path} (next: python render.py -m {options.model_path} --interp 4)")
+    say(
+        f"done: {options.model_path} (next: python render.py -m {shlex.quote(str(options.model_path))} --interp 4)"
+    )
     return 0
 
 

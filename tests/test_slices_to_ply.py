@@ -388,6 +388,25 @@ def test_the_default_smoothing_by_axis(tmp_path, capsys, spacing, inter, sigma):
     assert f"smoothed by {sigma} mm (column, row, slice)" in capsys.readouterr().out
 
 
+def test_grey_edges_are_smoothed_less(tmp_path, capsys):
+    """Frames in between whose edges say where they lie within a pixel: half the smoothing, and nearer to the ball."""
+    z, y, x = np.mgrid[:29, :24, :24]
+    distance = 8 - np.linalg.norm(((z - 14) / 2, y - 11.4, x - 11.7), axis=0)
+    off = {}
+    for name, values in (("grey", np.clip(distance + 0.5, 0, 1)), ("hard", distance > 0)):
+        case = _placed(
+            tmp_path, np.concatenate([values.astype(float), np.zeros((3, 24, 24))]), (1, 1, 2), 4, name
+        )
+        assert main(["-i", str(case), "-o", str(tmp_path)]) == 0
+        said = capsys.readouterr().out
+        assert (
+            "smoothed by 0.35, 0.35, 0.35 mm" if name == "grey" else "smoothed by 0.7, 0.7, 0.7 mm"
+        ) in said
+        vertices = read_mesh(tmp_path / f"{name}.ply").vertices
+        off[name] = np.abs(np.linalg.norm(vertices - (11.7, 11.4, 7), axis=1) - 8).mean()
+    assert off["grey"] < 0.75 * off["hard"]
+
+
 def test_millimetres_mean_millimetres_on_every_axis(tmp_path, capsys):
     """One block on three grids, smoothed by 2 mm, gives one surface: to a tenth of a millimetre on average.
 
