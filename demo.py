@@ -8,6 +8,8 @@ make demo runs both, and the programs between them.
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import gzip
 import json

@@ -7,6 +7,8 @@ python export.py -m OUTPUT --compact -o KEPT # KEPT: a folder that render.py, vi
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import shutil
 from collections.abc import Callable, Sequence

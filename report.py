@@ -8,6 +8,8 @@ writes OUTPUT/report.html; --help lists every option.
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -8,6 +8,8 @@ serves one page on this machine alone; --help lists every option.
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import socket
 import sys
