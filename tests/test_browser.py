@@ -254,6 +254,8 @@ def test_keys_and_the_link_restore_the_view(page, browser, server):
     page.focus("#picture")
     page.keyboard.press("ArrowRight")
     until(page, "medgs.view.data.header.t === 3.125")
+    page.keyboard.press("ArrowUp")  # to the slice that was held out
+    until(page, "medgs.view.data.header.t === 3.5")
     page.keyboard.press("ArrowUp")
     until(page, "medgs.view.data.header.t === 4")
     page.keyboard.press("d")
