@@ -106,8 +106,7 @@ def blend(
         active: (V, N) uint8.
         opacities: (heads, N) in [0, 1].
         colours: (heads, N, C), any number of channels C >= 1 on one opacity per Gaussian: grey, RGB, one per
-            label. Up to 18 are blended in one walk over the lists (10 take less than twice the time of 1), more in
-            several walks over the same lists.
+            label. Up to 18 are blended in one walk over the lists, more in several walks over the same lists.
         backgrounds: (R, C), seen through what transmittance is left.
         screen: (heads, V, N, 2), never read: its gradient is each head's own share of that of ``means2d``, which
             density control asks for.

@@ -217,16 +217,14 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
   }
 }
 
-/// C is the number of channels, or kMostChannels, which serves any number up to it.
-template <class S, int C>
-MEDGS_INLINE int channel_count(const BlendArguments<S>& in) {
-  return C == kMostChannels ? int(in.channels) : C;
-}
+/// C is the number of channels, or kMostChannels, which serves any number up to it. A number that is known when the
+/// template is read: else loops over channels are unrolled too late for registers.
+#define MEDGS_CHANNELS (C == kMostChannels ? int(in.channels) : C)
+#define MEDGS_RECORD (C == kMostChannels ? record_size(in.channels) : kRecordSize<C>)
 
 template <class S, int C>
 void blend_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
-  const int channels = channel_count<S, C>(in);
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
@@ -239,7 +237,7 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
       transmittance[k] = Vec<S>{} + S(1);
       running[k] = frame.inside[k];
       stop[k] = Mask<S>{};
-      for (int c = 0; c < channels; ++c) image[c][k] = Vec<S>{};
+      for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] = Vec<S>{};
     }
     for_each_pair(in, render, tile,
                   [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
@@ -253,7 +251,7 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
                       running[k] &= ~ends;
                       const Mask<S> used = running[k] & g.hit;
                       const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-                      for (int c = 0; c < channels; ++c) image[c][k] += colour[c] * weight;
+                      for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] += colour[c] * weight;
                       transmittance[k] = used ? next : transmittance[k];
                       stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
                       saturated |= any(ends);
@@ -269,7 +267,7 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
       const int64_t at = frame.at(i, in.width);
       in.transmittance[render * area + at] = transmittance[k][l];
       in.stops[render * area + at] = int32_t(stop[k][l]);
-      for (int c = 0; c < channels; ++c)
+      for (int c = 0; c < MEDGS_CHANNELS; ++c)
         in.images[(render * in.stride + c) * area + at] =
             image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
     }
@@ -281,7 +279,6 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
 template <class S, int C>
 void blend_backward_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
-  const int channels = channel_count<S, C>(in), R = record_size(channels);
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
 #pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
@@ -295,11 +292,11 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
       stop[k][l] = 0;
       behind[k][l] = 0;
       transmittance[k][l] = 1;
-      for (int c = 0; c < channels; ++c) v_image[c][k][l] = 0;
+      for (int c = 0; c < MEDGS_CHANNELS; ++c) v_image[c][k][l] = 0;
       if (!frame.inside[k][l]) continue;
       const int64_t at = frame.at(i, in.width);
       S rest = in.v_transmittance[render * area + at] * in.transmittance[render * area + at];
-      for (int c = 0; c < channels; ++c) {
+      for (int c = 0; c < MEDGS_CHANNELS; ++c) {
         v_image[c][k][l] = in.v_images[(render * in.stride + c) * area + at];
         rest += v_image[c][k][l] * in.images[(render * in.stride + c) * area + at];
       }
@@ -310,11 +307,11 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
     for_each_pair(
         in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-          S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * R;
+          S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * MEDGS_RECORD;
           Vec<S> total[kRecordSize<C>];
           Mask<S> touched{};
           if (drawn && pair - start < deepest) {
-            for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
+            for (int r = 0; r < MEDGS_RECORD; ++r) total[r] = Vec<S>{};
             for (int k = 0; k < K; ++k) {
               const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
                                                      conic[2], opacity);
@@ -322,7 +319,7 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
               touched |= used;
               const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
               Vec<S> v_weight{};
-              for (int c = 0; c < channels; ++c) {
+              for (int c = 0; c < MEDGS_CHANNELS; ++c) {
                 v_weight += colour[c] * v_image[c][k];
                 total[6 + c] += weight * v_image[c][k];
               }
@@ -333,14 +330,14 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
             }
           }
           if (!any(touched)) {
-            for (int r = 0; r < R; ++r) record[r] = 0;
+            for (int r = 0; r < MEDGS_RECORD; ++r) record[r] = 0;
             return true;
           }
           if (C <= 4) {
-            for (int r = 8; r < R; ++r) record[r] = sum<S>(total[r]);
+            for (int r = 8; r < MEDGS_RECORD; ++r) record[r] = sum<S>(total[r]);
             sum8<S>(total, record);
           } else {
-            for (int r = 0; r < R; r += 8) sum8<S>(total + r, record + r);
+            for (int r = 0; r < MEDGS_RECORD; r += 8) sum8<S>(total + r, record + r);
           }
           return true;
         });
@@ -372,7 +369,6 @@ void blend_backward(const BlendArguments<S>& in, int threads) {
 template <class S, int C>
 void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int threads) {
   using Eight = typename Simd<S, 8>::type;
-  const int channels = channel_count<S, C>(in), R = record_size(channels);
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.view_count, threads))
   for (int64_t n = 0; n < in.gaussians; ++n) {
     for (int64_t head = 0; head < heads; ++head) {
@@ -387,12 +383,12 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         if (first < last) {
           for (int64_t r = 0; r < in.renders; ++r) {
             if (in.views[r] != view || in.heads[r] != head) continue;
-            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * R;
-            for (int64_t slot = first; slot < last; ++slot, record += R) {
+            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * MEDGS_RECORD;
+            for (int64_t slot = first; slot < last; ++slot, record += MEDGS_RECORD) {
               Eight eight;
               std::memcpy(&eight, record, sizeof eight);
               sum += eight;
-              for (int k = 8; k < R; ++k) more[k - 8] += record[k];
+              for (int k = 8; k < MEDGS_RECORD; ++k) more[k - 8] += record[k];
             }
           }
         }
@@ -405,11 +401,11 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         for (int i = 0; i < 2; ++i) v_mean[i] = in.first_slice ? by_mean[i] : v_mean[i] + by_mean[i];
         for (int i = 0; i < 3; ++i) v_conic[i] = (head > 0 || !in.first_slice ? v_conic[i] : S(0)) - by_conic[i];
         v_opacity += sum[5];
-        for (int c = 0; c < channels; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c - 2];
+        for (int c = 0; c < MEDGS_CHANNELS; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c - 2];
       }
       const S by_opacity = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
       in.v_opacities[at] = in.first_slice ? by_opacity : in.v_opacities[at] + by_opacity;
-      for (int c = 0; c < channels; ++c) in.v_colours[at * in.stride + c] = v_colour[c];
+      for (int c = 0; c < MEDGS_CHANNELS; ++c) in.v_colours[at * in.stride + c] = v_colour[c];
     }
   }
 }
