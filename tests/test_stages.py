@@ -21,6 +21,7 @@ def test_an_iteration_announces_its_stages_in_order(tmp_path):
 
     with watched(watch):
         train_at(write(tmp_path / "data", blobs()), tmp_path / "out", "--iterations", 2)
+    announced = announced[announced.index("rates") :]  # before it, the forecast tries a few iterations
     first = ["rates", "fold", "blend", "loss", "backward", "statistics", "density", "optimizer"]
     assert announced[:8] == first
     assert announced[8:14] == ["rates", "fold", "blend", "loss", "backward", "statistics"]
