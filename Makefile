@@ -84,6 +84,7 @@ demo: setup  ## every second slice of an MRI volume, what lies between, a mesh, 
 	@volume="$$($(BIN)/python -c 'import nibabel; print(nibabel.__path__[0])')/tests/data/example4d.nii.gz" && set -x && \
 	$(BIN)/python demo.py mask --frame 0 -i "$$volume" -o $(DEMO)/mask.nii.gz && \
 	$(BIN)/python prepare.py --frame 0 --keep_every 2 --force -i "$$volume" -l $(DEMO)/mask.nii.gz -o $(DEMO)/data && \
+	rm -rf $(DEMO)/model && \
 	$(BIN)/python train.py -s $(DEMO)/data/img --pipeline joint --seg_source_path $(DEMO)/data/seg -m $(DEMO)/model \
 	  --report $(DEMO_TRAIN_FLAGS) && \
 	$(BIN)/python render.py -m $(DEMO)/model --interp 2 --pipeline both --nifti && \
