@@ -43,3 +43,15 @@ def test_a_containers_share_is_respected(tmp_path, monkeypatch):
     for text, share in (("200000 100000\n", 2), ("50000 100000", 1), ("max 100000", None), ("", None)):
         file.write_text(text)
         assert threads.container_share() == share
+
+
+def test_a_slurm_jobs_processors_are_respected():
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    code = "import utils.threads as t, os; print(os.environ.get('OMP_NUM_THREADS'), t.processors())"
+    command = [sys.executable, "-c", code]
+    environment["SLURM_CPUS_PER_TASK"] = "1"
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["1", "1"]
+    environment["OMP_NUM_THREADS"] = "3"  # as the user says
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["3", "1"]

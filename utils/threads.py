@@ -19,6 +19,20 @@ def container_share() -> int | None:
         return None
 
 
+def slurm_share() -> int | None:
+    """The processors that a job of Slurm has per task (`--cpus-per-task`); None outside one, or where it says none."""
+    given = os.environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(given) if given.isdecimal() and int(given) else None
+
+
+def processors() -> int:
+    """How many processors this process is to keep busy."""
+    there = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(there, *(share for share in (slurm_share(), container_share()) if share), there)
+
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if (_asked := slurm_share()) is not None:
+    os.environ.setdefault("OMP_NUM_THREADS", str(_asked))
 if (_share := container_share()) is not None and _share < (os.cpu_count() or 1):
     os.environ.setdefault("OMP_NUM_THREADS", str(_share))  # otherwise one thread for each of the host's
