@@ -29,10 +29,12 @@ import slices_to_ply
 from arguments import PRESETS, render_parser, train_options
 from cases.case import STEPS, Case, CaseResult, plan, run_case
 from cases.gpus import one_gpu, visible_gpus
+from cases.steps import STOPPED, PassedOn
 from cases.summary import SummaryRow, summarise
 from cases.table import Row, part, read_cases
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
+from utils.threads import processors
 
 __all__ = ["CaseResult", "run_case"]
 
@@ -183,11 +185,11 @@ def check(steps: dict[str, list[str]]) -> None:
             raise UserError(f"--{name}.…: {error}") from error
 
 
-def preset_for(name: str) -> str:
-    """`auto` as a preset: best with a GPU, quick without."""
+def preset_for(name: str, device: str = "auto") -> str:
+    """`auto` as a preset: best with a GPU, quick without one or with `--device cpu`."""
     if name != "auto":
         return name
-    return "best" if visible_gpus() else "quick"
+    return "best" if device != "cpu" and visible_gpus() else "quick"
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def _do(
         if not options.quiet:
             print(line, flush=True)
 
-    preset = preset_for(options.preset)
+    preset = preset_for(options.preset, options.device)
     quiet = {name: ["--quiet", *steps.get(name, ())] for name in STEPS} if options.quiet else dict(steps)
     case = Case(
         row.name, row.image, row.labels, preset, options.keep_every, options.interp, options.device, quiet
@@ -215,11 +217,7 @@ def _do(
     for path in (case.image, *case.labels):
         if not path.exists():
             raise UserError(f"{path} does not exist")
-    chosen = (
-        ""
-        if options.preset != "auto"
-        else f" (for {'a GPU' if preset == 'best' else 'a computer without a GPU'})"
-    )
+    chosen = "" if options.preset != "auto" else f" (for {'a GPU' if preset == 'best' else 'a CPU'})"
     labels = f" with {', '.join(map(str, row.labels))}" if row.labels else ""
     say(f"{row.name}: {row.image}{labels}; preset {preset}{chosen}")
     for name, state in plan(case, folder):
@@ -241,7 +239,8 @@ def _do(
         environment={} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu},
         say=say,
     )
-    failed = [step for step in result.record.steps.values() if step.status not in (0, None)]
+    ran = result.record.steps
+    failed = [ran[name] for name in options.only if name in ran and ran[name].status not in (0, None)]
     if failed:
         return failed[0].status or 1
     seconds = sum(step.seconds for step in result.record.steps.values())
@@ -255,12 +254,14 @@ def _do(
 
 def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     source, out = Path(options.cases), Path(options.output)
-    rows = read_cases(source)
+    rows = whole = read_cases(source)
     if options.case:
         known = {row.name: row for row in rows}
         if unknown := [name for name in options.case if name not in known]:
             raise UserError(f"{source} has no case {unknown[0]}: there are {', '.join(list(known)[:8])}")
         rows = [known[name] for name in options.case]
+    if options.only != list(STEPS) and (options.jobs > 1 or options.profile):
+        raise UserError("--only goes without --jobs and --profile, which do whole cases")
     rows = part(rows, options.num_parts, options.part_id)
     for row in rows:  # before anything starts
         _options_of(row, options, steps)
@@ -269,15 +270,18 @@ def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
         status = 0
         for row in rows:
             own, own_steps = _options_of(row, options, steps)
-            status = max(status, _attempt(row, out, own, own_steps))
-            if status >= 128:  # asked to stop
+            came = _attempt(row, out, own, own_steps)
+            if came in STOPPED:
+                status = came
                 break
+            status = max(status, came)
         if alone or options.dry_run:
             return status
     else:
         status = _snakemake(rows, options, steps)
-    found = summarise(out, [row.name for row in rows])
-    return _tell(found, out, status)
+    found = summarise(out, [row.name for row in whole])  # all of the table's: other parts are done elsewhere
+    own_names = {row.name for row in rows}
+    return _tell([row for row in found if row.name in own_names], out, status)
 
 
 def _options_of(
@@ -297,7 +301,7 @@ def _options_of(
 
 def _attempt(row: Row, out: Path, options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     """A case among others: what goes wrong is its own."""
-    needs_gpu = "train" in options.only or "render" in options.only
+    needs_gpu = not options.dry_run and ("train" in options.only or "render" in options.only)
     try:
         with (
             one_gpu(options.per_gpu)
@@ -347,11 +351,15 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
     if options.profile:
         command += ["--profile", str(Path(options.profile).resolve()), "--jobs", str(options.jobs)]
     else:
-        command += ["--cores", str(len(os.sched_getaffinity(0))), "--jobs", str(options.jobs)]
+        command += ["--cores", str(processors()), "--jobs", str(options.jobs)]
         command += ["--resources", f"gpu={gpus or options.jobs}"]
     if options.quiet:
         command += ["--quiet", "all"]
-    return subprocess.run(command).returncode
+    with PassedOn(group=True) as asked:  # it lets its jobs save, and its folder is not left locked
+        process = subprocess.Popen(command, start_new_session=True)
+        asked.to(process)
+        status = process.wait()
+    return 128 + asked.signal if asked.signal else status
 
 
 def _tell(rows: Sequence[SummaryRow], out: Path, status: int) -> int:
@@ -362,7 +370,7 @@ def _tell(rows: Sequence[SummaryRow], out: Path, status: int) -> int:
         print(f"  {row.name} {row.state}{f': {row.reason}' if row.reason else ''}", file=sys.stderr)
     if others:
         print("  the same command again does what is left", file=sys.stderr)
-    return (status if status >= 128 else 1) if others else 0
+    return status if status in STOPPED else int(bool(others) or status != 0)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 import nibabel
 import numpy as np
 
-from cases.steps import Record, Step, StepRecord, digest, versions
+from cases.steps import RECORD, Record, Step, StepRecord, digest, versions
 from patient.geometry import FILE_NAME, Geometry
 from utils.errors import UserError
 from utils.files import own_folder
@@ -95,7 +95,7 @@ class CaseResult:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """The last evaluation, by task, frames, method and score: `img/heldout/model/psnr`."""
+        """The last evaluation, by task, frames, method and score: `img/heldout/model/psnr`. Without undefined ones."""
         path = self.model / "evaluation.json"
         if not path.exists():
             return {}
@@ -105,7 +105,8 @@ class CaseResult:
         for row in rows:
             if row["iteration"] == last:
                 place = f"{row['task']}/{row['frames']}/{row['method']}"
-                found |= {f"{place}/{name}": row[name] for name in ("psnr", "ssim", "dice") if name in row}
+                known = {name: row.get(name) for name in ("psnr", "ssim", "dice")}
+                found |= {f"{place}/{name}": value for name, value in known.items() if value is not None}
         return found
 
 
@@ -160,7 +161,7 @@ def run_case(
 
 def plan(case: Case, folder: Path) -> list[tuple[str, str]]:
     """Each step, and `current`, `resume` or `run`."""
-    record = Record.load(folder)
+    record = _load(folder)
     found, before = [], ""
     for name in _names(case):
         step = _step(name, case, folder, _inputs(case), before)
@@ -175,9 +176,11 @@ def _run(
     case: Case, folder: Path, only: Sequence[str], environment: Mapping[str, str] | None, say: Say
 ) -> StepRecord | None:
     """Run what is not current; the record of the step that failed, or None."""
-    record = Record.load(folder)
+    record = _load(folder)
     inputs = _inputs(case)
     names = _names(case)
+    if not set(only) & set(names):
+        raise UserError(f"nothing to do: this case has the steps {', '.join(names)}, and mesh with a label")
     record.case, record.inputs, record.versions = case.name, inputs, versions()
     record.options = {
         "preset": case.preset,
@@ -194,18 +197,45 @@ def _run(
         step = _step(name, case, folder, inputs, before)
         before = step.key
         if name not in only:
+            needed = any(name in _NEEDS[later] for later in names[number:] if later in only)
+            if needed and not step.is_current(record):
+                raise UserError(f"{name} is not done with these inputs and options: add it to --only")
             continue
         if step.is_current(record):
             say(f"[{number}/{len(names)}] {name}: current")
             continue
         say(f"[{number}/{len(names)}] {name}")
-        if name == "train" and name in record.steps and record.steps[name].key != step.key:
-            shutil.rmtree(folder / MODEL, ignore_errors=True)  # of another input or other options
+        if name not in record.steps or record.steps[name].key != step.key:  # other inputs or options
+            for later in names[number:]:
+                record.steps.pop(later, None)
+            for made in {"train": (MODEL, MESHES), "mesh": (MESHES,)}.get(name, ()):
+                shutil.rmtree(folder / made, ignore_errors=True)
         done = step.run(record, environment)
         if done.status != 0:
             return done
         _finish(name, case, folder)
     return None
+
+
+_NEEDS = {
+    "prepare": (),
+    "train": ("prepare",),
+    "render": ("prepare", "train"),
+    "mesh": ("prepare", "train", "render"),
+    "report": ("prepare", "train"),
+}
+
+
+def _load(folder: Path) -> Record:
+    """The record of a case's folder. Raises `UserError` where what the case would replace is somebody else's."""
+    record = Record.load(folder)
+    if not record.path.exists():
+        for name in (MODEL, MESHES, *SHOWN):
+            if (folder / name).exists():
+                raise UserError(
+                    f"{folder / name} is there without a {RECORD}: it is not a case's; give another -o"
+                )
+    return record
 
 
 def _names(case: Case) -> tuple[str, ...]:
@@ -262,7 +292,9 @@ def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before
         "report": [folder / REPORT],
     }
     given = [*arguments[name], *case.steps.get(name, ())]
-    return Step(name, PROGRAMS[name], given, outputs[name], inputs if name == "prepare" else {}, before)
+    return Step(
+        name, PROGRAMS[name], given, outputs[name], inputs if name == "prepare" else {}, before, folder
+    )
 
 
 def _mesh_option(case: Case, folder: Path) -> list[str]:
@@ -306,9 +338,21 @@ def _as_file(given: Any, affine: np.ndarray | None, path: Path) -> Path:
     if given.ndim != 3:
         raise UserError(f"an array of shape {given.shape} is no volume: give (columns, rows, slices)")
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = given.astype(np.uint8) if given.dtype == bool else given
+    values = _storable(given)
     image = nibabel.Nifti1Image(values, np.eye(4) if affine is None else affine)
     image.header.set_xyzt_units("mm")
     plain = path.with_suffix("")  # a .gz file has the time in it: the same values would be another file
     nibabel.save(image, plain)
     return plain
+
+
+def _storable(values: np.ndarray) -> np.ndarray:
+    """The same values in a type that NIfTI readers know: not bool, nor integers of 64 bits or floats of 16."""
+    if values.dtype == bool:
+        return values.astype(np.uint8)
+    if values.dtype.kind in "iu" and values.dtype.itemsize == 8:
+        small = values.astype(np.int32)
+        if not np.array_equal(small, values):
+            raise UserError("an array has whole numbers beyond 32 bits: give them as float64")
+        return small
+    return values.astype(np.float32) if values.dtype == np.float16 else values

@@ -41,7 +41,9 @@ def one_gpu(side_by_side: int = 1, folder: Path | None = None) -> Iterator[str |
     if not gpus:
         yield None
         return
-    where = folder or Path(tempfile.gettempdir(), f"medgs-gpus-{os.getuid()}")
+    # Jobs of Slurm have GPUs of their own, and each may call its first one 0.
+    whose = "-".join(filter(None, (str(os.getuid()), os.environ.get("SLURM_JOB_ID"))))
+    where = folder or Path(tempfile.gettempdir(), f"medgs-gpus-{whose}")
     where.mkdir(parents=True, exist_ok=True)
     while True:
         for place in range(side_by_side):

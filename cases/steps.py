@@ -20,6 +20,8 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 RECORD = "run.json"
+STOPPED = (130, 143)
+"""Exit statuses of a program that was asked to stop, by Ctrl-C or SIGTERM; others above 128 are failures."""
 LOG = "log.txt"
 PROGRAMS = Path(__file__).resolve().parents[1]
 """Where the programs lie: a checkout's root, or the installed package's folder."""
@@ -67,7 +69,9 @@ class Record:
         except FileNotFoundError:
             return cls(path)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise UserError(f"{path} is damaged: remove it, and the case starts anew") from error
+            raise UserError(
+                f"{path} is damaged: move the case's folder away, and the case starts anew"
+            ) from error
 
     def save(self) -> None:
         values = asdict(self)
@@ -89,7 +93,7 @@ class Step:
     """A program to run for a case.
 
     name: "prepare", "train", ... program: its file. arguments: its command line. outputs: files that are there when it
-    is done. before: key of the step before, which this one depends on.
+    is done. before: key of the step before, which this one depends on. folder: the case's.
     """
 
     name: str
@@ -98,10 +102,14 @@ class Step:
     outputs: Sequence[Path]
     inputs: Mapping[str, str]
     before: str = ""
+    folder: Path = Path()
 
     @property
     def key(self) -> str:
-        parts = [self.program, *self.arguments, *self.inputs.values(), self.before]
+        """Not of what changes no result: where the folder and the inputs lie, how their paths are written, --quiet."""
+        words = [word for word in self.arguments if word not in ("--quiet", "--debug")]
+        words = [self.inputs.get(word, word).removeprefix(f"{self.folder}/") for word in words]
+        parts = [self.program, *words, self.before]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
     def is_current(self, record: Record) -> bool:
@@ -116,7 +124,8 @@ class Step:
     def run(self, record: Record, environment: Mapping[str, str] | None = None) -> StepRecord:
         """Run the program, showing what it prints and keeping it in `log.txt`; returns what came of it.
 
-        SIGTERM and Ctrl-C are passed on, and the program's own end is waited for: train.py saves a checkpoint.
+        SIGTERM and Ctrl-C are passed on, and the program's own end is waited for: train.py saves a checkpoint. Where it
+        came to a good end all the same, the signal is raised here, so that no further step starts.
         """
         known = record.steps.get(self.name)
         again = known is not None and known.key == self.key
@@ -127,14 +136,19 @@ class Step:
         record.steps[self.name] = entry
         record.save()
         started = time.monotonic()
-        entry.status, entry.reason = _process(self, record.path.with_name(LOG), environment)
+        with PassedOn() as asked:
+            entry.status, entry.reason = _process(self, record.path.with_name(LOG), environment, asked)
         entry.seconds = round(entry.seconds + time.monotonic() - started, 2)
         entry.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
         record.save()
+        if asked.signal and entry.status == 0:
+            signal.raise_signal(asked.signal)
         return entry
 
 
-def _process(step: Step, log: Path, environment: Mapping[str, str] | None) -> tuple[int, str]:
+def _process(
+    step: Step, log: Path, environment: Mapping[str, str] | None, asked: PassedOn
+) -> tuple[int, str]:
     """(exit status, the line of the error if there was one)."""
     command = [sys.executable, str(PROGRAMS / step.program), *step.arguments]
     with log.open("ab") as kept:
@@ -148,6 +162,7 @@ def _process(step: Step, log: Path, environment: Mapping[str, str] | None) -> tu
             env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
             start_new_session=True,  # a terminal's Ctrl-C reaches it once, through us
         )
+        asked.to(process)
         last_words = bytearray()
         assert process.stdout is not None and process.stderr is not None
         readers = [
@@ -156,23 +171,29 @@ def _process(step: Step, log: Path, environment: Mapping[str, str] | None) -> tu
         ]
         for reader in readers:
             reader.start()
-        with _PassedOn(process):
-            status = process.wait()
-            for reader in readers:
-                reader.join()
+        status = process.wait()
+        for reader in readers:
+            reader.join()
     if status < 0:  # killed by a signal
         status = 128 - status
     return status, "" if status == 0 else _reason(bytes(last_words), status)
 
 
-class _PassedOn:
-    """Within it, SIGTERM and SIGINT go to the process; a third one kills it."""
+class PassedOn:
+    """Within it, SIGTERM and SIGINT go to a process, or to the group that it leads; a third one kills it."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process, self.count = process, 0
+    def __init__(self, group: bool = False) -> None:
+        self.process: subprocess.Popen[bytes] | None = None
+        self.group = group
+        self.signal, self.count = 0, 0
         self.before: dict[int, Any] = {}
 
-    def __enter__(self) -> _PassedOn:
+    def to(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        if self.signal:  # it came while the process was started
+            self._send(self.signal)
+
+    def __enter__(self) -> PassedOn:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 self.before[number] = signal.signal(number, self._pass)
@@ -183,9 +204,12 @@ class _PassedOn:
             signal.signal(number, handler)
 
     def _pass(self, number: int, _: Any) -> None:
-        self.count += 1
-        if self.process.poll() is None:
-            self.process.send_signal(number if self.count < 3 else signal.SIGKILL)
+        self.signal, self.count = number, self.count + 1
+        self._send(number if self.count < 3 else signal.SIGKILL)
+
+    def _send(self, number: int) -> None:
+        if self.process is not None and self.process.poll() is None:
+            (os.killpg if self.group else os.kill)(self.process.pid, number)
 
 
 def _copy(source: int, shown: int, kept: int, last_words: bytearray | None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from PIL import Image
 
 from cases.case import REPORT, CaseResult
+from cases.steps import STOPPED
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -55,7 +56,7 @@ def _row(folder: Path, name: str) -> SummaryRow:
     except (UserError, ValueError, KeyError) as error:
         return SummaryRow(name, "failed", str(error), 0.0, 0)
     steps = record.steps.values()
-    stopped = any(step.status is not None and step.status > 128 for step in steps)
+    stopped = any(step.status in STOPPED for step in steps)
     state = "waiting"
     if record.failure:
         state = "stopped" if stopped else "failed"
@@ -157,11 +158,14 @@ def _thumbnail(folder: Path) -> str:
     files = sorted((folder / "images").glob("*.png"))
     if not files:
         return ""
-    with Image.open(files[len(files) // 2]) as image:
-        if image.mode.startswith("I;16"):
-            image = image.point(lambda value: value / 256).convert("L")
-        small = image.convert("RGB")
-        small.thumbnail(THUMBNAIL)
+    try:
+        with Image.open(files[len(files) // 2]) as image:
+            if image.mode.startswith("I;16"):
+                image = image.point(lambda value: value / 256).convert("L")
+            small = image.convert("RGB")
+    except OSError:  # cut short: the page of the other cases does without
+        return ""
+    small.thumbnail(THUMBNAIL)
     packed = io.BytesIO()
     small.save(packed, "JPEG", quality=80)
     return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(packed.getvalue()).decode()}">'

@@ -89,14 +89,18 @@ def _row(path: Path, number: int, line: dict[str, str | None]) -> Iterator[Row]:
     for file in (image, *labels):
         if not file.exists():
             raise UserError(f"{path}, line {number}: {file} does not exist")
-    yield Row(values.get("case") or stem(image), image, labels, tuple(shlex.split(values.get("options", ""))))
+    try:
+        options = tuple(shlex.split(values.get("options", "")))
+    except ValueError as error:
+        raise UserError(f"{path}, line {number}: options {values['options']}: {error}") from error
+    yield Row(values.get("case") or stem(image), image, labels, options)
 
 
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
 def _found(folder: Path) -> Iterator[Row]:
-    if any(folder.glob("sub-*")):
+    if any(folder.glob("sub-*/anat")) or any(folder.glob("sub-*/ses-*/anat")):
         return _bids(folder)
     if (folder / "imagesTr").is_dir():
         return _nnunet(folder)
@@ -105,14 +109,17 @@ def _found(folder: Path) -> Iterator[Row]:
 
 def _bids(folder: Path) -> Iterator[Row]:
     """`sub-*/[ses-*/]anat/*_T1w.nii.gz` (any suffix but masks), with the label that a derivative of the same
-    subject has: `derivatives/*/sub-*/[ses-*/]anat/*_dseg.nii.gz` or `*_mask.nii.gz`."""
+    subject has: `derivatives/*/sub-*/[ses-*/]anat/*_dseg.nii.gz` or `*_mask.nii.gz`; not one in another space, such as
+    a template's (`space-MNI152`)."""
     images = sorted([*folder.glob("sub-*/anat/*.nii*"), *folder.glob("sub-*/ses-*/anat/*.nii*")])
     for image in images:
         if image.name.split(".")[0].endswith(("_dseg", "_mask")):
             continue
         entities = stem(image).rsplit("_", 1)[0]
         place = image.parent.relative_to(folder)
-        known = sorted(folder.glob(f"derivatives/*/{place}/{entities}*"))
+        known = sorted(folder.glob(f"derivatives/*/{place}/{entities}_*.nii*"))
+        spaces = {f"space-{stem(image).rsplit('_', 1)[-1]}", "space-orig", "space-individual"}
+        known = [path for path in known if {e for e in path.name.split("_") if e[:6] == "space-"} <= spaces]
         dseg = [path for path in known if path.name.split(".")[0].endswith("_dseg")]
         mask = [path for path in known if path.name.split(".")[0].endswith("_mask")]
         yield Row(stem(image), image, tuple((dseg or mask)[:1]))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 import medgs
 from cases.case import Case, plan
 from cases.gpus import one_gpu
+from cases.steps import Record, Step, StepRecord
 from cases.summary import summarise
 from cases.table import Row, part, read_cases
 from medgs import run_case
@@ -195,6 +196,122 @@ def test_a_stopped_case_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
         assert torch.equal(first[key], second[key]), key
 
 
+def fake_steps(monkeypatch, fail: tuple[str, ...] = ()) -> list[str]:
+    """Every step writes its outputs and is done, or fails; the names of those that ran."""
+    ran: list[str] = []
+
+    def run(step: Step, record: Record, environment=None) -> StepRecord:
+        ran.append(step.name)
+        for path in () if step.name in fail else step.outputs:
+            if path.suffix:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text('{"schema": 1}' if path.name != "evaluation.json" else "[]")
+            else:
+                path.mkdir(parents=True, exist_ok=True)
+        status = 2 if step.name in fail else 0
+        entry = record.steps[step.name] = StepRecord(step.key, [], status, "no" if status else "")
+        record.save()
+        return entry
+
+    monkeypatch.setattr(Step, "run", run)
+    monkeypatch.setattr("cases.case._has_affine", lambda _: False)
+    return ran
+
+
+def test_results_outlast_other_ways_to_say_the_same(tmp_path, monkeypatch):
+    ran = fake_steps(monkeypatch)
+    image, label = write_case(tmp_path / "in")
+    monkeypatch.chdir(tmp_path)
+    quiet = {name: ["--quiet"] for name in medgs.STEPS}
+    assert run_case("in/image.nii.gz", "in/label.nii.gz", "out").complete and len(ran) == 5
+    assert run_case(image, label, tmp_path / "out", options=quiet).complete and len(ran) == 5
+    (tmp_path / "out").rename(tmp_path / "new")  # its report alone names the mesh after the case
+    assert run_case(image, label, tmp_path / "new", name="out").complete and len(ran) == 5
+
+
+def test_a_single_step_is_never_done_on_what_is_not_current(tmp_path, monkeypatch):
+    ran = fake_steps(monkeypatch)
+    image, label = write_case(tmp_path / "in")
+    assert run_case(image, label, tmp_path / "out").complete
+    ran.clear()
+    for only, missing in ((["train"], "prepare"), (["mesh"], "prepare"), (["report"], "prepare")):
+        with pytest.raises(UserError, match=f"{missing} is not done"):
+            run_case(image, label, tmp_path / "out", keep_every=2, only=only)
+    with pytest.raises(UserError, match="train is not done"):
+        run_case(image, label, tmp_path / "out", preset="best", only=["report"])
+    with pytest.raises(UserError, match="nothing to do"):
+        run_case(image, None, tmp_path / "none", only=["mesh"])
+    assert not ran
+
+
+def test_steps_of_a_former_input_are_not_done(tmp_path, monkeypatch):
+    """Also where a failure among them is the former input's: Snakemake goes by the exit status of each step."""
+    fake_steps(monkeypatch, fail=("train",))
+    image, label = write_case(tmp_path / "in")
+    assert run_case(image, label, tmp_path / "out").record.failure
+    words = ["-i", str(image), "-l", str(label), "-o", str(tmp_path / "out"), "--device", "cpu"]
+    assert medgs.main([*words, "--preset", "published", "--only", "prepare"]) == 0
+    fake_steps(monkeypatch)
+    assert run_case(image, label, tmp_path / "out").complete
+    write_case(tmp_path / "in", 1)
+    result = run_case(image, label, tmp_path / "out", only=["prepare"])
+    assert result.missing == ["train", "render", "mesh", "report"]
+
+
+@pytest.mark.parametrize("name", ["images", "masks", "model", "meshes"])
+def test_folders_of_somebody_else_are_left(tmp_path, monkeypatch, name):
+    ran = fake_steps(monkeypatch)
+    image, label = write_case(tmp_path / "in")
+    (tmp_path / "out" / name).mkdir(parents=True)
+    (tmp_path / "out" / name / "mine").touch()
+    with pytest.raises(UserError, match="give another -o"):
+        run_case(image, label, tmp_path / "out")
+    assert (tmp_path / "out" / name / "mine").exists() and not ran
+
+
+def test_arrays_of_any_whole_numbers_are_stored(tmp_path, monkeypatch):
+    fake_steps(monkeypatch)
+    image, label = ball()
+    result = run_case(image.astype(np.float16), label.astype(np.int64), tmp_path / "case")
+    assert result.complete
+    stored = nibabel.load(tmp_path / "case" / "input" / "label_0.nii")
+    assert np.array_equal(np.asarray(stored.dataobj), label)
+    with pytest.raises(UserError, match="32 bits"):
+        run_case(image.astype(np.int64) << 40, output=tmp_path / "large")
+
+
+def test_without_a_gpu_to_use_the_preset_is_quick(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    assert medgs.preset_for("auto") == "best" and medgs.preset_for("auto", "cpu") == "quick"
+    assert {"best", "quick"} <= set(medgs.PRESETS)
+
+
+def test_a_signal_that_a_step_outlives_ends_the_case(tmp_path):
+    (tmp_path / "step.py").write_text(
+        "import pathlib, signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))\n"
+        "pathlib.Path(sys.argv[1]).touch()\ntime.sleep(60)\n"
+    )
+    (tmp_path / "case.py").write_text(
+        "import sys; from pathlib import Path; from cases.steps import Record, Step\n"
+        "folder = Path(sys.argv[1])\n"
+        "Step('x', str(folder / 'step.py'), [str(folder / 'up')], [], {}).run(Record(folder / 'run.json'))\n"
+        "(folder / 'next').touch()\n"
+    )
+    line = [sys.executable, str(tmp_path / "case.py"), str(tmp_path)]
+    process = subprocess.Popen(line, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        deadline = time.monotonic() + 60
+        while not (tmp_path / "up").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == -signal.SIGTERM
+    finally:
+        process.kill()
+    assert not (tmp_path / "next").exists() and steps(tmp_path)["x"]["status"] == 0
+
+
 # ---- many cases ------------------------------------------------------------------------------------------------------
 
 
@@ -265,6 +382,7 @@ def test_parts_are_all_of_it_once(count, parts):
         ("case,image\n../a,here.nii.gz\n", "names a folder"),
         ("case,image\n", "no cases"),
         ("case,image\na,here.nii.gz,more\n", "more values than columns"),
+        ("image,options\nhere.nii.gz,--device 'cpu\n", "line 2: options"),
     ],
 )
 def test_tables_that_cannot_be_are_refused(tmp_path, text, named):
@@ -296,6 +414,15 @@ def test_folders_of_cases_are_found(tmp_path):
     first, second = read_cases(tmp_path / "bids")
     assert first.name == "sub-01_T1w" and first.labels[0].name == "sub-01_dseg.nii.gz"
     assert second.name == "sub-02_ses-a_T1w" and not second.labels
+
+    touch("bids/derivatives/seg/sub-01/anat/sub-01_dseg.json")  # a sidecar is no label, nor is a template's
+    touch("bids/derivatives/seg/sub-02/ses-a/anat/sub-02_ses-a_space-MNI152_dseg.nii.gz")
+    touch("bids/sub-03/anat/sub-03_run-1_T1w.nii.gz")
+    touch("bids/derivatives/seg/sub-03/anat/sub-03_run-10_dseg.nii.gz")
+    first, second, third = read_cases(tmp_path / "bids")
+    assert first.labels[0].name == "sub-01_dseg.nii.gz" and not second.labels and not third.labels
+    touch("flat/sub-01_T1w.nii.gz")  # named as BIDS has it, not laid out so
+    assert [row.name for row in read_cases(tmp_path / "flat")] == ["sub-01_T1w"]
 
     touch("nn/imagesTr/liver_1_0000.nii.gz", "nn/imagesTr/liver_1_0001.nii.gz", "nn/labelsTr/liver_1.nii.gz")
     (row,) = read_cases(tmp_path / "nn")
@@ -335,3 +462,32 @@ def test_a_summary_says_where_classical_interpolation_is_better(tmp_path):
     (row,) = summarise(tmp_path, ["a"])
     assert row.state == "waiting" and row.warnings == ["img: linear is better on held-out slices"]
     assert os.path.exists(tmp_path / "summary.html")
+
+
+def test_a_summary_bears_undefined_scores_and_broken_pictures(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "model").mkdir(parents=True)
+    row = {"iteration": 5, "task": "seg", "frames": "heldout", "method": "model"}
+    (tmp_path / "a" / "model" / "evaluation.json").write_text(json.dumps([{**row, "dice": None}]))
+    (tmp_path / "b" / "model" / "evaluation.json").write_text(json.dumps([{**row, "dice": 0.5}]))
+    (tmp_path / "a" / "images").mkdir()
+    (tmp_path / "a" / "images" / "00000_0.png").write_bytes(b"cut short")
+    a, b = summarise(tmp_path, ["a", "b"])
+    assert a.scores == {} and b.scores == {"seg/heldout/model/dice": 0.5}
+    assert "0.5000 ± 0.0000" in (tmp_path / "summary.html").read_text()
+
+
+def test_a_killed_case_leaves_the_others_and_a_part_keeps_the_whole_summary(tmp_path, monkeypatch):
+    table, tried = write_table(tmp_path / "in"), []
+
+    def killed(row: Row, *_: object) -> int:
+        tried.append(row.name)
+        return 137  # as the system ends what takes all memory
+
+    monkeypatch.setattr(medgs, "_attempt", killed)
+    words = ["--cases", str(table), "-o", str(tmp_path), "-num_parts", "2"]
+    assert medgs.main(words) == 1 and tried == ["a", "c"]
+    rows = list(csv.DictReader((tmp_path / "summary.csv").open()))
+    assert [row["case"] for row in rows[:3]] == ["a", "b", "c"]
+    with pytest.raises(UserError, match="--only"):
+        medgs.main([*words, "--jobs", "2", "--only", "train"])
