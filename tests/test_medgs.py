@@ -354,7 +354,35 @@ def test_a_case_that_fails_leaves_the_others(tmp_path):
 def test_cases_side_by_side(tmp_path):
     if not (find_spec("snakemake") or shutil.which("snakemake")):
         pytest.skip("needs Snakemake: make cluster")
-    check_cohort(write_table(tmp_path / "in"), tmp_path / "out", "--jobs", 2)
+    table, out = write_table(tmp_path / "in put"), tmp_path / "out put"
+    check_cohort(table, out, "--jobs", 2)
+    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, "--train.iterations", 8, "--jobs", 2)
+    assert ran.returncode == 0, ran.stderr  # other options: trained again
+    assert (out / "a" / "model" / "chkpnt8.pth").exists()
+
+
+@pytest.mark.slow
+def test_cases_side_by_side_save_when_they_are_stopped(tmp_path):
+    if not (find_spec("snakemake") or shutil.which("snakemake")):
+        pytest.skip("needs Snakemake: make cluster")
+    write_case(tmp_path / "in" / "a")
+    words = ["--cases", tmp_path / "in", "-o", tmp_path / "out", *TINY[:1], 4000, *TINY[2:], "--jobs", 2]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "medgs.py"), *map(str, words)], stdout=log, stderr=log
+        )
+    try:
+        deadline = time.monotonic() + 100
+        while not (tmp_path / "out" / "a" / "model" / "cfg_args").exists():
+            assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.05)
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(100) == 143, (tmp_path / "log").read_text()
+    finally:
+        process.kill()
+    assert steps(tmp_path / "out" / "a")["train"]["status"] == 143
+    assert not list((tmp_path / "out" / ".snakemake" / "locks").glob("*"))
 
 
 def test_a_part_is_done_alone(tmp_path):
