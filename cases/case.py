@@ -16,6 +16,7 @@ import numpy as np
 
 from cases.steps import RECORD, Record, Step, StepRecord, digest, versions
 from patient.geometry import FILE_NAME, Geometry
+from patient.readers.itk_files import read_text_header
 from utils.errors import UserError
 from utils.files import own_folder
 
@@ -243,7 +244,32 @@ def _names(case: Case) -> tuple[str, ...]:
 
 
 def _inputs(case: Case) -> dict[str, str]:
-    return {str(path): digest(path) for path in (case.image, *case.labels)}
+    return {
+        str(path): " ".join(digest(part) for part in (path, *_beside(path)))
+        for path in (case.image, *case.labels)
+    }
+
+
+def _beside(header: Path) -> list[Path]:
+    """The file that holds the voxels of a header alone; their whole folder where it names several."""
+    kind = header.suffix.lower()
+    if kind in (".hdr", ".img"):
+        other = header.with_suffix(".img" if kind == ".hdr" else ".hdr")
+    elif kind in (".mhd", ".nhdr"):
+        try:
+            fields = read_text_header(header).fields
+        except UserError:  # prepare.py names what is wrong
+            return []
+        named = next(
+            (fields[key] for key in ("elementdatafile", "data file", "datafile") if key in fields), ""
+        )
+        several = named.upper().startswith("LIST") or "%" in named
+        other = header.parent if several else header.parent / named
+        if not named or named.upper() == "LOCAL":
+            return []
+    else:
+        return []
+    return [other] if other.exists() else []
 
 
 def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before: str) -> Step:

@@ -53,7 +53,7 @@ class Record:
     path: Path
     case: str = ""
     inputs: dict[str, str] = field(default_factory=dict)
-    """Path -> SHA-256 of the file, or of the names and bytes of all files in a folder."""
+    """Path -> SHA-256 of the file, or of the names and bytes of all files in a folder; then of a header's voxels."""
     options: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     steps: dict[str, StepRecord] = field(default_factory=dict)

@@ -229,6 +229,17 @@ def test_results_outlast_other_ways_to_say_the_same(tmp_path, monkeypatch):
     assert run_case(image, label, tmp_path / "new", name="out").complete and len(ran) == 5
 
 
+@pytest.mark.parametrize("line", ["ElementDataFile = x.raw", "ElementDataFile = LIST\nx.raw"])
+def test_voxels_beside_their_header_are_looked_at_too(tmp_path, monkeypatch, line):
+    ran = fake_steps(monkeypatch)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "x.mhd").write_text(f"ObjectType = Image\nNDims = 3\n{line}\n")
+    for values, times in ((b"ab", 1), (b"ab", 1), (b"cd", 2)):
+        (tmp_path / "in" / "x.raw").write_bytes(values)
+        run_case(tmp_path / "in" / "x.mhd", output=tmp_path / "out")
+        assert ran.count("prepare") == ran.count("report") == times
+
+
 def test_a_single_step_is_never_done_on_what_is_not_current(tmp_path, monkeypatch):
     ran = fake_steps(monkeypatch)
     image, label = write_case(tmp_path / "in")
