@@ -20,6 +20,7 @@ from utils.errors import UserError, run
 
 README = ROOT / "README.md"
 PUBLISHED, CURRENT = (RESULTS / "presets" / name for name in ("h200.json", "h100.json"))
+PREDICTION = RESULTS / "interpolators.json"
 SPEED = {"cpu.json": "2 CPU cores", "h200.json": "NVIDIA H200"}
 SUBJECTS = {  # of the cases that were measured: images, masks
     "mri_mni152_wm": ("T1 brain", "white matter of the brain"),
@@ -162,31 +163,41 @@ def recorded() -> str:
 
 
 def quality() -> str:
-    """Held-out frames: the best classical method beside the presets; PSNR in dB, of masks Dice."""
+    """Held-out frames: the best classical method, `interpolate.py` and the presets; PSNR in dB, of masks Dice."""
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     current = read_rows(CURRENT)
     measured = {(row["case"], row["keep"]) for row in current if row["method"] == "best"}
     published = [row for row in read_rows(PUBLISHED) if row["method"] == "published"]
     for row in [*published, *current]:
-        if row["keep"] == 2 and (row["case"], row["keep"]) in measured:
+        if (row["case"], row["keep"]) in measured and row["method"] != "prediction":
             found.setdefault((row["case"], row["keep"]), {})[row["method"]] = row
     models = [name for name in PRESETS if any(name in methods for methods in found.values())]
+    untrained = json.loads(PREDICTION.read_text(encoding="utf-8"))["rows"]
+    predicted = {
+        (row["case"], row["keep"], kind): row[kind]
+        for row in untrained
+        for kind in ("img", "seg")
+        if row["method"] == "ours" and kind in row
+    }
     rows = []
     for kind, score in (("img", "psnr"), ("seg", "dice")):
-        for (case, _), methods in found.items():
+        for (case, keep), methods in found.items():
             subject = SUBJECTS[case][kind == "seg"]
             values = {name: row[kind]["heldout"][score] for name, row in methods.items() if kind in row}
             if not subject or not values:
                 continue
             classical = max((value, name) for name, value in values.items() if name not in PRESETS)
+            values["interpolate.py"] = predicted[case, keep, kind][score]
             shown = [f"{value:.2f}" if kind == "img" else f"{value:.4f}" for value in values.values()]
             text = dict(zip(values, shown, strict=True))
-            best = max(models, key=values.__getitem__)
+            best = max(("interpolate.py", *models), key=values.__getitem__)
             text[best] = f"**{text[best]}**"
             what = f"{subject}, {'dB' if kind == 'img' else 'Dice'}"
             strongest = f"{text[classical[1]]} ({classical[1]})"
-            rows.append([what, text["linear"], strongest, *map(text.get, models)])
-    return table(["held-out frames of", "linear", "best classical", *models], rows)
+            ours = map(text.get, ("interpolate.py", *models))
+            rows.append([what, {2: "2nd", 4: "4th"}[keep], text["linear"], strongest, *ours])
+    headers = ["held-out frames of", "kept", "linear", "best classical", "interpolate.py", *models]
+    return table(headers, rows)
 
 
 def pace() -> str:
