@@ -10,6 +10,8 @@ and current is skipped, and a training that was stopped goes on. From Python: `f
 
 from __future__ import annotations
 
+import utils.threads  # noqa: F401  # isort: skip  (before torch)
+
 import argparse
 import contextlib
 import json
@@ -22,6 +24,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+
+import torch
 
 import prepare
 import report
@@ -186,10 +190,10 @@ def check(steps: dict[str, list[str]]) -> None:
 
 
 def preset_for(name: str, device: str = "auto") -> str:
-    """`auto` as a preset: best with a GPU, quick without one or with `--device cpu`."""
+    """`auto` as a preset: best with a GPU, quick without one, with `--device cpu`, or with a torch that knows none."""
     if name != "auto":
         return name
-    return "best" if device != "cpu" and visible_gpus() else "quick"
+    return "best" if device != "cpu" and torch.backends.cuda.is_built() and visible_gpus() else "quick"
 
 
 # ---- one case --------------------------------------------------------------------------------------------------------

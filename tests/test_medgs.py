@@ -293,7 +293,10 @@ def test_arrays_of_any_whole_numbers_are_stored(tmp_path, monkeypatch):
 
 def test_without_a_gpu_to_use_the_preset_is_quick(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     assert medgs.preset_for("auto") == "best" and medgs.preset_for("auto", "cpu") == "quick"
+    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)  # beside a GPU all the same
+    assert medgs.preset_for("auto") == "quick"
     assert {"best", "quick"} <= set(medgs.PRESETS)
 
 
