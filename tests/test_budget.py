@@ -92,6 +92,14 @@ def test_a_program_ends_on_time(data, tmp_path, monkeypatch):
     assert "trained" in checkpoint(tmp_path / "out", saved[0]).extras  # at its best: an average
 
 
+def test_a_time_too_short_for_a_model_is_said(data, tmp_path, monkeypatch, capsys):
+    options = ("--preset", "fast", "--ibfr_target", "linear", "--time", 0.001)
+    words = arguments(data[0], tmp_path / "out", *options)
+    monkeypatch.setattr("sys.argv", [word for word in words if word != "--quiet"])
+    train.main()
+    assert "left room for 1 iterations" in capsys.readouterr().out
+
+
 def test_a_forecast_changes_nothing_and_is_near(data, tmp_path):
     words = arguments(data[0], tmp_path / "out", "--iterations", 40, "--ibfr_from_iter", 20)
     run = Training.start(train.train_options(words[1:]), lambda _: None)

@@ -111,6 +111,7 @@ class Budget:
     WINDOW = 50  # iterations, whose mean is the pace
     ENDING = 3.0  # seconds for what comes after the last iteration, besides rendering
     WORTH = 0.02  # of the plan, from which a change is worth it
+    SCANT = 100  # iterations, after which a model from the frames' edges is about as good as linear blending
 
     def __init__(
         self, minutes: float, rest: float = 0.0, begun: float = BEGUN, clock: Clock = time.perf_counter
@@ -123,6 +124,15 @@ class Budget:
     def pace(self) -> float:
         """Seconds per iteration, recently."""
         return (self.ticks[-1] - self.ticks[0]) / max(len(self.ticks) - 1, 1)
+
+    def note(self, minutes: float, iteration: int) -> str:
+        """What to say at the end of a run for which there was hardly any time, or ""."""
+        if iteration >= self.SCANT:
+            return ""
+        return (
+            f"note: --time {minutes:g} left room for {iteration} iterations besides reading, motion and files, too few "
+            "for a useful model: give more time, or use interpolate.py, which trains none"
+        )
 
     @property
     def left(self) -> float:

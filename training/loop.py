@@ -60,3 +60,5 @@ def train(training: Training, stop: object = None) -> None:
                 break
             training.update()
     report.close(parts.seconds)
+    if budget and options.time and not stop and (note := budget.note(options.time, training.iteration)):
+        report.say(note)
