@@ -1,4 +1,4 @@
-"""DICOM files for tests, written by pydicom, so that the reader is not judged by its own library."""
+"""DICOM files for tests, written by pydicom, so that the reader is not tested against its own library."""
 
 from __future__ import annotations
 

@@ -313,7 +313,7 @@ def test_large_radii_prune_nothing():
 
 
 def test_children_are_distributed_as_their_parent():
-    # One Gaussian 20 000 times. Its covariance is the renderer's own: that of the dense judge, at t = m.
+    # One Gaussian 20 000 times. Its covariance is the renderer's own: that of the dense reference at t = m.
     n, scales, turn = 20_000, (0.05, 0.02), 0.7
     case = Case(
         n,

@@ -1,4 +1,4 @@
-"""``fold`` and ``blend``: held against the dense judge, against numbers worked out by hand, and against bad input."""
+"""``fold`` and ``blend``: against the dense reference, numbers worked out by hand, and bad input."""
 
 import math
 import os
@@ -110,7 +110,7 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_float64_agrees_with_the_judge(device, case):
+def test_float64_agrees_with_the_reference(device, case):
     # Rounding, amplified by 1 / (1 - alpha) <= 100 where a gradient divides by it.
     scene = random_scene(seed=1, **CASES[case])
     assert_same(draw(diff_gaussian_rasterization, scene, device=device), draw(oracle, scene), 1e-10)
@@ -118,7 +118,7 @@ def test_float64_agrees_with_the_judge(device, case):
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("device", DEVICES)
-def test_float32_agrees_with_the_judge_but_for_flips(device, case):
+def test_float32_agrees_with_the_reference_but_for_flips(device, case):
     scene = random_scene(seed=1, **CASES[case]).rounded(torch.float32)
     ours = draw(diff_gaussian_rasterization, scene, torch.float32, device)
     assert_same_but_for_flips(ours, draw(oracle, scene))
@@ -145,7 +145,7 @@ def any_scene(pick):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_any_scene_agrees_with_the_judge(device):
+def test_any_scene_agrees_with_the_reference(device):
     @examples
     @given(any_scene())
     def check(scene):
@@ -1048,7 +1048,7 @@ def test_a_colour_that_is_no_number_stays_in_the_tiles_of_its_gaussian(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 @pytest.mark.parametrize("name", scenes.RAW)
-def test_infinite_parameters_are_drawn_as_the_judge_does(name, value, device):
+def test_infinite_parameters_are_drawn_as_the_reference_does(name, value, device):
     """Some mean something: m = inf is the end of time, sigma = inf is always there, scaling = -inf is a point."""
     scene = random_scene(15, n=20)
     broken = scene.with_tensors(**{name: scene.tensors[name].clone()})

@@ -1,4 +1,4 @@
-"""The drop-in rasteriser: its dense judge, finite differences, and the promises of its interface."""
+"""The drop-in rasteriser: its dense reference, finite differences, and the promises of its interface."""
 
 import math
 
@@ -154,7 +154,7 @@ def assert_close(ours, theirs, tolerance, what):
 @pytest.mark.parametrize("covariances", [False, True], ids=["scales", "covariances"])
 @pytest.mark.parametrize("antialiasing", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_project_and_its_gradients_match_the_judge(device, antialiasing, covariances, dtype, tolerance):
+def test_project_and_its_gradients_match_the_reference(device, antialiasing, covariances, dtype, tolerance):
     reference_settings = camera(antialiasing=antialiasing)
     settings = camera(antialiasing=antialiasing, dtype=dtype, device=device)
     gaussians = scene(reference_settings)
@@ -313,7 +313,7 @@ def test_nothing_visible_gives_the_background():
 
 @pytest.mark.parametrize("antialiasing", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_images_and_all_gradients_match_the_judge(device, antialiasing):
+def test_images_and_all_gradients_match_the_reference(device, antialiasing):
     reference_settings, settings = (
         camera(antialiasing=antialiasing),
         camera(antialiasing=antialiasing, device=device),

@@ -1,4 +1,4 @@
-"""point_cloud.ply: the published columns, judged by an independent reader, and headers that lie."""
+"""point_cloud.ply: the published columns, checked with an independent reader, and headers that lie."""
 
 import numpy as np
 import pytest

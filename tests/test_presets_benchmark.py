@@ -271,7 +271,7 @@ def test_goals_are_held_against_the_best_of_each():
     assert "0 of 5 are met" in text and "**+0.40, missed**" in text and "**1.60, missed**" in text
 
 
-def test_what_cannot_be_told_is_not_judged():
+def test_goals_that_cannot_be_measured_are_left_out():
     best = row_of("best", 31.6, jobs=3)
     assert verdicts(*(row for row in CLASSICAL_ROWS if row["method"] != "flow"), best).keys() == {
         "its Dice above sdf, > 0"
