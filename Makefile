@@ -1,7 +1,7 @@
-# Everything a user or developer does, in a virtual environment of its own. `make help` lists it.
+# Everything a user or developer needs, in its own virtual environment. `make help` lists the commands.
 #
-# PYTHON  the interpreter to start from; where it can import torch, that torch is used
-# TORCH   what to install where it cannot, e.g. TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
+# PYTHON  the interpreter to start from; if it can import torch, that torch is used
+# TORCH   what to install if it cannot, e.g. TORCH="torch --index-url https://download.pytorch.org/whl/cpu"
 # VENV    where the environment goes
 
 PYTHON ?= python3
@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 CHROMIUM ?= chromium
 NVCC ?= $(shell command -v nvcc)
-# More of train.py's options: a minute in all, on two processors with nothing else to do.
+# More options for train.py: about a minute in all, on two idle processors.
 DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300
 
 RASTERIZER := submodules/diff-gaussian-rasterization
@@ -17,17 +17,17 @@ KNN := submodules/simple-knn
 DEMO := output/demo
 BIN := $(VENV)/bin
 STAMPS := $(VENV)/stamps
-# For tools, which lie in $(VENV), or where they were installed already: beside a torch that is kept.
+# For tools, which are in $(VENV), or already installed next to an existing torch.
 TOOLS := PATH="$(abspath $(BIN)):$$PATH"
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# Files that git would keep in a submodule: what its installed copy depends on.
+# The sources of a submodule, on which its installed copy depends.
 sources_of = $(shell find $(1) \( -name build -o -name '*.egg-info' -o -name __pycache__ \) -prune -o \
   -type f ! -name '*.md' ! -name '*.so' -print)
 CSRC := $(wildcard submodules/*/*/csrc submodules/*/*/csrc/*)
 CPP_FILES := $(sort $(foreach folder,$(CSRC),$(wildcard $(folder)/*.h $(folder)/*.cpp $(folder)/*.cu)))
 CUDA_OBJECTS := $(patsubst submodules/%.cu,build/cuda-check/%.o,$(filter %.cu,$(CPP_FILES)))
 
-# Every access and every conversion of the CPU kernels checked; what is found ends the tests.
+# Checks every access and conversion in the CPU kernels; any finding ends the tests.
 SANITIZE_FLAGS := -O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr \
   -fno-sanitize-recover=all
 OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/test_general_rasterizer.py tests/test_losses.py
@@ -38,11 +38,11 @@ OPERATOR_TESTS := tests/operators_fuzz.py tests/test_folded_rasterizer.py tests/
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-# --- The environment: each stamp is made again when what it depends on is newer --------------------------------------
+# --- The environment: each stamp is remade when something it depends on is newer -------------------------------------
 
-setup: $(STAMPS)/rasterizer $(STAMPS)/knn $(STAMPS)/requirements  ## install all of it in $(VENV) (the others do so too)
+setup: $(STAMPS)/rasterizer $(STAMPS)/knn $(STAMPS)/requirements  ## install everything in $(VENV) (the others do so too)
 
-# A torch that is there is kept. If it lies in a virtual environment that PYTHON belongs to, no --system-site-packages
+# An existing torch is kept. If it is in the virtual environment that PYTHON belongs to, no --system-site-packages
 # reaches it: a .pth file then names its folder.
 $(STAMPS)/torch:
 	@echo "setting up $(VENV)"
@@ -80,7 +80,7 @@ $(STAMPS)/knn: $(call sources_of,$(KNN)) $(STAMPS)/torch
 
 # --- Using it ----------------------------------------------------------------------------------------------------------
 
-demo: setup  ## every second slice of an MRI volume, what lies between, a mesh, and a report: output/demo/report.html
+demo: setup  ## train on every second slice of an MRI volume, with mesh and report: output/demo/report.html
 	@volume="$$($(BIN)/python -c 'import nibabel; print(nibabel.__path__[0])')/tests/data/example4d.nii.gz" && set -x && \
 	$(BIN)/python demo.py mask --frame 0 -i "$$volume" -o $(DEMO)/mask.nii.gz && \
 	$(BIN)/python prepare.py --frame 0 --keep_every 2 --force -i "$$volume" -l $(DEMO)/mask.nii.gz -o $(DEMO)/data && \
@@ -102,17 +102,17 @@ bench: setup  ## measure the speed on this machine
 
 # --- Developing it -----------------------------------------------------------------------------------------------------
 
-test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; compiles the CUDA kernels where nvcc is
+test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; compiles the CUDA kernels if there is nvcc
 	@$(BIN)/python -m pytest -q
 
 test-browser: setup chromium $(STAMPS)/requirements-dev  ## the viewer and the pages, in Chromium
 	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q --browser -m browser
 
-test-slurm: setup slurm cluster $(STAMPS)/requirements-dev  ## cases as jobs of a Slurm that is started here; needs root
+test-slurm: setup slurm cluster $(STAMPS)/requirements-dev  ## cases as jobs on a local Slurm started for the test; needs root
 	@PATH="$(abspath $(VENV))/cluster/bin:$$PATH" $(BIN)/python -m pytest -q --slow tests/test_slurm.py \
 	  tests/test_medgs.py -k "job or side_by_side"
 
-cluster: $(STAMPS)/cluster  ## Snakemake, in an environment of its own beside the programs'
+cluster: $(STAMPS)/cluster  ## Snakemake, in its own environment, apart from the programs
 
 $(STAMPS)/cluster: requirements-cluster.txt
 	@echo "installing $<"
@@ -120,13 +120,13 @@ $(STAMPS)/cluster: requirements-cluster.txt
 	@$(VENV)/cluster/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@mkdir -p $(@D) && touch $@
 
-# Debian's packages, installed where that is allowed.
+# Debian packages, installed where that is allowed.
 slurm:
 	@command -v slurmctld munged > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge \
 	    > /dev/null; } || { echo "Slurm is not installed, and could not be" >&2; exit 1; }
 
-# Debian's package, installed where that is allowed.
+# A Debian package, installed where that is allowed.
 chromium:
 	@command -v $(CHROMIUM) > /dev/null || { test "$$(id -u)" = 0 && apt-get update -qq && \
 	  DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium > /dev/null; } || \
@@ -158,7 +158,7 @@ sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels b
 	      $$(if [ -z "$$kernels" ]; then echo $(OPERATOR_TESTS); else echo tests/operators_fuzz.py; fi) || exit 1; \
 	done
 
-wheels: setup  ## wheels of both packages in dist/, compiled for the torch of $(VENV): no compiler needed there
+wheels: setup  ## wheels of both packages in dist/, compiled for the torch in $(VENV) (installing them needs no compiler)
 	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist $(RASTERIZER) $(KNN)
 	@rm -rf submodules/*/build submodules/*/*.egg-info
 	@ls -sh dist
