@@ -1,4 +1,4 @@
-"""Cut the model at times and splat the cuts: the one way from a model to images, in training and rendering."""
+"""Cut the model at times and splat the cuts: the only path from a model to images, in training and rendering."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Render:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a call of `render` yields."""
+    """What `render` returns."""
 
     images: Tensor  # (R, C, H, W)
     screen: Tensor | None
@@ -52,7 +52,7 @@ class Rendered:
 
 
 def rasterizer(name: str) -> ModuleType:
-    """The module with ``fold``, ``blend`` and what else a step needs: "compiled", or "oracle", without a compiler."""
+    """The module with ``fold``, ``blend`` and all else a step needs: "compiled", or "oracle", without a compiler."""
     try:
         return importlib.import_module(RASTERIZERS[name])
     except ImportError as error:  # its text says what is missing and what to do
@@ -79,11 +79,11 @@ def render(
     background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
     of ``screen`` are in the order of their first render. ``capacity`` and ``counted``: see ``blend``.
 
-    antialiasing: opacities are multiplied by `compensations`. They are others in every view then, so each view has a
-    blend of its own; ``capacity`` and ``counted`` are of one blend, and cannot be given.
+    antialiasing: opacities are multiplied by `compensations`. They then differ from view to view, so each view has
+    its own blend; ``capacity`` and ``counted`` belong to a single blend, and cannot be given.
     """
     if antialiasing and counted is not None:
-        raise ValueError("counted is of one blend, and antialiasing needs one for each view")
+        raise ValueError("counted is for a single blend, and antialiasing needs one per view")
     ops = rasterizer(backend)
     heads = tuple(dict.fromkeys(r.head for r in renders))
     p = model.params
@@ -151,14 +151,14 @@ def render(
 
 
 def compensations(conics: Tensor) -> Tensor:
-    """What opacities are multiplied by to make up for the low-pass filter, which widens a footprint and so makes small
+    """What opacities are multiplied by to make up for the low-pass filter, which widens a footprint so that small
     Gaussians cover more than they should: sqrt(max(2.5e-5, det(Cov) / det(Cov + 0.3 I))). (..., 3) -> (...) in (0, 1].
 
     conics: entries a, b, c of (Cov + 0.3 I)^-1, as ``fold`` gives them. The ratio is det(I - 0.3 (Cov + 0.3 I)^-1): no
     covariance to invert, and an error of a few roundings of 1, where the least ratio is 2.5e-5.
     """
     a, b, c = (LOW_PASS * conics).unbind(-1)
-    # What is no number is not drawn; its gradient would be none either.
+    # NaN is not drawn, and would make its gradient NaN too.
     ratio = ((1 - a) * (1 - c) - b * b).nan_to_num(0)
     return ratio.clamp_min(MIN_COMPENSATION).sqrt()
 
@@ -174,7 +174,7 @@ def render_frames(
     backend: str = "compiled",
     antialiasing: bool = False,
 ) -> Tensor:
-    """Images (V, C, H, W) in [0, 1] at ``positions``, original side, without gradients."""
+    """Images (V, C, H, W) in [0, 1] at ``positions``, seen from the front, without gradients."""
     renders = [Render(v, head, test) for v in range(len(positions))]
     originals = [False] * len(positions)
     drawn = render(

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from diff_gaussian_rasterization import GaussianRasterizationSettings
 
 THICKNESS = 1e-8  # scale along y, plane units
-POINTS_FOLDER = "means3Dmasked"  # under the folder that the user gives
-# A Gaussian is near points when it is this close to the mean of its nearest ones, the very nearest left out.
+POINTS_FOLDER = "means3Dmasked"  # in the user's folder
+# A Gaussian is near points when it is this close to the mean of its nearest ones, leaving out the very nearest.
 NEIGHBOURS = 10
 REACH = 0.005  # plane units
 
@@ -81,7 +81,7 @@ def cut(model: GaussianModel, position: float) -> Cut:
 def general_settings(
     camera: Camera, background: Tensor, antialiasing: bool = False
 ) -> GaussianRasterizationSettings:
-    """What the general rasteriser has to know of ``camera``; background: (3,), on the device that draws."""
+    """What the general rasteriser needs to know about ``camera``; background: (3,), on the device that draws."""
     from diff_gaussian_rasterization import GaussianRasterizationSettings
 
     device = background.device
@@ -118,7 +118,7 @@ def draw(
 
     if camera.distance <= NEAR_PLANE:
         raise UserError(
-            f"--modify draws what is more than {NEAR_PLANE} plane units from the camera, which stands at "
+            f"--modify draws only what is more than {NEAR_PLANE} plane units from the camera, which stands at "
             f"{camera.distance:g}: train with a greater --distance"
         )
     rasterise = GaussianRasterizer(general_settings(camera, background.expand(3), antialiasing))
@@ -146,8 +146,8 @@ def subset(model: GaussianModel, chosen: Tensor) -> GaussianModel:
 def write_points(model: GaussianModel, folder: str | os.PathLike[str], test: int) -> Path:
     """Write the active centres of every frame, ``means3Dmasked/00000.pt``, ... under ``folder``; returns their folder.
 
-    Each file is a float tensor (M, 3) in plane units with y = 0. Files of more frames than the model has, of an
-    earlier run, are removed.
+    Each file is a float tensor (M, 3) in plane units with y = 0. Files that an earlier run left for frames beyond
+    the model's are removed.
     """
     out = Path(folder) / POINTS_FOLDER
     names = [f"{k:05d}.pt" for k in range(model.num_frames)]
@@ -162,7 +162,7 @@ def write_points(model: GaussianModel, folder: str | os.PathLike[str], test: int
 
 
 class PointMask:
-    """Points of every frame, as `write_points` wrote them, that Gaussians to be drawn have to be close to.
+    """Points of every frame, as `write_points` wrote them: only Gaussians close to them are drawn.
 
     Between two frames the points of both count, so that what moves from one to the other is not cut off on its way.
     """
@@ -184,7 +184,7 @@ class PointMask:
     def near(self, means: Tensor, position: float) -> Tensor:
         """Which of ``means`` (N, 3) are close to the points at ``position`` (frame index plus fraction): bool (N,).
 
-        Close: the mean of 9 of the 10 nearest points, the nearest left out, is under 0.005 plane units away. Nothing
+        Close: the mean of 9 of the 10 nearest points, without the nearest, is under 0.005 plane units away. Nothing
         is close to fewer than 11 points.
         """
         last = len(self.files) - 1
@@ -209,12 +209,12 @@ def _read_points(path: Path) -> np.ndarray:  # (M, 3) float64
     try:
         points = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"{path} is damaged, or holds no tensor: save the points again") from error
+        raise UserError(f"{path} is damaged, or not a tensor: save the points again") from error
     if not isinstance(points, Tensor) or points.ndim != 2 or points.shape[1] != 3:
         what = tuple(points.shape) if isinstance(points, Tensor) else type(points).__name__
         raise UserError(f"{path} holds {what}, not points of shape (M, 3): save the points again")
     if not points.is_floating_point() or not points.isfinite().all():
-        raise UserError(f"{path} holds values that are no finite floats: save the points again")
+        raise UserError(f"{path} holds values that are not finite floats: save the points again")
     return points.detach().double().numpy()
 
 
@@ -261,7 +261,7 @@ class Modification:
             if after.shape != before.shape:
                 raise self._refusal(f"{name} of shape {tuple(after.shape)}, not {tuple(before.shape)}", cut)
             if not after.is_floating_point() or not after[active].isfinite().all():
-                raise self._refusal(f"{name} with values that are no finite floats", cut)
+                raise self._refusal(f"{name} with values that are not finite floats", cut)
         means, scales, quaternions = (value.to(cut.means) for value in returned)
         if (scales[active] < 0).any():
             raise self._refusal("scales below 0", cut)

@@ -1,4 +1,4 @@
-"""The judge: ``fold`` and ``blend`` in dense PyTorch, pixel by Gaussian, from the published equations.
+"""The reference: ``fold`` and ``blend`` in dense PyTorch, pixel by Gaussian, from the published equations.
 
 Same contracts as the compiled operators of ``diff_gaussian_rasterization`` and no compiled code: every pixel looks at
 every Gaussian, autograd gives the gradients. For tests, and for tiny inputs on a machine without a compiler.
@@ -67,9 +67,7 @@ def fold(
         radius = torch.ceil(3 * torch.sqrt(larger))
         grid = TILE * math.ceil(width / TILE), TILE * math.ceil(height / TILE)
         touches = (u + radius >= 0) & (u - radius < grid[0]) & (v + radius >= 0) & (v - radius < grid[1])
-        visible = (
-            touches & (weight > MIN_TIME_WEIGHT) & (conics[..., 0] >= 0)
-        )  # not where the cut is no number
+        visible = touches & (weight > MIN_TIME_WEIGHT) & (conics[..., 0] >= 0)  # false where the cut is NaN
         segmented = visible & (scales > MIN_SEGMENTATION_SCALE).all(-1)
         radii = torch.where(visible, radius, torch.zeros_like(radius)).to(torch.int32)
         active = visible.to(torch.uint8) + 2 * segmented.to(torch.uint8)

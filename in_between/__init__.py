@@ -1,1 +1,1 @@
-"""What lies between frames, without a trained model: classical interpolation, and a prediction along the motion."""
+"""In-between frames without a trained model: classical interpolation, and a prediction along the motion."""

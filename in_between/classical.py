@@ -15,7 +15,7 @@ _FULL_DISTANCE = (
 def interpolate(
     values: np.ndarray, positions: np.ndarray, at: np.ndarray, method: str = "linear"
 ) -> np.ndarray:
-    """``values`` (K, ...) that lie at ``positions`` (K,), increasing, read at ``at`` (M,) between them.
+    """``values`` (K, ...) at increasing ``positions`` (K,), interpolated at ``at`` (M,) between them.
 
     method: "linear", between the two neighbours, or "cubic", the spline through all (not-a-knot). Returns
     (M, ...) float32.
@@ -38,7 +38,7 @@ def interpolate_masks(
     spacing: tuple[float, float] = (1.0, 1.0),
     method: str = "linear",
 ) -> np.ndarray:
-    """``masks`` (K, H, W) bool filled in at ``at`` (M,) through their signed distances, the usual way between slices.
+    """``masks`` (K, H, W) bool interpolated at ``at`` (M,) by signed distances, the usual method between slices.
 
     spacing: of rows and columns, in any unit. Returns (M, H, W) bool.
     """

@@ -19,7 +19,7 @@ def distances_of(masks: Tensor, gap: float = 1.0) -> Tensor:
 
 
 class Contours(nn.Module):
-    """What to add to signed distances (B, 1, H, W) that were carried along the motion, given what the image shows."""
+    """The correction to signed distances (B, 1, H, W) carried along the motion, given what the image shows."""
 
     def __init__(self, channels: int, settings: ContourSettings) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The motion between frames, and images carried along it.
 
 A symmetric optical flow, estimated as seen from the middle of two frames: total variation with a robust data term
-(Zach, Pock and Bischof 2007). Paths are parabolas, whose bend is how the motion changes from the pair before to the
+(Zach, Pock and Bischof 2007). Paths are parabolas; their bend is the change of motion from the pair before to the
 pair after.
 """
 
@@ -55,8 +55,8 @@ def _gradients(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _median(fields: Tensor) -> Tensor:
-    """3 x 3 median, by a network of comparisons (Smith 1996): sorting is ten times slower, torch.median not
-    deterministic on a GPU."""
+    """3 x 3 median, by a network of comparisons (Smith 1996): sorting is ten times slower, and torch.median is
+    not deterministic on a GPU."""
     height, width = fields.shape[-2:]
     padded = F.pad(fields, (1, 1, 1, 1), mode="replicate")
     p = [padded[..., i : i + height, j : j + width] for i in range(3) for j in range(3)]
@@ -89,7 +89,7 @@ def estimate_flow(
 
     Minimises the total variation of v plus a robust difference of the images by a primal-dual method (Chambolle and
     Pock 2011), from coarse to fine. Swapping the images reverses v. contrast: compare the images after local
-    normalisation (mean 0, deviation 1 over some 8 px), which follows faint structure too; without it, brightness.
+    normalisation (mean 0, deviation 1 over about 8 px), which follows faint structure too; without it, brightness.
     weight: of the images against smoothness.
     """
     shrink = settings.shrink
@@ -128,13 +128,13 @@ def _descend(
 ) -> Tensor:
     """Primal-dual steps around the linearisation: images differ by rest (B, 1, H, W) at v, by rest + g (v' - v) at v'.
 
-    v, g: (B, 2, H, W). px, py: the same, changed in place. Everything is written into buffers made once: on a CPU,
-    memory traffic is what this takes.
+    v, g: (B, 2, H, W). px, py: the same, changed in place. All writes go into buffers allocated once: on a CPU,
+    memory traffic dominates.
     """
     tau, sigma = 0.25, 0.5
     squared = (g * g).sum(1, keepdim=True)
     at_zero = rest - (g * v).sum(1, keepdim=True)
-    if contrast:  # a reweighted quadratic follows fine contrast better, the absolute difference noise
+    if contrast:  # a reweighted quadratic suits fine contrast; the absolute difference, noise
         quadratic = tau * weight / (rest * rest + 0.02**2).sqrt()
         damping = -quadratic / (1 + quadratic * squared)
     else:
@@ -197,14 +197,14 @@ def blend_along(
 class Paths(NamedTuple):
     """The motion from frame k to frame k + stride, seen in the middle, in pixels: (K - stride, 2, H, W) each.
 
-    flow: from one to the other. bend: the flow of the pair after minus that of the pair before, of the same matter.
+    flow: from one to the other. bend: the flow of the pair after minus that of the pair before, of the same tissue.
     """
 
     flow: Tensor
     bend: Tensor
 
     def blend(self, before: Tensor, after: Tensor, alpha: float) -> Tensor:
-        """The frames carried along and blended, at one alpha for all; bilinearly, which smooths noise."""
+        """The frames carried along and blended, at one alpha for all; sampled bilinearly, which smooths noise."""
         times = torch.full((len(before),), alpha, device=before.device)
         seen = flow_at(self.flow, times)
         bend = carry(self.bend, (0.5 - alpha) * seen, "bilinear")
@@ -226,10 +226,10 @@ def find_paths(frames: Tensor, settings: FlowSettings, stride: int = 1, done: Do
             parts.append(estimate_flow(before, after, contrast, weight, settings))
             done((number + len(parts) / len(pairs)) / len(settings.estimates))
         flow = torch.cat(parts)
-        # what moves here by flow is that much farther in the next pair's middle, and was as far behind before
+        # what moves here by flow is that far on in the next pair's middle, and that far back in the one before
         later = carry(flow[(k + stride).clamp_max(len(k) - 1)], flow, "bilinear")
         earlier = carry(flow[(k - stride).clamp_min(0)], -flow, "bilinear")
-        # where there is no such pair, nothing is known of a change
+        # without such a pair, the change is unknown
         later = torch.where((k + stride < len(k)).view(-1, 1, 1, 1), later, flow)
         earlier = torch.where((k >= stride).view(-1, 1, 1, 1), earlier, flow)
         found.append(Paths(flow, blur(later - earlier, settings.bend_blur)))

@@ -28,14 +28,14 @@ def dense_distances(
     frames: (K, C, H, W) in [0, 1], evenly spaced. masks: (M, 1, H, W) of the frames ``painted``, increasing, inside
     where >= 0.5. gap: pixels from a frame to the next.
 
-    Each frame between two painted ones takes both their masks, carried along the motion from frame to frame. How much
-    each counts falls with its distance, and where the way there and back does not end where it began: there, nothing
-    is known of the motion, and the mask is taken from the same pixel. Before the first painted frame and after the last
-    there is one to take. Raises ValueError where masks and ``painted`` do not fit.
+    Each frame between two painted ones takes both their masks, carried along the motion from frame to frame. Its weight
+    falls with its distance, and where the path forward and backward does not return to its start: there, the motion
+    is unknown, and the mask is taken from the same pixel. Before the first painted frame and after the last
+    there is only one mask. Raises ValueError where masks and ``painted`` do not fit.
     """
     if len(masks) != len(painted) or not painted or list(painted) != sorted(set(painted)):
         raise ValueError(
-            f"{len(masks)} masks of the frames {list(painted)}: one per frame, in order, is needed"
+            f"{len(masks)} masks of the frames {list(painted)}: one per frame is needed, in order"
         )
     if painted[0] < 0 or painted[-1] >= len(frames):
         raise ValueError(f"frames {painted[0]} to {painted[-1]} are painted, of {len(frames)}")

@@ -29,8 +29,8 @@ def trained(
 ) -> Network:
     """The network that `make` returns, trained by `loss(network, i)`, which calls it once with tensors of `shapes`.
 
-    Weights between hidden layers take Muon's steps, all others AdamW's: a third of the iterations that AdamW alone
-    needs for the same loss. All randomness comes from `generator`.
+    Weights between hidden layers take Muon's steps, all others AdamW's: this reaches the same loss in a third of the
+    iterations that AdamW alone needs. All randomness comes from `generator`.
     """
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
@@ -62,7 +62,7 @@ def trained(
 
 
 def _rate(i: int, iterations: int) -> float:
-    """Learning rate at iteration i over the highest: a short rise, then half a cosine."""
+    """Learning rate at iteration i relative to the highest: a short warm-up, then half a cosine."""
     rise = max(1, iterations // 10)
     if i < rise:
         return (i + 1) / rise
@@ -70,7 +70,7 @@ def _rate(i: int, iterations: int) -> float:
 
 
 class Muon(torch.optim.Optimizer):
-    """Steps along the momentum, orthogonalised (Jordan et al. 2024): every direction of a layer learns alike.
+    """Steps along the momentum, orthogonalised (Jordan et al. 2024): every direction of a layer learns equally fast.
 
     Weights are convolutions' (out, in, height, width), all of one shape. Five Newton-Schulz iterations with the
     published coefficients bring all singular values near 1.
@@ -95,7 +95,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
-    """(B, m, n) with m <= n: the same singular vectors, singular values of some 0.7 to 1.2."""
+    """(B, m, n) with m <= n: the same singular vectors, singular values of about 0.7 to 1.2."""
     x = matrices / (matrices.flatten(1).norm(dim=1).view(-1, 1, 1) + 1e-7)
     for _ in range(5):
         square = x @ x.mT
@@ -110,9 +110,9 @@ def _recorded(network: nn.Module, shapes: Sequence[tuple[int, ...]], device: tor
     if device.type != "cuda":
         yield
         return
-    # Recording works on the current GPU, whichever the tensors are on.
+    # Recording uses the current GPU, whichever one holds the tensors.
     with torch.cuda.device(device), warnings.catch_warnings():
-        # Gradients are summed on another stream than they are recorded on: torch waits where it must, and says so.
+        # Gradients are summed on a different stream from the recording's: torch waits where it must, and warns.
         warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
         torch.cuda.make_graphed_callables(
             network, tuple(torch.zeros(shape, device=device) for shape in shapes)

@@ -1,7 +1,7 @@
 """The in-between prediction: images and masks at any time between the frames of a sequence, computed once.
 
 Two predictions are made at each quarter of the way from one frame to the next. They are mixed, and the mixture is moved
-somewhat farther from the linear blend of the two frames, towards which both are drawn where they are unsure:
+slightly away from the linear blend of the two frames, towards which both lean where they are unsure:
 
 - *motion*: both frames are carried along the optical flow to the time asked for, and blended (`in_between.flow`);
 - *self super-resolution*: a network that learned to fill in rows of the frames fills in the stack seen from the side
@@ -31,7 +31,7 @@ from patient.geometry import Geometry
 from utils.files import atomic_write
 
 Box = tuple[EllipsisType, slice, slice]
-_VERSION = 4  # raised when the prediction changes, so that caches of earlier code are not taken for it
+_VERSION = 4  # incremented when the prediction changes, so that caches of earlier code are not reused
 
 
 class InBetween:
@@ -40,10 +40,10 @@ class InBetween:
 
     frames: (K, C, H, W) in [0, 1], K >= 2, evenly spaced; on the device where everything is computed and kept.
     masks: (K, 1, H, W) of the same frames, inside where >= 0.5.
-    gap: how many pixels apart two neighbouring frames are, where that is known; otherwise it is estimated from the
+    gap: the distance between neighbouring frames in pixels, where known; otherwise it is estimated from the
         frames (`rows.matching_gap`).
     seed: of the small networks' training.
-    report: told how far it is.
+    report: called with the progress.
 
     flow: (K - 1, 2, H, W), the motion from frame k to k + 1 in pixels (x, y), as seen in the middle of the two.
     """
@@ -75,7 +75,7 @@ class InBetween:
         report("done", 1.0)
 
     def _costs(self, frames: Tensor, with_masks: bool) -> dict[str, float]:
-        """What each part takes, roughly: seconds of a CPU core."""
+        """The rough cost of each part: seconds of a CPU core."""
         rows, contours = self.settings.rows.network.iterations, self.settings.contours.network.iterations
         pixels = frames.numel() / frames.shape[1] / 1e6
         costs = {"motion": 2.5 * pixels, "rows": 0.035 * rows, "filling": 8 * pixels}
@@ -164,7 +164,7 @@ class InBetween:
         return levels.clamp_(-settings.farthest, settings.farthest).half()
 
     def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
-        """Keeps what was computed from ``frames`` and ``masks``, for `load`."""
+        """Saves what was computed from ``frames`` and ``masks``, for `load`."""
         contents = {
             "key": _digest(frames, masks, *self._asked),
             "gap": self.gap,
@@ -185,16 +185,16 @@ class InBetween:
         seed: int = 0,
         settings: Settings = DEFAULT,
     ) -> InBetween | None:
-        """What `save` kept of a prediction from the same arguments; None where there is no such thing.
+        """The prediction that `save` wrote for the same arguments; None where there is none.
 
-        ``gap=None`` is an argument too: a prediction made for a known gap is not taken for one that estimates it.
+        ``gap=None`` counts as an argument: a prediction made for a known gap does not match one that estimates it.
         """
         try:
             contents = torch.load(path, map_location=frames.device, weights_only=True)
             same = contents["key"] == _digest(frames, masks, gap, seed, settings)
             kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
         except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
-            return None  # absent or torn: it can be computed again
+            return None  # missing or truncated: it can be computed again
         if not same:
             return None
         made = cls.__new__(cls)
@@ -235,7 +235,7 @@ def _changing(frames: Tensor, margin: int) -> Box:
 
 
 def pixel_gap(geometry: Geometry | None, columns: int) -> float | None:
-    """How many pixels apart two neighbouring frames of `columns` columns are; None where that is not known, or not the
+    """The distance in pixels between neighbouring frames of `columns` columns; None where it is unknown or not the
     same everywhere."""
     if geometry is None or geometry.spacing is None or not geometry.evenly_spaced:
         return None

@@ -1,4 +1,4 @@
-"""How far a computation of several parts is, as one share of the whole."""
+"""Progress of a computation of several parts, as one share of the whole."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 from tqdm import tqdm
 
 Report = Callable[[str, float], object]
-"""Called with what is being done and the share of all work that is done: from 0 to 1, never less than before."""
+"""Called with what is being done and the share of all work done so far: from 0 to 1, never decreasing."""
 Done = Callable[[float], object]
 """Called with the share of one part that is done, from 0 to 1."""
 
@@ -17,7 +17,7 @@ Done = Callable[[float], object]
 class Progress:
     """Adds up the parts of a computation.
 
-    report: gets the sum. costs: what each part takes, in any one unit, in the order in which they are done.
+    report: called with the sum. costs: of each part, in order, in any common unit.
     """
 
     def __init__(self, report: Report, costs: Mapping[str, float]) -> None:
@@ -46,12 +46,12 @@ def silent(_: str, __: float) -> None:
 
 
 def unheard(_: float) -> None:
-    """A part of nothing."""
+    """Progress that nobody watches."""
 
 
 @contextmanager
 def shown(what: str, quiet: bool = False) -> Iterator[Report]:
-    """A bar from 0 to 100 %, with the part that is being worked on."""
+    """A bar from 0 to 100 %, with the current part's name."""
     with tqdm(
         total=100.0,
         desc=what,

@@ -1,4 +1,4 @@
-"""Self super-resolution (after Zhao et al., SMORE, 2021): frames left out of a stack, filled in as its rows are.
+"""Self super-resolution (after Zhao et al., SMORE, 2021): missing frames of a stack, filled in like its rows.
 
 Tissue looks alike along all axes, so a small network that learns to fill in left-out rows of the frames also fills in
 the frames left out of the stack, seen from the side.
@@ -23,7 +23,7 @@ START = Path(__file__).with_name("rows.npz")
 
 
 def matching_gap(frames: Tensor) -> float:
-    """How many pixels apart rows and columns lie that predict what is between them as badly as frames (K, C, H, W) do.
+    """The spacing in pixels at which rows and columns predict what is between them as badly as frames (K, C, H, W) do.
 
     The error of the mean of two neighbours, along the stack and within frames; with two frames alone their difference.
     """
@@ -55,7 +55,7 @@ class RowsBetween(nn.Module):
     """Fills in rows: images (B, 1, R, W) of every gap-th row -> (B, STEPS - 1, R - 1, W), those in between."""
 
     def __init__(self, settings: RowSettings, start: Path | None = START) -> None:
-        """start: a file of weights for these settings; None: at random."""
+        """start: a file of weights for these settings; None: random weights."""
         super().__init__()
         self.gain, width = settings.gain, settings.network.width
         last = nn.Conv2d(width, STEPS - 1, (2, 3), padding=(0, 1))

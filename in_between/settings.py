@@ -1,6 +1,6 @@
 """Every number of the in-between prediction, with its reason.
 
-Unless a source is named, a value was chosen by the scores of held-out frames (every 2nd and every 4th frame kept) of an
+Unless a source is named, a value was chosen by its scores on held-out frames (every 2nd and every 4th frame kept) of an
 abdominal CT, a brain MRI and an echocardiogram; docs and `benchmarks/NOTES.md` have the tables.
 """
 
@@ -18,7 +18,7 @@ class FlowSettings:
 
     estimates: tuple[tuple[bool, float], ...] = ((True, 20.0), (False, 5.0))
     """(contrast, weight) of each estimate: whether images are compared by local contrast or by brightness, and the
-    weight of the images against smoothness. Where the two are wrong, they differ: their mean is better than either."""
+    weight of the images against smoothness. The two err in different places: their mean is better than either."""
     warps: int = 5
     """Linearisations per pyramid level, as in scikit-image's TV-L1."""
     iterations: int = 10
@@ -28,12 +28,12 @@ class FlowSettings:
     smallest: int = 14
     """Pixels: least side of the coarsest level."""
     pixels_at_once: int = 2_000_000
-    """Of all pairs of frames whose motion is estimated together on a GPU (one pair at least); each takes some 300
+    """Of all pairs of frames whose motion is estimated together on a GPU (at least one pair); each takes about 300
     bytes."""
     pixels_at_once_cpu: int = 200_000
-    """The same on a CPU, whose caches hold no more."""
+    """The same on a CPU: more would not fit in its caches."""
     bend_blur: float = 2.0
-    """Pixels: the bend of a path is the difference of two estimates, and noisy."""
+    """Pixels: the bend of a path is a difference of two estimates, hence noisy."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class RowSettings:
     network: NetworkSettings = NetworkSettings(width=48, depth=5, iterations=500)
     """Of its start, `rows.npz`; other widths and depths need another."""
     gain: float = 5.0
-    """Images are multiplied by this on the way in, so that the network sees values of deviation 1 or so."""
+    """Images are multiplied by this on the way in, so that the network sees values of deviation about 1."""
     rows: int = 16
     """Kept rows per patch."""
     columns: int = 32
@@ -70,14 +70,14 @@ class RowSettings:
     least_variance: float = 1e-4
     """Of a patch; below it is empty background."""
     widest_gap: int = 8
-    """Pixels; frames that lie farther apart are filled in by their motion alone."""
+    """Pixels; frames farther apart than this are filled in by motion alone."""
     mirrors: tuple[tuple[int, ...], ...] = ((0,),)
     """Axes (frames, rows, columns) of the stack's mirror images over which predictions are averaged: none has a
-    direction in time. Those of rows and columns too take twice the time for less than 0.01 dB."""
+    direction in time. Mirroring rows and columns too takes twice the time for less than 0.01 dB."""
     share: float = 0.6
     """Of self super-resolution in the mixture; the rest is the motion's."""
     excess: float = 0.3
-    """The mixture is moved this far beyond the linear blend: each prediction, where unsure, falls short towards it."""
+    """The mixture is moved this far away from the linear blend: where unsure, each prediction leans towards it."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class ContourSettings:
     patch: int = 32
     """Pixels: side of a training patch."""
     trust: float = 1 / 3
-    """Of a correction that was learned at twice the distance, where errors are twice (noise) to four times (curvature)
+    """Share of a correction learned at twice the distance, where errors are twice (noise) to four times (curvature)
     as large."""
     farthest: float = 16.0
     """Pixels: signed distances are clamped to this."""
@@ -106,4 +106,4 @@ class Settings:
 
 
 DEFAULT = Settings()
-"""What the programs use."""
+"""The settings that the programs use."""

@@ -1,1 +1,1 @@
-"""The scene: frames, cameras, Gaussians, their files and their growth."""
+"""The scene: frames, cameras, Gaussians and their files."""

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 HORIZONTAL_FIELD_OF_VIEW = 0.6911112070083618  # radians
-NEAR, FAR = 0.01, 100.0  # of the clip volume; nothing is drawn by its depth in it
+NEAR, FAR = 0.01, 100.0  # of the clip volume; drawing does not depend on depth
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Camera:
 
     @property
     def pixels_per_unit(self) -> float:
-        """How many px a plane unit covers."""
+        """Pixels per plane unit."""
         return self.focal / self.distance
 
     @property
@@ -116,7 +116,7 @@ class Camera:
         return self.view_matrix(mirrored, dtype, device) @ perspective
 
     def entries(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """What ``cameras.json`` of 3-D Gaussian splatting programs holds, one entry per frame.
+        """The contents of ``cameras.json``, as 3-D Gaussian splatting programs write it: one entry per frame.
 
         ``rotation`` is camera to world (its columns are the camera's right, down and forward axes), ``fx``
         and ``fy`` are in px. All frames share the camera: their times are not part of this format.

@@ -1,7 +1,7 @@
 """Checkpoints `chkpnt<n>.pth`: the published format, read without executing anything in it, and written so
-that files pass both ways; what else an exact resume needs goes under one key of our own.
+that either program reads the other's files. What else an exact resume needs goes under one key of our own.
 
-The file is `torch.save((state, n))`. Published programs read all keys of `state` but `medgs`, which is ours:
+The file is `torch.save((state, n))`. Published programs read all keys of `state` except `medgs`, which is ours:
     channels      C of the model. Published colours have three; grey ones of ours are repeated for the file.
     statistics    m_gradient_accum, m_denom
     moments       index -> exp_avg, exp_avg_sq of grey colours, exactly
@@ -42,7 +42,7 @@ _STATISTICS: dict[str, tuple[int | str, ...]] = {
 }
 _OUR_STATISTICS: dict[str, tuple[int | str, ...]] = {"m_gradient_accum": ("N", 1), "m_denom": ("N", 1)}
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_COMPACT = "medgs_compact"  # the key that tells a compact model
+_COMPACT = "medgs_compact"  # the key that marks a compact model
 _KEPT = (
     "width",
     "height",
@@ -69,13 +69,13 @@ _EXTRAS: dict[str, type | tuple[type, ...]] = {
 
 @dataclass(eq=False)
 class Checkpoint:
-    """All that a run is, in an iteration before its update. Where ``extras`` has "trained", ``params`` and
+    """The full state of a run, in an iteration before its update. Where ``extras`` has "trained", ``params`` and
     ``time_func`` are running averages, and ``optimizer`` belongs to what is trained.
 
     params: raw values by name, float32, as in `scene.parameters`; C is 1 (grey) or 3.
     time_func: (K,) durations of the frames, or (K - 1, 1) logits of learned ones (DFF).
     spatial_lr_scale: the scene extent E that xyz's rate is scaled by.
-    statistics: max_radii2D (N,), xyz_gradient_accum, denom, m_gradient_accum, m_denom (N, 1), as far as kept.
+    statistics: max_radii2D (N,), xyz_gradient_accum, denom, m_gradient_accum, m_denom (N, 1), where kept.
     optimizer: state_dict in the layout of torch.optim.Adam with named groups, each of the parameter of its
         name (or the group seg_head of opacity_seg, f_dc_seg, f_rest_seg); None for none.
     extras: plain values and tensors that published files know nothing of, named in `_EXTRAS`; empty for those.
@@ -91,7 +91,7 @@ class Checkpoint:
     extras: dict[str, Any] = field(default_factory=dict)
 
     def to(self, device: torch.device | str) -> Checkpoint:
-        """Itself, with params, time_func and statistics on ``device``."""
+        """The same checkpoint with params, time_func and statistics on ``device``."""
         self.time_func = self.time_func.to(device)
         for tensors in (self.params, self.statistics):
             tensors.update({name: tensor.to(device) for name, tensor in tensors.items()})
@@ -123,7 +123,7 @@ class Checkpoint:
 
     @property
     def antialiasing(self) -> bool | None:
-        """Whether it was trained so; None where the file does not say."""
+        """Whether it was trained with antialiasing; None where the file does not say."""
         known: bool | None = self.extras.get("options", {}).get("antialiasing")
         return known
 
@@ -164,7 +164,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
             entry = optimizer["state"].get(index)
             if entry and name in COLOURS:
                 moments[index] = {key: entry[key] for key in _MOMENTS}
-                # Each of three equal channels of a mean over channels has a third of the gradient.
+                # The loss averages over channels, so each of three equal ones gets a third of the gradient.
                 entry["exp_avg"] = _own(_in_colour(entry["exp_avg"] / 3))
                 entry["exp_avg_sq"] = _own(_in_colour(entry["exp_avg_sq"] / 9))
     state["optimizer_state"] = optimizer
@@ -174,14 +174,14 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         "moments": moments,
         "extras": _plain(checkpoint.extras),
     }
-    # Through a file of Python's, so that a full disk shows as the system's error.
+    # Through a Python file object, so that a full disk raises the system's error.
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         torch.save((state, int(checkpoint.iteration)), file)
 
 
 def save_compact(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
-    """Write what is needed to draw ``checkpoint``, and nothing that training would go on with. To `load_checkpoint` it
-    is a checkpoint; other programs find none of their keys in it. The file is complete or not there."""
+    """Write what is needed to draw ``checkpoint``, and nothing that only training needs. `load_checkpoint` reads it
+    like any checkpoint; other programs find none of their keys in it. The file is complete or not there."""
     state = {
         _COMPACT: 1,
         "iteration": checkpoint.iteration,
@@ -260,7 +260,7 @@ def find(model_path: str | os.PathLike[str], iteration: int) -> Path:
 
 
 def all_of(folder: Path) -> dict[int, Path]:
-    """The checkpoints of `folder` by their iterations, rising; none where there is no such folder."""
+    """The checkpoints of `folder` by iteration, ascending; none where there is no such folder."""
     found = {
         int(match[1]): file
         for file in (folder.iterdir() if folder.is_dir() else ())
@@ -270,7 +270,7 @@ def all_of(folder: Path) -> dict[int, Path]:
 
 
 def newest_readable(folder: Path, map_location: torch.device | str) -> tuple[Path, Checkpoint] | None:
-    """The checkpoint of `folder` with the highest iteration of those that can be read, None where none can. Says on
+    """The readable checkpoint of `folder` with the highest iteration, or None where none can be read. Says on
     stderr why it passes over others."""
     for path in reversed(all_of(folder).values()):
         try:
@@ -296,7 +296,7 @@ def _in_colour(values: Tensor) -> Tensor:
 
 
 def _own(tensor: Tensor, as_parameter: bool = False) -> Tensor:
-    """The tensor, detached, in a storage that holds no more than it: `torch.save` writes whole storages."""
+    """The tensor, detached, in a storage of its own size: `torch.save` writes whole storages."""
     tensor = tensor.detach()
     if (
         not tensor.is_contiguous()
@@ -360,7 +360,7 @@ _ALLOWED = [
 def _load(path: str | os.PathLike[str]) -> Any:
     torch.serialization.add_safe_globals(_ALLOWED)
     try:
-        file = open(path, "rb")  # noqa: SIM115 - closed below; what fails from here on is the file's content
+        file = open(path, "rb")  # noqa: SIM115 - closed below; any later failure is due to the file's content
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except OSError as error:
@@ -382,7 +382,7 @@ def _load(path: str | os.PathLike[str]) -> Any:
 
 
 def _check_archive(path: str | os.PathLike[str], file: BinaryIO) -> None:
-    """Refuses an archive that would be larger in memory than it is on the disk: torch compresses nothing."""
+    """Refuses an archive that would be larger in memory than on disk: torch compresses nothing."""
     if zipfile.is_zipfile(file):
         with zipfile.ZipFile(file) as archive:
             if any(record.compress_type != zipfile.ZIP_STORED for record in archive.infolist()):
@@ -458,8 +458,8 @@ class _Reader:
         finite: bool = True,
         label: str = "",
     ) -> Tensor:
-        """values[key], a float32 tensor of `shape`, whose letters get their sizes where they first occur; called
-        `label` where it is at fault."""
+        """values[key], a float32 tensor of `shape`, whose letters get their sizes where they first occur; errors
+        call it `label`."""
         tensor = self.value(values, key, Tensor).detach()
         key = label or key
         fits = tensor.ndim == len(shape)
@@ -476,7 +476,7 @@ class _Reader:
         return tensor
 
     def _has_seg_head(self) -> bool:
-        """Published files without one hold torch.empty(0) there, the oldest of them nothing."""
+        """Published files without one hold torch.empty(0) there, the oldest ones nothing."""
         values = [self.state.get(_PARAMS[name][0]) for name in SEGMENTATION_HEAD]
         return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
 
@@ -526,7 +526,7 @@ class _Reader:
         checkpoint.extras = self._extras(checkpoint, self.value(ours, "extras", dict))
 
     def _extras(self, checkpoint: Checkpoint, extras: dict[Any, Any]) -> dict[str, Any]:
-        """Those that are known, each of its kind: files of later versions may have more."""
+        """The known extras, each of the right type: files of later versions may have more."""
         known = {key: self.value(extras, key, kind) for key, kind in _EXTRAS.items() if key in extras}
         for key, others in {"width": ("height", "distance", "bits"), "random": ("background",)}.items():
             for other in others if key in known else ():

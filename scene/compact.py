@@ -1,4 +1,4 @@
-"""Parameters in few bytes: on as many levels as pictures need, and packed."""
+"""Parameters in few bytes: quantised as finely as pictures need, and packed."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from scene.parameters import PARAMETERS
 
-# Bits of a stored value. Places decide about pixels, so they keep a 65535th of the frame; the eye and the mask take a
-# 255th of an opacity or colour. Measured in benchmarks/NOTES.md.
+# Bits of a stored value. Positions need sub-pixel precision, so they keep a 65535th of the frame; a 255th of
+# an opacity or colour is fine enough for the eye and the mask. Measured in benchmarks/NOTES.md.
 _BITS = {"xyz": 16, "m": 16, "w1": 12, "scaling": 10, "rotation": 10, "sigma": 10}
 _OTHER_BITS = 10
 _LOGITS = ("opacity", "opacity_seg", "rotation", "m")
@@ -36,7 +36,7 @@ def pack(params: Mapping[str, Tensor]) -> dict[str, Any]:
         low, high = (values.min(0), values.max(0)) if len(values) else (np.zeros(values.shape[1]),) * 2
         levels = (values - low) / np.maximum(high - low, 1e-12) * (2**bits - 1)
         stored = np.rint(levels).astype(np.uint16)  # (N, k)
-        # High bytes first, then low ones, column by column: alike things lie together, and pack better.
+        # High bytes first, then low ones, column by column: similar bytes lie together, and pack better.
         start = len(blob)
         blob += (stored >> 8).astype(np.uint8).T.tobytes() + (stored & 255).astype(np.uint8).T.tobytes()
         arrays[name] = {
@@ -51,7 +51,7 @@ def pack(params: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def unpack(packed: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What `pack` made, as parameters again. Raises ValueError, or what a missing or odd value raises."""
+    """The parameters that `pack` packed. Raises ValueError, or whatever a missing or odd value raises."""
     size = int(packed["size"])
     if not 0 <= size <= _MOST_BYTES:
         raise ValueError("its size")

@@ -65,12 +65,12 @@ class Frames:
         resolution: 1, 2, 4, 8 divide the size, another positive number is a width in pixels, -1 leaves frames
             up to WIDEST as they are.
         device: where frames are handed out. data_device: where they are kept (None: there too).
-        say: gets one line for each thing that the user should know, such as a gap in the numbering.
-        consecutive: whether numbers ought to follow each other, so that a gap is worth a line.
+        say: called with each line that the user should see, such as a gap in the numbering.
+        consecutive: whether numbers should be consecutive, so that a gap is worth a line.
         masks: read them by the rule of `patient.labels`: one channel, 1 is inside; a soft mask keeps its levels.
-        meaning: of masks, that of the sequence that they were taken out of.
+        meaning: of masks, that of the sequence they were taken from.
 
-        RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout goes.
+        RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout is dropped.
         Raises `UserError`: no folder, no frames, no or equal numbers, different sizes, unreadable files.
         """
         files = frame_files(folder)
@@ -132,7 +132,7 @@ class Frames:
 
     @property
     def bits(self) -> int:
-        """8 or 16 bits a channel; 32 for floats."""
+        """8 or 16 bits per channel; 32 for floats."""
         return _BITS[self.levels.dtype]
 
     def __call__(
@@ -143,9 +143,9 @@ class Frames:
     ) -> Tensor:
         """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`.
 
-        indices, mirrored: as tensors (B,) and () on `device` they are not waited for, where frames are kept there too.
+        indices, mirrored: as tensors (B,) and () on `device`, nothing waits for them where frames are kept there too.
         mirrored: flip them left-right, as the mirror camera sees them.
-        background: (C,) in [0, 1], what transparent frames lie on; None is black.
+        background: (C,) in [0, 1], behind transparent frames; None is black.
         """
         if not isinstance(indices, Tensor):
             indices = torch.tensor([indices] if isinstance(indices, int) else list(indices), dtype=torch.long)
@@ -168,7 +168,7 @@ class Frames:
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """``tensor`` on ``device``. Only a GPU can be sent to without waiting: what is read from one must have arrived."""
+    """``tensor`` on ``device``. Only copies to a GPU need not wait: what is read from one must have arrived."""
     return tensor.to(device, non_blocking=torch.device(device).type == "cuda")
 
 
@@ -219,8 +219,8 @@ def write_mirror(
 ) -> None:
     """Write the left-right flipped frames of `folder` to `mirror`, unless that is there.
 
-    It is a part of the published layout that other programs may look for. Nothing here reads it, so where it
-    cannot be written, that is said and no more.
+    It is part of the published layout, and other programs may look for it. Nothing here reads it, so failing to
+    write it is only a notice.
     """
     if os.path.lexists(mirror):
         return
@@ -253,7 +253,7 @@ def _resized(height: int, width: int, resolution: int) -> tuple[int, int]:
 
 
 def _split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
-    """(H, W), (H, W, 3) or (H, W, 4) -> colours (1 or 3, H, W), as few as do, and alpha (H, W) or None."""
+    """(H, W), (H, W, 3) or (H, W, 4) -> colours (1 or 3, H, W), one where all are equal, and alpha (H, W) or None."""
     alpha = array[:, :, 3] if array.shape[2:] == (4,) else None
     if alpha is not None and (alpha == _full(alpha.dtype)).all():
         alpha = None
@@ -266,7 +266,7 @@ def _split(array: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
 def _resize(
     colours: np.ndarray, alpha: np.ndarray | None, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Antialiased bicubic to (height, width) in the same type: all of its levels count, 16 bits too."""
+    """Antialiased bicubic to (height, width) in the same type, at its full depth: 16 bits stay 16 bits."""
     if colours.shape[1:] == size:
         return colours, alpha
     full = _full(colours.dtype)

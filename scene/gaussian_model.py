@@ -22,11 +22,11 @@ _LOGIT_EPS = 1e-6  # keeps the logit of a uniform draw finite
 
 
 class GaussianModel:
-    """Raw parameters by the names of their optimizer groups, and what they mean when active.
+    """Raw parameters by the names of their optimizer groups, and their active values.
 
     params: those of `scene.parameters`, in its order; those of the segmentation head where there is one. C is 1 for
         grey data and 3 for colour.
-    time_func: (K,) frame durations, or (K - 1, 1) logits of learned ones, a parameter then (`--use_dff`).
+    time_func: (K,) frame durations, or (K - 1, 1) logits of learned ones, then a parameter (`--use_dff`).
     """
 
     def __init__(self, params: Mapping[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
@@ -135,7 +135,7 @@ class GaussianModel:
         return (IMAGE, SEGMENTATION) if head_parameters(SEGMENTATION).opacity in self.params else (IMAGE,)
 
     def add_segmentation_head(self) -> None:
-        """A second head, a copy of the image head."""
+        """Adds a second head, a copy of the image head."""
         for source, name in zip(head_parameters(IMAGE), head_parameters(SEGMENTATION), strict=True):
             self.params[name] = nn.Parameter(self.params[source].detach().clone())
 

@@ -1,4 +1,4 @@
-"""Frames that training does not see, and where they lie among those that it sees: the test of what is in between."""
+"""Frames that training does not see, and where they lie among those it does: the test of in-between frames."""
 
 from __future__ import annotations
 
@@ -45,8 +45,7 @@ class HeldOut:
         """The held-out frames (or ``only`` some of them) interpolated from the kept ones, (M, C, H, W) in [0, 1]:
         method "linear" or "cubic", or "sdf" and "cubic sdf" for masks, through signed distances (0 and 1).
 
-        Like an image file's, values are rounded to the frames' levels: half-way ones to even, on levels, where halves
-        are exact.
+        Like an image file's, values are rounded to the frames' levels, halves to even; on levels, halves are exact.
         """
         at = self.positions if only is None else self.positions[list(only)]
         values = self.kept(range(len(self.kept)), background=background).cpu().numpy()
@@ -148,7 +147,7 @@ def _test(
 
 
 def _plain_geometry(root: str, frames: Frames) -> Geometry:
-    """Of frames of which nothing is known but their order, as prepare.py has it of a folder of images."""
+    """For frames of which only the order is known, as prepare.py does for a folder of images."""
     count = len(frames)
     top = {8: 255.0, 16: 65535.0}.get(frames.bits, 1.0)
     return Geometry(

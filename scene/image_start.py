@@ -1,6 +1,6 @@
-"""Gaussians taken from the frames: most of them where there is most to see, each with the look of its pixel.
+"""Gaussians taken from the frames: most of them where there is most to see, each with its pixel's colour.
 
-A random start spends its first thousand iterations on what the frames show plainly. The numbers below were chosen by
+A random start spends its first thousand iterations on what the frames show plainly. The numbers below were chosen on
 held-out frames (benchmarks/NOTES.md).
 """
 
@@ -22,9 +22,9 @@ from scene.parameters import IMAGE, SEGMENTATION, head_parameters
 from utils.spherical_harmonics import C0
 
 EDGE_BLUR = 1.0
-"""Pixels: how far from an edge its gradient draws Gaussians."""
+"""Pixels: how far from an edge its gradient attracts Gaussians."""
 FLOOR = 0.1
-"""Share of Gaussians that even ground gets, over the share that follows the frames' gradient."""
+"""Share of Gaussians spread evenly, relative to the share that follows the frames' gradient."""
 CONTOURS = 0.3
 """Share of Gaussians that follow the contours of masks beside images, likewise."""
 SCALE = 0.4
@@ -47,8 +47,8 @@ def image_start(
 ) -> GaussianModel:
     """N = ``options.num_pts`` Gaussians at pixels drawn in proportion to the frames' gradient there plus a floor.
 
-    sequences: the frames, K of them, or frames and the masks that belong to them: then the model has a segmentation
-        head, and contours draw Gaussians too.
+    sequences: the K frames, or the frames and their masks: then the model has a segmentation head, and contours
+        attract Gaussians too.
     background: (C,) in [0, 1], behind transparent frames. durations: (K,) of the frames, as in `GaussianModel.random`.
 
     Nothing moves (w1 = 0), colours are those of the pixels. All is drawn on the CPU, so that a seed means the same
@@ -76,7 +76,7 @@ def image_start(
             image = _shown(frames, k, background).expand(channels, -1, -1)
             values[head][here] = image.flatten(1).T[pixel[here]]
 
-    # Gaussians are drawn in the order of their index, first in front: none should be in front by its place in the scan.
+    # Gaussians are drawn in index order, the first in front: the scan's order must not decide which one that is.
     order = torch.randperm(n, generator=generator)
     density = n * interest[frame, pixel // first.width, pixel % first.width] / ends[-1]  # Gaussians per pixel
     spacing = torch.from_numpy(density**-0.5)[order]  # px

@@ -1,5 +1,5 @@
 """The table of per-Gaussian parameters. The model, its optimizer, checkpoints, point clouds and the bound on memory are
-made from it: a new parameter is a row here, an initial value in `scene.gaussian_model`, and its use in rendering."""
+derived from it: a new parameter is a row here, an initial value in `scene.gaussian_model`, and its use in rendering."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Parameter:
 
     @property
     def is_colour(self) -> bool:
-        """Whether the last axis are channels, of which published files have three."""
+        """Whether the last axis holds channels, of which published files have three."""
         return self.shape[-1] in ("C", "S")
 
     def column_names(self, count: int) -> list[str]:
@@ -109,7 +109,7 @@ def sizes_of(params: Mapping[str, Tensor]) -> dict[str, int]:
     sizes: dict[str, int] = {}
     for name, value in params.items():
         if name not in PARAMETERS:
-            raise ValueError(f"{name} is no parameter of a Gaussian")
+            raise ValueError(f"{name} is not a parameter of a Gaussian")
         wanted: tuple[int | str, ...] = ("N", *PARAMETERS[name].shape)
         fits = value.ndim == len(wanted) and all(
             size == (sizes.setdefault(n, size) if isinstance(n, str) else n)

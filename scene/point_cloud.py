@@ -25,7 +25,7 @@ from utils.files import atomic_write
 # Columns in the published order; those of the segmentation head, which are ours, come last.
 _ORDER = [*(name for name in PARAMETERS if name not in SEGMENTATION_HEAD), *SEGMENTATION_HEAD]
 _MAX_HEADER = 4 << 20  # bytes; a column for each of 50 thousand frames fits
-_LOGITS = "time_func holds logits of learned frame times"  # a comment that tells (K - 1, 1) from (K,)
+_LOGITS = "time_func holds logits of learned frame times"  # a comment that distinguishes (K - 1, 1) from (K,)
 
 
 def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor], time_func: Tensor) -> None:
@@ -60,7 +60,7 @@ def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor]
 def read_point_cloud(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], Tensor]:
     """Read such a file: the raw parameters as in `Checkpoint.params` and time_func, (K,) or (K - 1, 1).
 
-    Colours are grey (C = 1) where all three channels are equal; logits of DFF are known by a comment of ours.
+    Colours are grey (C = 1) where all three channels are equal; logits of DFF are marked by a comment of ours.
 
     Raises `UserError` where it is not one, before anything of the size that it claims is allocated.
     """

@@ -19,7 +19,7 @@ from utils.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A model, and all that its images depend on beside it."""
+    """A model, and everything else that its images depend on."""
 
     path: Path
     """The checkpoint."""
@@ -33,7 +33,7 @@ class Trained:
 
     @classmethod
     def load(cls, options: RenderOptions, say: Callable[[str], object]) -> Trained:
-        """The checkpoint that ``options`` name. What they give on the command line wins over what training had.
+        """The checkpoint that ``options`` name. The command line overrides the settings of the training.
 
         Raises `UserError`: no checkpoint, a damaged one, another degree than ``--poly_degree`` says, or a published
         one, which does not hold the frames' size, without its source frames.
@@ -86,8 +86,8 @@ def _background(saved: Checkpoint, options: RenderOptions) -> Tensor:
 
 
 def _antialiasing(saved: Checkpoint, options: RenderOptions) -> bool:
-    """As in training, which published checkpoints do not tell and ``cfg_args`` may, unless the command line says
-    otherwise."""
+    """As in training, unless the command line says otherwise. Published checkpoints do not record it; ``cfg_args``
+    may."""
     if saved.antialiasing is None or "antialiasing" in options.given:
         return options.antialiasing
     return saved.antialiasing

@@ -66,7 +66,7 @@ def test_every_parameter_has_its_group_and_its_row(heads):
     [
         ("sigma", torch.zeros(50, 1), "sigma has the shape"),
         ("m", torch.zeros(49, 1), r"m has the shape \(49, 1\), not \(50, 1\)"),
-        ("colour", torch.zeros(50, 1), "colour is no parameter"),
+        ("colour", torch.zeros(50, 1), "colour is not a parameter"),
         ("f_rest", torch.zeros(50, 3, 2), "f_rest has the shape"),  # f_dc has one channel
     ],
 )

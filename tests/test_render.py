@@ -493,12 +493,12 @@ def test_masks_that_do_not_fit(tmp_path, model, call):
     for content, words in (
         (torch.zeros(5, 2), r"00003.pt holds \(5, 2\), not points of shape \(M, 3\)"),
         ({"means": torch.zeros(5, 3)}, r"00003.pt holds dict, not points"),
-        (torch.full((20, 3), torch.nan), r"00003.pt holds values that are no finite floats"),
+        (torch.full((20, 3), torch.nan), r"00003.pt holds values that are not finite floats"),
     ):
         torch.save(content, points / "00003.pt")
         refused(words)
     (points / "00003.pt").write_bytes(b"nothing")
-    refused(r"00003.pt is damaged, or holds no tensor")
+    refused(r"00003.pt is damaged, or not a tensor")
 
 
 # ---- a user's function -----------------------------------------------------------------------------------------------
@@ -595,8 +595,8 @@ def test_the_example_stretches_along_the_columns(tmp_path, call):
         ("return means, scales, None", r"returned quaternions as NoneType, not as a tensor"),
         ("return means[:5], scales, quaternions", r"returned means of shape \(5, 3\), not \(60, 3\)"),
         ("return means, scales, quaternions[:, :3]", r"quaternions of shape \(60, 3\), not \(60, 4\)"),
-        ("return means / 0, scales, quaternions", r"means with values that are no finite floats"),
-        ("return means.long(), scales, quaternions", r"means with values that are no finite floats"),
+        ("return means / 0, scales, quaternions", r"means with values that are not finite floats"),
+        ("return means.long(), scales, quaternions", r"means with values that are not finite floats"),
         ("return means, -scales, quaternions", r"scales below 0"),
         ("return means, scales, 0 * quaternions", r"quaternions that are 0"),
         ("return means @ scales, scales, quaternions", r"failed at t = 0: RuntimeError: .*\(change.py:4\)"),

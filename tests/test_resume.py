@@ -406,7 +406,7 @@ def test_the_second_ctrl_c_stops_at_once(data, tmp_path, monkeypatch, capfd):
     before = signal.getsignal(signal.SIGINT)
     assert refused(data[0], tmp_path / "out", "--iterations", 30) == 130
     words = capfd.readouterr().err
-    assert "once more: stops at once" in words and "interrupted" in words
+    assert "again to stop at once" in words and "interrupted" in words
     assert not all_of(tmp_path / "out") and signal.getsignal(signal.SIGINT) is before
 
 

@@ -1,1 +1,1 @@
-"""The scene: frames, cameras, Gaussians, their files and their growth."""
+"""Training: the run, its iterations, density control, schedules, evaluation and reports."""

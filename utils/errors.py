@@ -23,12 +23,12 @@ _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class UserError(Exception):
-    """An error that the user can fix. The message is one line: what is wrong, where, and what to do about it."""
+    """An error that the user can fix. Its message is one line: what is wrong, where, and what to do about it."""
 
     def __init__(self, message: str) -> None:
         super().__init__(
             " ".join(line.strip() for line in message.splitlines())
-        )  # libraries' reasons have several
+        )  # messages from libraries may have several lines
 
 
 class ArgumentParser(argparse.ArgumentParser):
@@ -52,7 +52,7 @@ class ArgumentParser(argparse.ArgumentParser):
         raise UserError(f"{message}{self._meant()} (--help lists the options)")
 
     def _meant(self) -> str:
-        """What options that nobody knows are close to: ": did you mean --output?"."""
+        """A hint for unknown options, by the closest known ones: ": did you mean --output?"."""
         known = _options(self)
         found = {}
         for word in getattr(self, "_words", []):
@@ -73,7 +73,7 @@ class ArgumentParser(argparse.ArgumentParser):
         return ": did you mean " + ", ".join(f"{name} for {word}" for word, name in found.items()) + "?"
 
     def add_shared(self, max_pixels: int) -> None:
-        """The options that programs on images have in common; max_pixels: a default."""
+        """The options common to all programs that read images; max_pixels: their default limit."""
         self.add_argument(
             "--max_pixels",
             type=positive,
@@ -104,7 +104,7 @@ def positive(text: str) -> int:
 
 
 class StopRequest:
-    """Within it, SIGTERM and the first Ctrl-C are a request that the body looks for; the second stops it at once.
+    """Within it, SIGTERM and the first Ctrl-C set a flag that the body checks; the second stops it at once.
 
     with StopRequest() as stop:
         while not stop:
@@ -121,7 +121,7 @@ class StopRequest:
 
     @property
     def status(self) -> int:
-        """What a process that was asked to stop exits with: 130 after Ctrl-C, 143 after SIGTERM; 0 if it was not."""
+        """Exit status of a process that was asked to stop: 130 after Ctrl-C, 143 after SIGTERM; 0 if it was not."""
         return 128 + self.signal if self.signal else 0
 
     def __enter__(self) -> StopRequest:
@@ -140,26 +140,28 @@ class StopRequest:
                 raise KeyboardInterrupt
             sys.exit(128 + number)
         self.signal = number
-        # Not print: the signal may have come while something was printed.
-        os.write(2, b"\nasked to stop: finishing the iteration, then saving (once more: stops at once)\n")
+        # Not print: the signal may arrive in the middle of another print.
+        os.write(2, b"\nstopping: finishing the iteration, then saving (again to stop at once)\n")
 
 
 def run(
     main: Callable[[], int | None], if_out_of_memory: str = "take smaller images or fewer at once"
 ) -> NoReturn:
-    """Call `main` and exit the process with its status (None means 0). `if_out_of_memory`: what would help then.
+    """Call `main` and exit the process with its status (None means 0). `if_out_of_memory`: advice for that case.
 
     What a user can cause ends in one line on stderr, `<script>: error: ...`; `--debug` on the command line adds
     the traceback. Anything else is a bug of ours and keeps its traceback.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a path that is not text is no reason to fail
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path that is not valid text must not crash a message
     try:
         status = main() or 0
-        sys.stdout.flush()  # a closed pipe or a full disk shows here, not in the interpreter's own shutdown
+        sys.stdout.flush()  # so that a closed pipe or a full disk fails here, not in the interpreter's shutdown
     except UserError as error:
         status = _fail(str(error), 2)
-    except BrokenPipeError:  # `prepare.py ... | head`: the reader has what it wanted
+    except BrokenPipeError:  # `prepare.py ... | head`: the reader has all it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except OSError as error:
@@ -182,7 +184,7 @@ def run(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has a RuntimeError for it on the CPU, and a subclass on a GPU: their words are alike."""
+    """torch raises a RuntimeError on the CPU, and a subclass of it on a GPU; the messages are similar."""
     words = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in words or "can't allocate memory" in words
 

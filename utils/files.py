@@ -56,7 +56,7 @@ def atomic_write(path: str | os.PathLike[str], sync: bool = True) -> Iterator[Pa
 
 @contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`; at the end it becomes `path` and replaces an earlier folder.
+    """Yield a temporary folder beside `path`; at the end it becomes `path`, replacing any earlier folder.
 
     Missing parents are created. If the body raises, they stay and the temporary folder is removed. The caller decides
     beforehand whether an earlier folder may be replaced.
@@ -92,7 +92,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Create the folder `path` if it is missing, and hold it against other runs while the body runs.
+    """Create the folder `path` if it is missing, and lock it against other runs while the body runs.
 
     The lock is the operating system's, on the file `.lock`: it is released however the process ends, and the file left
     behind blocks nobody. Folders created here that are still empty at the end are removed.
@@ -112,7 +112,7 @@ def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         finally:
             (folder / LOCK).unlink(
                 missing_ok=True
-            )  # while held, or a waiting run would lock a file that is gone
+            )  # while held: otherwise, a waiting run would lock a deleted file
             os.close(descriptor)
     finally:
         for place in made:
@@ -121,11 +121,11 @@ def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def is_owned(folder: Path) -> bool:
-    """Whether a run on this machine holds ``folder`` now, by what its lock says; the lock itself is not touched."""
+    """Whether a run on this machine holds ``folder`` now, judging by its lock file; the lock itself is not touched."""
     try:
         _, process, _, host = (folder / LOCK).read_text().split()
         os.kill(int(process), 0)
-    except PermissionError:  # another user's, and alive
+    except PermissionError:  # another user's process, so alive
         return True
     except (OSError, ValueError):
         return False
@@ -198,7 +198,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError:
-        if not path.is_dir():  # some network file systems refuse to sync a folder, which loses nothing
+        if not path.is_dir():  # some network file systems refuse to sync a folder, which is harmless
             raise
     finally:
         os.close(descriptor)

@@ -18,7 +18,7 @@ from utils.errors import UserError
 from utils.files import atomic_write
 
 MAX_PIXELS = 8192 * 8192
-"""A PNG of a few kB can claim any size. This is beyond every scanner's frame, and 1 GiB as float RGBA."""
+"""A PNG of a few kB can claim any size. This exceeds any scanner's frame, and is 1 GiB as float RGBA."""
 _limit = MAX_PIXELS
 Image.MAX_IMAGE_PIXELS = None  # Pillow's own guard: a warning on stderr first, and no file name
 
@@ -47,7 +47,7 @@ def natural_order(paths: Iterable[_AnyPath]) -> list[_AnyPath]:
 
 
 def image_files(folder: str | os.PathLike[str], extensions: Iterable[str] = READABLE) -> list[Path]:
-    """The image files of a folder in natural order; hidden files and other kinds are left out."""
+    """The image files of a folder in natural order; hidden files and other file types are left out."""
     wanted = {extension.lower() for extension in extensions}
     try:
         return natural_order(
@@ -92,7 +92,7 @@ def _read(path: Path, levels: bool = False) -> np.ndarray:
         raise UserError(f"{path} does not exist") from None
     except PermissionError:
         raise UserError(f"{path} may not be read: check its permissions") from None
-    except Exception as error:  # each decoder has exceptions of its own for damaged bytes
+    except Exception as error:  # each decoder raises its own exceptions for damaged bytes
         reason = "not an image" if isinstance(error, UnidentifiedImageError) else f"damaged ({error})"
         raise UserError(f"{path} cannot be read: {reason}") from error
     if array.ndim == 3 and array.shape[2] == 1:
@@ -111,14 +111,14 @@ def _read(path: Path, levels: bool = False) -> np.ndarray:
 def read_levels(path: str | os.PathLike[str]) -> np.ndarray:
     """One mask or label map as stored numbers: (H, W), or (H, W, 3 or 4) where it has colours.
 
-    Palette images are their indices, 1-bit ones 0 and 1; whole numbers of any width and sign, and finite floats of any
-    size, are given as they are. Raises UserError as `read_image`.
+    Palette images give their indices, 1-bit ones 0 and 1; integers of any width and sign, and any finite floats, are
+    returned as they are. Raises UserError as `read_image` does.
     """
     return _read(Path(path), levels=True)
 
 
 def is_indexed(path: str | os.PathLike[str]) -> bool:
-    """Whether an image file is one of palette indices, by its header."""
+    """Whether an image file holds palette indices, by its header."""
     try:
         with Image.open(path) as image:
             return image.mode in ("P", "PA")
@@ -127,7 +127,7 @@ def is_indexed(path: str | os.PathLike[str]) -> bool:
 
 
 def to_unit(array: np.ndarray) -> np.ndarray:
-    """Stored values to float32 in [0, 1] by their type's full range; floats are taken to be there already."""
+    """Stored values to float32 in [0, 1] by their type's full range; floats are assumed to be in it already."""
     if array.dtype == np.bool_:
         return array.astype(np.float32)
     if np.issubdtype(array.dtype, np.unsignedinteger):
@@ -196,7 +196,7 @@ def _without_axis(array: np.ndarray) -> np.ndarray:
 
 
 def check_pixels(path: Path, width: int, height: int) -> None:
-    """Raise UserError where an image of that size is over the limit of `limit_pixels`; to be asked before decoding."""
+    """Raise UserError where an image of that size exceeds the limit of `limit_pixels`; called before decoding."""
     if width * height > _limit:
         raise UserError(
             f"{path} is {width} x {height} pixels, over the limit of {_limit:,}: make it smaller, or raise the limit "
@@ -225,7 +225,7 @@ def _read_tiff(path: Path, levels: bool) -> np.ndarray:
         except ValueError as error:
             if "imagecodecs" not in str(error):
                 raise
-            return _read_pillow(path, levels)  # LZW, JPEG and fax codes, which Pillow brings along
+            return _read_pillow(path, levels)  # LZW, JPEG and fax codecs, which come with Pillow
         if photometric == tifffile.PHOTOMETRIC.PALETTE and not levels:
             return (page.colormap[:, array] // 257).astype(np.uint8).transpose(1, 2, 0)
     if planar == tifffile.PLANARCONFIG.SEPARATE and array.ndim == 3:
@@ -287,7 +287,7 @@ def _read_pillow(path: Path, levels: bool) -> np.ndarray:
 
 
 def _read_jpeg(image: Image.Image) -> np.ndarray:
-    """A JPEG turned as its EXIF orientation says that it is to be seen."""
+    """A JPEG rotated as its EXIF orientation says."""
     upright = ImageOps.exif_transpose(image)
     return np.asarray(upright if upright.mode in ("L", "RGB") else upright.convert("RGB"))
 
@@ -311,16 +311,16 @@ def _read_png16(path: Path, raw_mode: str) -> np.ndarray:
 def _encode_png(levels: np.ndarray) -> bytes:
     """A PNG of levels (H, W), (H, W, 3) or (H, W, 4), uint8 or uint16.
 
-    Rows are stored as differences to the row above, and packed as runs of equal bytes. On medical frames that is as
-    small as Pillow's default and four times as fast; and zlib lets other threads go on, which Pillow's encoder does
-    not. Pillow has no 16-bit colour, besides.
+    Rows are stored as differences from the row above, and packed as runs of equal bytes. On medical frames that is as
+    small as Pillow's default and four times as fast; zlib also releases the interpreter lock, which Pillow's encoder
+    does not; and Pillow cannot write 16-bit colour.
     """
     height, width = levels.shape[:2]
     rows = np.ascontiguousarray(levels, levels.dtype.newbyteorder(">")).view(np.uint8).reshape(height, -1)
     filtered = np.empty((height, rows.shape[1] + 1), np.uint8)
     filtered[:, 0] = 2  # the filter "up"
     filtered[0, 1:] = rows[0]
-    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # wraps modulo 256, as the format wants
+    np.subtract(rows[1:], rows[:-1], out=filtered[1:, 1:])  # wraps modulo 256, as the format requires
     packer = zlib.compressobj(6, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
     data = packer.compress(filtered.data) + packer.flush()
 

@@ -1,4 +1,4 @@
-"""LPIPS, a perceptual distance of images; a network of another package, where that is installed."""
+"""LPIPS, a perceptual distance between images: a network from an optional package."""
 
 from __future__ import annotations
 

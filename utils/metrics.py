@@ -24,10 +24,10 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def ssim(images: Tensor, targets: Tensor) -> list[float]:
-    """Structural similarity of each image, (B, C, H, W) in [0, 1] each, as scikit-image has it by default: windows of
+    """Structural similarity of each image, (B, C, H, W) in [0, 1] each, with scikit-image's defaults: windows of
     7 x 7 pixels, evenly weighted, that lie inside the frame; the mean over channels.
 
-    It is the figure that evaluations report. The loss has another: 11 x 11 pixels, Gaussian weights, zeros around.
+    Evaluations report this figure. The loss has a different one: 11 x 11 pixels, Gaussian weights, zero padding.
     """
     side = min(images.shape[-2:])
     window = min(_SSIM_WINDOW, side - 1 + side % 2)  # odd, and no larger than the frame
@@ -37,13 +37,15 @@ def ssim(images: Tensor, targets: Tensor) -> list[float]:
         return float(structural_similarity(target, image, channel_axis=0, **options))
 
     frames = (values.double().cpu().numpy() for values in (images.clamp(0, 1), targets))
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # its filters let other threads go on
+    with ThreadPoolExecutor(
+        min(8, os.cpu_count() or 1)
+    ) as threads:  # its filters release the interpreter lock
         return list(threads.map(of_frame, *frames))
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a sequence, one entry a frame; ``a + b`` is the two sequences one after the other."""
+    """Scores of a sequence, one entry per frame; ``a + b`` concatenates two sequences."""
 
     l1: list[float] = field(default_factory=list)
     psnr: list[float] = field(default_factory=list)  # dB
@@ -51,7 +53,7 @@ class Scores:
     overlaps: list[int] = field(default_factory=list)
     """Pixels inside both masks: where the mean of the channels is 0.5 or more."""
     sizes: list[int] = field(default_factory=list)
-    """Pixels inside the one, plus pixels inside the other."""
+    """Pixels inside one mask, plus pixels inside the other."""
 
     @classmethod
     def of(cls, images: Tensor, targets: Tensor) -> Scores:

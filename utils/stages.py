@@ -1,4 +1,4 @@
-"""Named stages of a long computation, for whoever measures them: a hook that costs nothing while nobody does."""
+"""Named stages of a long computation, to be timed: a hook that costs nothing while nobody watches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _watch: Watch | None = None
 
 
 def stage(name: str) -> AbstractContextManager[object]:
-    """What the work of a stage runs in: ``with stage("loss"): ...``."""
+    """The context that a stage's work runs in: ``with stage("loss"): ...``."""
     return _watch(name) if _watch else _nobody
 
 
@@ -20,7 +20,7 @@ def watched(watch: Watch) -> Iterator[None]:
     """Within it every stage runs in the context that ``watch`` returns for its name. One watch at a time."""
     global _watch
     if _watch is not None:
-        raise RuntimeError("the stages are watched already")
+        raise RuntimeError("the stages are already being watched")
     _watch = watch
     try:
         yield

@@ -1,7 +1,7 @@
-"""How many threads torch's operators use and how they wait; imported first, as OpenMP reads it when torch is loaded.
+"""How many threads torch's operators use and how they wait; imported first, as OpenMP reads this when torch is loaded.
 
-Threads that spin while they wait take the processor from those that others run: on a busy machine, training was 10 to
-18 times slower. What the user set stands.
+Threads that spin while waiting take the processor from other programs' threads: on a busy machine, training was 10 to
+18 times slower. Settings made by the user are kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 def container_share() -> int | None:
     """How many processors a control group (version 2) leaves this process, at least 1; None where none bounds it."""
-    try:  # microseconds of processor time, and in how many of the clock
+    try:  # microseconds of processor time, and the period in microseconds
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         return max(1, round(int(quota) / int(period)))
     except (OSError, ValueError):  # no such system, or "max"
@@ -20,7 +20,7 @@ def container_share() -> int | None:
 
 
 def slurm_share() -> int | None:
-    """The processors that a job of Slurm has per task (`--cpus-per-task`); None outside one, or where it says none."""
+    """The processors that a Slurm job has per task (`--cpus-per-task`); None outside a job, or where it is not set."""
     given = os.environ.get("SLURM_CPUS_PER_TASK", "")
     return int(given) if given.isdecimal() and int(given) else None
 
@@ -35,4 +35,4 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if (_asked := slurm_share()) is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_asked))
 if (_share := container_share()) is not None and _share < (os.cpu_count() or 1):
-    os.environ.setdefault("OMP_NUM_THREADS", str(_share))  # otherwise one thread for each of the host's
+    os.environ.setdefault("OMP_NUM_THREADS", str(_share))  # otherwise one thread per processor of the host

@@ -13,7 +13,7 @@ Clock = Callable[[], float]
 
 
 class Parts:
-    """Seconds on the clock that the parts of a run took, by name.
+    """Wall-clock seconds that the parts of a run took, by name.
 
     with parts("evaluation"):
         ...
@@ -33,7 +33,7 @@ class Parts:
 
 
 def in_words(seconds: float) -> str:
-    """As a person says it: "40 s", "4 min", "2 h 10 min"."""
+    """In readable form: "40 s", "4 min", "2 h 10 min"."""
     if seconds < 99.5:
         return f"{max(seconds, 1):.0f} s"
     minutes = round(seconds / 60)
