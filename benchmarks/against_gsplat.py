@@ -28,7 +28,7 @@ from scene.parameters import IMAGE
 from utils.spherical_harmonics import to_colour
 
 VIEWS = 5  # of the folded scene: what an iteration with in-between frames draws
-MOST_OPACITY = 0.98  # alpha is clamped at 0.99 here and at 0.999 there: nothing gets so far
+MOST_OPACITY = 0.98  # alpha is clamped at 0.99 here and at 0.999 there: nothing gets that far
 # Of a pixel in [0, 1]; another filter, half a pixel or another order gives ten times that.
 LARGEST_MEAN_DIFFERENCE = 1e-3
 
@@ -47,7 +47,7 @@ def against_gsplat(bench: Bench) -> dict[str, Any]:
 
 
 def scenes_table(section: Mapping[str, Any]) -> str:
-    """A row for each way to draw each scene; ratios to ours."""
+    """One row per way to draw each scene; ratios to ours."""
     scenes = section["scenes"]
     headers = [f"forward and backward; gsplat {section['version']}", "drawn by", *times_headers(scenes[0])]
     rows = [[scene["scene"], *row] for scene in scenes for row in times_rows(scene, scene["ours"])]
@@ -73,19 +73,19 @@ def _importable(bench: Bench) -> ModuleType:
         raise Unavailable("it needs a CUDA device")
     try:
         import gsplat
-        from gsplat.cuda._backend import _C  # compiled here and now where it came without a binary
+        from gsplat.cuda._backend import _C  # compiled now if it came without a binary
     except (ImportError, OSError, RuntimeError) as error:
         raise Unavailable(f"gsplat cannot be imported ({str(error).strip().splitlines()[0]})") from None
     if _C is None:
-        raise Unavailable("gsplat has no compiled kernels, and found no CUDA toolkit to make them")
+        raise Unavailable("gsplat has no compiled kernels, and found no CUDA toolkit to compile them")
     return gsplat
 
 
 def drawer(
     gsplat: ModuleType, camera: Camera, device: torch.device, views: int | None = None
 ) -> Callable[..., Tensor]:
-    """What draws Gaussians with gsplat as ``camera`` sees them, (C, H, W), or so many ``views`` in one call, each of
-    Gaussians of its own, (views, C, H, W).
+    """A function that draws Gaussians with gsplat as ``camera`` sees them, (C, H, W), or ``views`` views in one call,
+    each with its own Gaussians, (views, C, H, W).
 
     The low-pass filter and the near plane are ours, the tiles of 16 pixels its own. Its pixel centres lie at halves,
     ours at whole numbers: the same ray for half the width there.
@@ -169,10 +169,10 @@ def general_scene(bench: Bench, gsplat: ModuleType) -> dict[str, Any]:
 
 
 def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
-    """Small flat Gaussians of one depth, several views of a small image.
+    """Small flat Gaussians at one depth, several views of a small image.
 
     From the model's raw parameters: the folded operator, once, and gsplat behind the cut in PyTorch. From the cut on:
-    gsplat, all views in one call, one channel, and our general rasteriser, once a view.
+    gsplat, all views in one call, one channel, and our general rasteriser, once per view.
     """
     camera = Camera(64, 48) if bench.quick else Camera(197, 233)
     model = model_in_training(n, camera, DEGREE, bench.device)
@@ -185,7 +185,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
     raw = [p for p in model.params.values() if p.numel()]
 
     def activated() -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Means, quaternions, scales and which are drawn, (V, N, ...); opacities and colours, (N, ...)."""
+        """Means, quaternions, scales and a mask of those drawn, (V, N, ...); opacities and colours, (N, ...)."""
         cuts = [cut(model, position) for position in positions]
         (opacities,), (colours,) = model.opacities([IMAGE]), to_colour(model.raw_colours([IMAGE], camera))
         means, quaternions, scales = (
@@ -202,7 +202,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         colours: Tensor,
         packed: bool = False,
     ) -> Tensor:
-        seen = opacities * drawn  # what has no opacity is culled first of all
+        seen = opacities * drawn  # Gaussians without opacity are culled first of all
         return theirs(means, quaternions, scales, seen, colours.expand(VIEWS, -1, -1), packed)
 
     scene = [t.detach().requires_grad_(t.is_floating_point()) for t in activated()]
@@ -212,7 +212,7 @@ def folded_scene(bench: Bench, gsplat: ModuleType, n: int) -> dict[str, Any]:
         means, quaternions, scales, drawn, opacities, colours = scene
         images = []
         for v, position in enumerate(positions):
-            weights = drawn[v].float()  # not read by what draws
+            weights = drawn[v].float()  # not read by the renderer
             at = editing.Cut(position, means[v], scales[v], quaternions[v], weights)
             images.append(draw(at, drawn[v], opacities, colours, camera, folded.background))
         return torch.stack(images)
@@ -248,13 +248,13 @@ def _backward(draw: Callable[[], Tensor], leaves: Sequence[Tensor], v_images: Te
 def _compared(
     images: Tensor, others: Tensor, gradients: Sequence[Tensor], other_gradients: Sequence[Tensor]
 ) -> dict[str, float]:
-    """How far the two are apart. Raises `Unavailable` where they are not the same images: times would say nothing.
+    """How far the two images differ. Raises `Unavailable` if they are not the same: times would then mean nothing.
 
-    Rounding alone makes a few pixels differ: two Gaussians of nearly one depth change places, one of alpha 1/255 goes.
+    Rounding alone makes a few pixels differ: two Gaussians at nearly the same depth swap, one at alpha 1/255 is cut.
     """
     mean = float((images - others).detach().abs().mean())
     if not mean <= LARGEST_MEAN_DIFFERENCE:
-        raise Unavailable(f"gsplat's image is another one: pixels differ by {mean:.2g} in the mean")
+        raise Unavailable(f"gsplat's image is different: pixels differ by {mean:.2g} on average")
     relative = [
         float((g - h).norm() / h.norm())
         for g, h in zip(gradients, other_gradients, strict=True)

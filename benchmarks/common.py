@@ -28,7 +28,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def synchronise(device: torch.device) -> None:
-    """Waits until everything that was asked of ``device`` is done."""
+    """Waits until all work queued on ``device`` is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -38,8 +38,8 @@ def measure(
 ) -> dict[str, float]:
     """Median seconds of one call of each function, over ``repeats`` calls.
 
-    The functions take turns, so that whatever else the machine does falls on all of them: their ratios can be trusted
-    further than their times.
+    The functions take turns, so that whatever else the machine does affects all of them alike: their ratios are more
+    reliable than their times.
     """
     spent: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(warmup + repeats):
@@ -54,7 +54,7 @@ def measure(
 
 
 def start_trace() -> profile:
-    """Begins to note what CUDA devices do, until `kernels_of`."""
+    """Starts tracing CUDA devices, until `kernels_of`."""
     trace = profile(activities=[ProfilerActivity.CUDA])
     with warnings.catch_warnings():  # that it forgets an earlier trace: there is none
         warnings.filterwarnings("ignore", message=".*Profiler clears events")
@@ -101,7 +101,7 @@ def kernel_seconds(
 def measure_on_device(
     device: torch.device, functions: Mapping[str, Callable[[], object]], repeats: int, warmup: int = 2
 ) -> dict[str, float]:
-    """Mean seconds for which one call of each function keeps the device at work: the sum of its kernels, without the
+    """Mean seconds for which one call of each function keeps the device busy: the sum of its kernels, without the
     gaps in which the device waits for Python to launch the next. Empty where `kernel_seconds` is."""
     out = {
         name: sum(kernel_seconds(device, function, repeats, warmup).values())
@@ -114,7 +114,7 @@ def measure_on_device(
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Machine, device and versions, for the head of a result; None for what cannot be found out."""
+    """Machine, device and versions, for the head of a result; None for what is unknown."""
     commit = output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD")
     changed = output("git", "-C", str(ROOT), "status", "--porcelain", "--untracked-files=no")
     about: dict[str, Any] = {
@@ -153,7 +153,7 @@ def _processor() -> str:
 
 
 def output(*command: str) -> str | None:
-    """What a command prints; None where there is no such command, or it fails."""
+    """What a command prints; None if there is no such command, or it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.strip()
     except (OSError, subprocess.SubprocessError):
@@ -164,7 +164,7 @@ def output(*command: str) -> str | None:
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """An aligned Markdown table: numbers to the right, in three digits. None is a dash."""
+    """An aligned Markdown table: numbers right-aligned, with three digits. None is a dash."""
     cells = [list(headers), *([shown(value) for value in row] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     left = [all(isinstance(row[i], str) for row in rows) for i in range(len(headers))]
@@ -182,7 +182,7 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def shown(value: object) -> str:
-    """A cell: three significant digits, and no exponent where a reader can do without."""
+    """A cell: three significant digits, and no exponent where it can be avoided."""
     if value is None:
         return "-"
     if not isinstance(value, float):
@@ -191,12 +191,12 @@ def shown(value: object) -> str:
 
 
 def times_headers(times: Mapping[str, Any]) -> list[str]:
-    """Of `times_rows`, but for the name."""
+    """Column headings of `times_rows`, except for the name."""
     return ["ms on the clock", "ratio", *(["ms on the device", "ratio"] if "device_seconds" in times else [])]
 
 
 def times_rows(times: Mapping[str, Any], ours: str) -> list[list[Any]]:
-    """A row for each thing measured by `Bench.times`: its name, milliseconds, and how often ``ours`` fits into them."""
+    """One row per entry of `Bench.times`: its name, milliseconds, and how many times longer it takes than ``ours``."""
     kinds = [times[kind] for kind in ("seconds", "device_seconds") if kind in times]
     return [
         [name, *(value for s in kinds for value in (1e3 * s[name], s[name] / s[ours]))] for name in kinds[0]
@@ -213,7 +213,7 @@ def ratios(times: Mapping[str, Any], theirs: Sequence[str], ours: str) -> dict[s
 
 
 def surface_table(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Distances in mm of what meshes.py measured, one row a method, for each smoothing."""
+    """Distances in mm measured by meshes.py, one row per method, for each smoothing."""
     headers = ["case", "kept", "interp", "mesh of", "smoothing", "ASD, mm", "HD95, mm", "HD, mm"]
     rows = [
         [line["case"], f"1/{line['keep']}", line["interp"], _mesh_of(row, line), row["smoothing"]]
@@ -237,7 +237,7 @@ def write_json(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def run_program(name: str, *arguments: str) -> float:
-    """Runs one of the project's programs as a user does; returns its seconds. Raises `UserError` with what it said."""
+    """Runs one of the project's programs as a user does; returns its seconds. Raises `UserError` with its output."""
     start = time.perf_counter()
     command = [sys.executable, str(ROOT / name), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

@@ -1,4 +1,4 @@
-"""A training iteration on a GPU, phase by phase: the bytes and operations that it needs, and the time that it takes."""
+"""A training iteration on a GPU, phase by phase: the bytes and operations it needs, and the time it takes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def floors_table(section: Mapping[str, Any]) -> str:
 
 
 def floors_note(section: Mapping[str, Any]) -> str:
-    """What the floors are made of."""
+    """What the floors are computed from."""
     can, pairs = section["attainable"], {name: n / 1e6 for name, n in section["pairs"].items()}
     return (
         f"{pairs['listed']:.3g} million pairs of Gaussian and tile ({CUDA.tile} x {CUDA.tile} px), "

@@ -1,9 +1,9 @@
-"""Mutated headers of every kind of volume: none may end in a traceback, a crash, or much memory or time.
+"""Mutated headers of every kind of volume: none may cause a traceback, a crash, or excessive memory or time.
 
     python -m benchmarks.fuzz_files --count 20000
 
-Small files of each kind are made, bytes of their headers are changed, and each is read in a process that stays until it
-dies: an answer is a volume or one line. Recorded in benchmarks/results/fuzz_files.json.
+Small files of each kind are made, bytes of their headers are changed, and each is read in a process that is reused
+until it dies: a valid answer is a volume or one line of error. Recorded in benchmarks/results/fuzz_files.json.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SHAPE = (16, 14, 6)
 
 
 def samples(folder: Path) -> dict[str, Path]:
-    """A small file of each kind, by its name."""
+    """A small file of each kind, by name."""
     values = (np.arange(np.prod(SHAPE)).reshape(SHAPE) % 251).astype(np.int16)
     affine = np.diag([-0.8, 0.9, 3.0, 1.0])
     files: dict[str, Path] = {}
@@ -159,7 +159,7 @@ def _video(frames: np.ndarray, keep: Callable[[str], Path]) -> None:
 
 
 def mutated(data: bytes, chance: random.Random) -> bytes:
-    """Bytes with one to four changes, most of them in the header: set, a run overwritten, cut, put in, taken out."""
+    """Bytes with one to four changes, most of them in the header: set, overwritten, cut off, inserted, deleted."""
     out = bytearray(data)
     for _ in range(chance.randint(1, 4)):
         top = min(len(out), HEADER) if chance.random() < 0.85 else len(out)
@@ -182,7 +182,7 @@ def mutated(data: bytes, chance: random.Random) -> bytes:
 
 
 def read(path: Path) -> str:
-    """Read a file as the programs do; how it went, in a word. Anything but a UserError is a bug."""
+    """Read a file as the programs do; returns the outcome in a word. Anything but a UserError is a bug."""
     try:
         if path.name.startswith("seg"):
             segments = read_segments(path)
@@ -202,7 +202,7 @@ def read(path: Path) -> str:
 
 
 def _worker(pipe: Any) -> None:
-    # Twice what is allowed: what goes beyond fails as an allocation, and is told from a crash.
+    # Twice what is allowed: anything beyond fails as an allocation, which can be told from a crash.
     base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     resource.setrlimit(resource.RLIMIT_DATA, (base + 2 * MOST_BYTES, base + 2 * MOST_BYTES))
     while (path := pipe.recv()) is not None:
@@ -220,7 +220,7 @@ def _worker(pipe: Any) -> None:
 
 
 def fuzz(count: int, seed: int, kinds: list[str] | None = None, keep: Path | None = None) -> dict[str, Any]:
-    """Read `count` mutated files, spread over the kinds; what happened, and the worst of each."""
+    """Read `count` mutated files, spread over the kinds; returns what happened, and the worst of each."""
     words: dict[str, Counter[str]] = {}
     worst = {"seconds": (0.0, ""), "bytes": (0, "")}
     bad: list[str] = []

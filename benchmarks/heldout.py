@@ -1,4 +1,4 @@
-"""Cases of which frames are left out, what fills them in without a model, and how that is scored."""
+"""Cases with frames left out, methods that fill them in without a model, and their scores."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from utils.images import read_image, to_grey
 from utils.lpips import lpips_distance
 from utils.metrics import Scores
 
-KINDS = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}  # of frames, that a pipeline trains on
+KINDS = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}  # of frames that a pipeline trains on
 Flow = tuple[np.ndarray, np.ndarray]  # down and right, (H, W) pixels each
 Filled = dict[str, dict[str, np.ndarray]]  # method -> img or seg -> (M, H, W) in [0, 1]
 CLASSICAL: dict[str, tuple[str, ...]] = {
@@ -36,7 +36,7 @@ CLASSICAL: dict[str, tuple[str, ...]] = {
     "sdf along flow": ("img", "seg"),
     "prediction": (),
 }
-"""Methods of `fill`, and what a case has to have for them."""
+"""Methods of `fill`, and what a case needs for them."""
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -44,10 +44,10 @@ CLASSICAL: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True, eq=False)
 class HeldOutCase:
-    """A folder with img/original, seg/original or both, all F frames of it.
+    """A folder with img/original, seg/original or both, with all its F frames.
 
-    files, frames: by kind, img or seg; frames (F, H, W) grey in [0, 1]. spacing: from one frame, row and column to the
-    next, mm, or 1 where nobody knows.
+    files, frames: by kind, img or seg; frames (F, H, W) grey in [0, 1]. spacing: between frames, rows and
+    columns, mm, or 1 if unknown.
     """
 
     name: str
@@ -63,17 +63,17 @@ class HeldOutCase:
         return len(next(iter(self.frames.values())))
 
     def only(self, pipeline: str) -> HeldOutCase:
-        """What of the case ``pipeline`` trains on. Raises UserError where it has no such frames."""
+        """The kinds of frames that ``pipeline`` trains on. Raises UserError if the case lacks them."""
         if missing := set(KINDS[pipeline]) - set(self.files):
             lacking = " and ".join(f"{kind}/original" for kind in sorted(missing))
             raise UserError(
-                f"--pipeline {pipeline}: {self.name} has no {lacking}, or images that are its masks"
+                f"--pipeline {pipeline}: {self.name} has no {lacking}, or its images are the masks"
             )
         files, frames = ({kind: of[kind] for kind in KINDS[pipeline]} for of in (self.files, self.frames))
         return replace(self, files=files, frames=frames)
 
     def split(self, keep: int) -> tuple[np.ndarray, np.ndarray]:
-        """Numbers of the frames that are kept, every ``keep``-th, and of those left out between two of them."""
+        """Numbers of the frames kept, every ``keep``-th, and of those left out in between."""
         kept = np.arange(0, len(self), keep)
         return kept, np.setdiff1d(np.arange(kept[-1]), kept)
 
@@ -87,7 +87,7 @@ class HeldOutCase:
 
 
 def read_case(folder: Path) -> HeldOutCase:
-    """The case in ``folder``. Images that are the masks once more are left out."""
+    """The case in ``folder``. Images identical to the masks are left out."""
     files = {
         kind: frame_files(folder / kind / "original")
         for kind in KINDS["joint"]
@@ -126,14 +126,14 @@ def read(files: Sequence[Path]) -> np.ndarray:
 
 
 def in_8_bits(images: np.ndarray) -> np.ndarray:
-    """Values in [0, 1] on the levels of 8 bits, as in a file. Half-way ones go to the even level, also where float32
-    has them a little above or below."""
+    """Values in [0, 1] rounded to 8-bit levels, as in a file. Half-way values go to the even level, even where float32
+    puts them slightly above or below."""
     return np.rint(np.round(255 * images.astype(np.float64).clip(0, 1), 3)) / 255
 
 
 def scores_of(kind: str, images: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Of (T, H, W) in [0, 1] each: PSNR, SSIM and, where it is installed, LPIPS of images, rounded to 8 bits as files
-    are; Dice and PSNR of masks."""
+    """Scores of two (T, H, W) in [0, 1]: PSNR, SSIM and, if installed, LPIPS of images, rounded to 8 bits as in files;
+    Dice and PSNR of masks."""
     images = in_8_bits(images) if kind == "img" else images.astype(np.float64)
     pairs = [torch.from_numpy(np.ascontiguousarray(frames))[:, None] for frames in (images, truth)]
     found = Scores.of(*pairs)
@@ -154,9 +154,9 @@ def _perceptual() -> Callable[[torch.Tensor, torch.Tensor], float] | None:
 
 
 def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray, prediction: bool = True) -> Filled:
-    """The frames ``at`` from those ``kept``, by every classical method that suits the case.
+    """The frames ``at``, from the ``kept`` ones, by every classical method that suits the case.
 
-    linear: of every pixel. cubic: the spline through all frames. flow: both neighbours carried along TV-L1 flow and
+    linear: per pixel. cubic: the spline through all frames. flow: both neighbours carried along TV-L1 flow and
     blended. For masks, sdf and cubic sdf: of signed distances; sdf along flow: these carried along the images' flow.
     prediction: what interpolate.py makes, by its method motion (minutes on a CPU; left out if ``prediction`` is false).
     """
@@ -174,7 +174,7 @@ def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray, prediction: bool =
         if flows:
             gap = step * float(np.mean(np.diff(kept)))
             distances = signed_distances(masks, tuple(pixel), gap)
-            # Splines overshoot where distances have their ridges, half-way between outlines.
+            # Splines overshoot at the ridges of the distances, half-way between outlines.
             out["sdf along flow"] = {"seg": carried(distances, flows, kept, at, order=1) > 0}
     if prediction:
         out["prediction"] = predicted(case, kept, at)
@@ -182,7 +182,7 @@ def fill(case: HeldOutCase, kept: np.ndarray, at: np.ndarray, prediction: bool =
 
 
 def predicted(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> dict[str, np.ndarray]:
-    """The in-between prediction, by kind: (M, H, W) in [0, 1]. Of millimetres it knows as little as train.py here."""
+    """The in-between prediction, by kind: (M, H, W) in [0, 1]. Like train.py here, it knows no spacing in mm."""
     given = {kind: torch.from_numpy(f[kept]).float()[:, None] for kind, f in case.frames.items()}
     between = InBetween(given.get("img", given.get("seg")), given.get("seg"))
     k, alpha = neighbours(kept, at)
@@ -194,13 +194,13 @@ def predicted(case: HeldOutCase, kept: np.ndarray, at: np.ndarray) -> dict[str, 
 
 
 def neighbours(kept: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The kept frame before each time, and how far on the way to the next."""
+    """The kept frame before each time, and the fraction of the way to the next."""
     k = np.clip(np.searchsorted(kept, at, "right") - 1, 0, len(kept) - 2)
     return k, (at - kept[k]) / (kept[k + 1] - kept[k])
 
 
 def tvl1_flows(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> dict[int, tuple[Flow, Flow]]:
-    """scikit-image's TV-L1 flow, forward and backward, around every kept frame k that is followed by some of ``at``.
+    """scikit-image's TV-L1 flow, forward and backward, around every kept frame k that is followed by any of ``at``.
     frames: the kept ones, (K, H, W) float32 in [0, 1]."""
     options = {"attachment": 10, "num_warp": 5}
     return {
@@ -212,8 +212,8 @@ def tvl1_flows(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> dict[int
 def carried(
     values: np.ndarray, flows: dict[int, tuple[Flow, Flow]], kept: np.ndarray, at: np.ndarray, order: int
 ) -> np.ndarray:
-    """Both neighbours of every time carried there along their flow, and blended: (K, H, W) -> (M, H, W).
-    order: of the spline that they are read with."""
+    """Both neighbours of every time, warped there along their flow and blended: (K, H, W) -> (M, H, W).
+    order: of the spline that samples them."""
     row, column = np.meshgrid(*map(np.arange, values.shape[1:]), indexing="ij")
     out = []
     for k, t in zip(*neighbours(kept, at), strict=True):
@@ -228,6 +228,6 @@ def carried(
 
 
 def tvl1(frames: np.ndarray, kept: np.ndarray, at: np.ndarray) -> np.ndarray:
-    """Frames (K, H, W) in [0, 1] carried along TV-L1 flow and blended, (M, H, W)."""
+    """Frames (K, H, W) in [0, 1], warped along TV-L1 flow and blended, (M, H, W)."""
     frames = frames.astype(np.float32)
     return carried(frames, tvl1_flows(frames, kept, at), kept, at, order=3)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Frames left out, put back without a model: the in-between prediction beside the usual interpolations.
+"""Held-out frames filled in without a model: the in-between prediction beside the usual interpolations.
 
     python -m benchmarks.interpolators CASE [CASE ...] --keep 2 4
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
-given, the others are compared. PSNR and SSIM of images, Dice of the masks' volume. TV-L1 is scikit-image's optical
+given, the others are scored. PSNR and SSIM of images, Dice of the masks' volume. TV-L1 is scikit-image's optical
 flow: both neighbours warped to the time asked for and blended; it takes minutes, and --no_tvl1 leaves it out.
 """
 
@@ -40,8 +40,8 @@ def looked_up(look_up, k: torch.Tensor, alpha: torch.Tensor) -> np.ndarray:
 
 
 def score_case(case: Path, keep: int, device: torch.device, with_tvl1: bool) -> list[Row]:
-    """A row for each method: its scores, and what the prediction took, in seconds of the clock and of all processors
-    (which count, where others use them too)."""
+    """One row per method: its scores, and the cost of the prediction in wall seconds and in processor seconds (the ones
+    to compare on a shared machine)."""
     truth = {
         kind: read(frame_files(case / kind / "original"))
         for kind in ("img", "seg")
@@ -117,7 +117,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     parser.add_argument("--no_tvl1", action="store_true", help="leave out the slow optical flow")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows, and for what made them")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, with the command and the machine")
     given = parser.parse_args()
     if min(given.keep) < 2:
         raise UserError(f"--keep {min(given.keep)}: nothing is left out; give 2 or more")

@@ -1,4 +1,4 @@
-"""Whole training runs, through the loop of train.py itself: what an iteration and its stages take, time and memory."""
+"""Whole training runs, through the loop of train.py itself: the time and memory of an iteration and its stages."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ STAGES = {
     "density": "statistics and density",
     "optimizer": "optimiser",
 }
-"""Stages that the loop announces -> what tables call them."""
+"""Stages announced by the loop -> their names in tables."""
 
 
 @contextmanager
 def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[MeasuredTraining]:
-    """A run of train.py in a folder that goes with it: on made-up frames of a camera, or on those of a data root."""
+    """A run of train.py in a temporary folder: on synthetic frames of a camera, or on those of a data root."""
     with tempfile.TemporaryDirectory() as folder:
         if isinstance(data, Camera):
             write_phantom(Path(folder, "data", "original"), data.width, data.height)
@@ -65,7 +65,7 @@ def training_run(bench: Bench, data: Camera | Path, **options: Any) -> Iterator[
 
 
 class Stop:
-    """Asks train.py to stop after an iteration, so that its schedules are those of a whole run."""
+    """Asks train.py to stop after a given iteration, so that its schedules remain those of a whole run."""
 
     def __init__(self, training: Training, after: int) -> None:
         self.training, self.after = training, after
@@ -75,8 +75,8 @@ class Stop:
 
 
 class MeasuredTraining(Training):
-    """A run that keeps nothing of its own, and takes its iterations ``plain``, not recorded, where stages are told
-    apart: a recording has none."""
+    """A run that saves nothing, and whose iterations are ``plain``, not recorded, where stages are timed separately:
+    a recording has none."""
 
     plain = False
 
@@ -88,11 +88,11 @@ class MeasuredTraining(Training):
 
 
 class Stopwatch:
-    """Times the training loop through the stages that it announces (`utils.stages`).
+    """Times the training loop through the stages it announces (`utils.stages`).
 
-    ``stages``: wait for the device around every stage, which tells them apart; without, only iterations are timed.
+    ``stages``: wait for the device around every stage, to time each; otherwise only iterations are timed.
     ``timed``: how many iterations count. ``traced``: how many follow under torch's profiler, on a GPU, whose kernels
-    tell the phases of a replayed iteration apart. The last one does neither.
+    separate the phases of a replayed iteration. The last iteration is neither.
     """
 
     def __init__(self, device: torch.device, timed: int, traced: int = 0, stages: bool = False) -> None:
@@ -105,7 +105,7 @@ class Stopwatch:
         self._trace: profile | None = None
 
     def run(self, training: MeasuredTraining, before: int) -> None:
-        """``before`` iterations that do not count, and those that do."""
+        """``before`` iterations that do not count, then those that do."""
         self.last = before + self.timed + self.traced + 1
         if self.traced:  # the first use of the profiler takes seconds
             trace = start_trace()
@@ -123,7 +123,7 @@ class Stopwatch:
 
     def _begin(self) -> None:
         begun = len(self.starts)
-        over = self.last - self.traced - 1  # iterations, when those that count are over
+        over = self.last - self.traced - 1  # iterations, at the end of those that count
         if self.stages or begun in (over - self.timed, over):
             synchronise(self.device)
         self.starts.append(time.perf_counter())
@@ -147,18 +147,18 @@ class Stopwatch:
 
     @property
     def _window(self) -> slice:
-        """The iterations that count, as places in ``spent``."""
+        """The iterations that count, as indices into ``spent``."""
         end = len(self.starts) - 1 - self.traced
         return slice(end - self.timed, end)
 
     @property
     def seconds(self) -> float:
-        """Mean of an iteration."""
+        """Mean seconds per iteration."""
         window = self._window
         return (self.starts[window.stop] - self.starts[window.start]) / self.timed
 
     def medians(self) -> dict[str, float]:
-        """Of each stage, and what is left of the iterations as "rest"."""
+        """Mean seconds of each stage, and of the remainder as "rest"."""
         window = self._window
         starts = self.starts[window.start : window.stop + 1]
         totals = [b - a for a, b in pairwise(starts)]
@@ -169,7 +169,7 @@ class Stopwatch:
         return out | {"rest": statistics.median(rests)}
 
     def phases(self) -> dict[str, float]:
-        """Seconds an iteration that the device spends in each phase; empty where nothing was traced."""
+        """Seconds per iteration that the device spends in each phase; empty if nothing was traced."""
         return by_phase(self.kernels)
 
 
@@ -192,12 +192,12 @@ PHASES: dict[str, tuple[str, ...]] = {
     "statistics": ("observe_kernel", "sigma_sums", "sigma_gradient"),
     "Adam": ("adam_kernel",),
 }
-"""Names of our kernels and of those of CUB that binning calls, by phase."""
+"""Names of our kernels, and of the CUB kernels that binning calls, by phase."""
 OTHER = "PyTorch's kernels and copies"
 
 
 def by_phase(kernels: Mapping[str, float]) -> dict[str, float]:
-    """Seconds of the kernels by name, summed for each phase that there is."""
+    """Seconds of the kernels by name, summed per phase."""
     out: dict[str, float] = {}
     for name, seconds in kernels.items():
         phase = next((phase for phase, names in PHASES.items() if name.startswith(names)), OTHER)
@@ -228,7 +228,7 @@ def iteration(bench: Bench) -> dict[str, Any]:
         print(table([f"{name}, {gaussians} Gaussians", "ms", "%"], rows))
         print(
             f"together {1e3 * total:.3g} ms, waiting for the device between stages; without, {1e3 * seconds[0]:.3g} ms "
-            f"an iteration: {1 / seconds[0]:.3g} it/s\n"
+            f"per iteration: {1 / seconds[0]:.3g} it/s\n"
         )
         result[name] = {
             "gaussians": gaussians,
@@ -243,7 +243,7 @@ def iteration(bench: Bench) -> dict[str, Any]:
 def measured_run(
     bench: Bench, data: Camera | Path, before: int, timed: int, traced: int = 0, **options: Any
 ) -> dict[str, Any]:
-    """One run: sizes, iterations a second, phases on the device, peak memory."""
+    """One run: sizes, iterations per second, phases on the device, peak memory."""
     settle(bench.device)
     watch = Stopwatch(bench.device, timed, traced)
     with training_run(bench, data, **options) as run_of_it:
@@ -264,8 +264,8 @@ def measured_run(
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:
-    """GB that torch's tensors took at most, that torch had reserved for them, and that the whole process had (what
-    the driver counts on the device, nothing else running there). Empty on a CPU."""
+    """Peak GB of torch's tensors, of what torch reserved for them, and of the whole process (counted by the driver,
+    with nothing else on the device). Empty on a CPU."""
     if device.type != "cuda":
         return {}
     reserved = torch.cuda.max_memory_reserved(device)
@@ -287,7 +287,7 @@ def runs(bench: Bench) -> dict[str, Any]:
     if bench.device.type != "cuda":
         raise Unavailable("it needs a CUDA device (iteration has the stages of a run on this one)")
     sizes = [(GAUSSIANS, CAMERA), (100_000, Camera(197, 233)), (430_000, Camera(197, 233))]
-    # Every kind of batch is recorded by then: the first one at an end of the sequence has all recorded anew.
+    # Every kind of batch is recorded by then: the first one at an end of the sequence causes all to be recorded again.
     before, timed = (50, 20) if bench.quick else (300, 1000)
     kinds = [
         (gaussians, camera, {"ibfr_from_iter": ibfr_from})
@@ -296,7 +296,7 @@ def runs(bench: Bench) -> dict[str, Any]:
     ]
     kinds.append((*kinds[-1][:2], {"ibfr_from_iter": 0, "deterministic": True}))
     result = [
-        # Without density steps the number of Gaussians stays.
+        # Without density steps the number of Gaussians is constant.
         measured_run(bench, camera, before, timed, 50, num_pts=gaussians, densify_from_iter=NEVER, **options)
         for gaussians, camera, options in kinds
     ]
@@ -333,7 +333,7 @@ def runs_table(result: list[dict[str, Any]]) -> str:
 
 
 def phases_table(result: list[dict[str, Any]]) -> str:
-    """Shares of the device's time, a column for each run."""
+    """Shares of the device's time, one column per run."""
     names = dict.fromkeys(name for run in result for name in run["phases_s"])
     if not names:
         return "The profiler saw no kernels."
@@ -356,7 +356,7 @@ def phases_table(result: list[dict[str, Any]]) -> str:
 
 
 def busy(run: Mapping[str, Any]) -> float:
-    """Per cent of an iteration that kernels run in. Its time is that without the profiler."""
+    """Percentage of an iteration during which kernels run. Its time is that without the profiler."""
     return 100 * sum(run["phases_s"].values()) / run["iteration_s"]
 
 
@@ -365,7 +365,7 @@ def large(bench: Bench) -> dict[str, Any]:
     on_gpu = bench.device.type == "cuda"
     sizes = [(128, 100_000), (256, 400_000), (512, 1_500_000)]
     frames, before, timed = 400, 250, 100
-    if not on_gpu:  # an eighth of the width, a sixty-fourth of all else
+    if not on_gpu:  # an eighth of the width, a sixty-fourth of everything else
         sizes, frames, before, timed = [(side // 8, n // 64) for side, n in sizes], 16, 20, 40
     if bench.quick:
         sizes, frames, before, timed = [(16, 100), (32, 400)], 4, 2, 3
@@ -385,7 +385,7 @@ def large(bench: Bench) -> dict[str, Any]:
                     options = {
                         "num_pts": gaussians,
                         "max_gaussians": gaussians,
-                        "densify_from_iter": 0,  # density steps prune, and add up to the bound
+                        "densify_from_iter": 0,  # density steps prune, and grow up to the bound
                         "ibfr_from_iter": 0,
                         "data_device": data_device,
                     }
@@ -410,7 +410,7 @@ def large(bench: Bench) -> dict[str, Any]:
 
 def large_table(section: Mapping[str, Any]) -> str:
     on_gpu = section["limit_GB"] is not None
-    headers = [f"{section['resampled']}, resampled", "kept on", "Gaussians", "ms an iteration"]
+    headers = [f"{section['resampled']}, resampled", "kept on", "Gaussians", "ms per iteration"]
     headers += ["allocated, GB", "reserved", f"process (limit {section['limit_GB']})"] if on_gpu else []
     rows = [
         [
@@ -428,6 +428,6 @@ def large_table(section: Mapping[str, Any]) -> str:
 def growth_line(section: Mapping[str, Any]) -> str:
     whole = section["growth"][-1]
     return (
-        f"From the smallest to the largest, pixels and Gaussians grow {whole['work']:.3g} times, an iteration "
+        f"From the smallest to the largest, pixels and Gaussians grow {whole['work']:.3g} times, iteration time "
         f"{whole['time']:.3g} times: exponent {whole['exponent']:.2f}"
     )

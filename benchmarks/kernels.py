@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Seconds of each compiled operator by itself, on scenes of the size that training has.
+"""Seconds of each compiled operator by itself, on scenes as large as in training.
 
 python -m benchmarks.kernels --device cpu --out output/benchmark/kernels.json
 
-Nothing but the operators' package is imported, so that an older copy of it (PYTHONPATH) can be timed by the same file:
-run both in turns and compare.
+Only the operators' package is imported, so that an older copy of it (PYTHONPATH) can be timed by the same file:
+run both in alternation and compare.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from diff_gaussian_rasterization import (
 
 
 def scene(n: int, views: int, degree: int, device: torch.device) -> dict[str, Tensor]:
-    """Folded-Gaussians as training has them: half a pixel to a few wide, many nearly transparent."""
+    """Folded-Gaussians as in training: half a pixel to a few pixels wide, many nearly transparent."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -133,7 +133,7 @@ def calls(
 def milliseconds(
     device: torch.device, functions: dict[str, Callable[[], object]], repeats: int
 ) -> dict[str, float]:
-    """Median of each: on a GPU between two events of the device, on a CPU the process's own time, all threads added."""
+    """Median of each: on a GPU between two device events, on a CPU the processor time of all threads."""
     spent: dict[str, list[float]] = {name: [] for name in functions}
     for turn in range(2 + repeats):
         for name, function in functions.items():

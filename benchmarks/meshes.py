@@ -1,15 +1,15 @@
 #!/usr/bin/env python3
-"""Meshes from every N-th slice, against the surface of all of them, in mm.
+"""Meshes from every N-th slice, against the surface from all slices, in mm.
 
     python -m benchmarks.meshes CASE --keep 2 --interp 4 --model MODEL --out benchmarks/results/meshes.jsonl
 
 CASE/seg/original holds the masks of all slices, 0000.png ...; where they lie comes from CASE/frames.json or a NIfTI
 file in CASE (then frame k is volume[:, :, k].T). MODEL was trained on every N-th of them (0, N, 2N ...) and drawn with
-`render.py --interp n --pipeline both` (or seg). Beside it stand what needs no model: marching cubes on the kept slices
-alone, on the signed distances interpolated between them, and on their linear blend. Each goes through slices_to_ply.py
-without smoothing and with its default one. Nothing is aligned.
+`render.py --interp n --pipeline both` (or seg). Methods without a model stand beside it: marching cubes on the kept
+slices alone, on the signed distances interpolated between them, and on their linear blend. Each goes through
+slices_to_ply.py without smoothing and with the default. Nothing is aligned.
 
-Surfaces are compared between the first kept slice and the last, cut open there: caps say nothing about anatomy.
+Surfaces are compared between the first and the last kept slice, cut open there: caps say nothing about anatomy.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main() -> None:
         "--interp", type=int, default=4, metavar="n", help="frames per kept slice (default: 4)"
     )
     parser.add_argument("--model", type=Path, help="model folder with renders of --interp n")
-    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"points a surface (default: {SAMPLES})")
+    parser.add_argument("--samples", type=int, default=SAMPLES, help=f"points per mesh (default: {SAMPLES})")
     parser.add_argument(
         "--out", type=Path, default=Path("output/benchmark/meshes.jsonl"), help="of the results"
     )
@@ -91,7 +91,7 @@ def main() -> None:
     with atomic_write(given.out) as unfinished:
         unfinished.write_text(text + json.dumps(line) + "\n", encoding="utf-8")
     print(surface_table([line]))
-    print(f"{given.samples} points a surface; written to {given.out}")
+    print(f"{given.samples} points per surface; written to {given.out}")
 
 
 def full_masks(case: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -99,7 +99,7 @@ def full_masks(case: Path) -> tuple[np.ndarray, np.ndarray]:
     stack = read_stack(case / "seg" / "original")
     masks, affine = stack.values >= 0.5, stack.affine
     if stack.heights is not None:
-        raise UserError(f"{case} has unevenly spaced slices: every N-th of them is no fair test")
+        raise UserError(f"{case} has unevenly spaced slices: taking every N-th is not a fair test")
     for path in sorted(case.glob("*.nii*")) if affine is None else ():
         shape, affine = nifti_grid(path)
         if shape != masks.shape[::-1]:
@@ -113,7 +113,7 @@ def full_masks(case: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def methods(masks: np.ndarray, affine: np.ndarray, given: Any) -> Iterator[tuple[str, np.ndarray, int]]:
-    """Name, frames (F, H, W) in [0, 1], and how many of them a kept slice has. masks: the kept ones, (K, H, W) bool."""
+    """Name, frames (F, H, W) in [0, 1], and their number per kept slice. masks: the kept ones, (K, H, W) bool."""
     yield "kept slices", masks.astype(np.float32), 1
     column, row, _ = np.linalg.norm(affine[:3, :3], axis=0).tolist()
     at = np.arange((len(masks) - 1) * given.interp + 1) / given.interp

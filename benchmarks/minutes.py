@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""From a volume to a mesh: how long each program takes, and what comes out of it.
+"""From a volume to a mesh: how long each program takes, and the resulting scores.
 
     python -m benchmarks.minutes CASE [CASE ...] --device cpu --presets quick --out benchmarks/results/minutes/NAME.json
 
 CASE/volume.nii.gz and CASE/label.nii.gz (which may be missing) are prepared with every N-th slice kept, trained on,
-rendered N times as densely and, with a label, made a mesh of. The slices left out are scored by train.py itself. What
-follows -- goes to train.py. On a machine that others use, compare processor seconds, not those on the clock.
+rendered N times as densely and, with a label, meshed. The slices left out are scored by train.py itself. Arguments
+after -- go to train.py. On a shared machine, compare processor seconds, not wall time.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ OUT = Path("output/benchmark/minutes.json")
 
 @dataclass
 class Stopwatch:
-    """Runs the project's programs, and keeps what each took: seconds on the clock and of the processors."""
+    """Runs the project's programs, and keeps the wall and processor seconds of each."""
 
     clock: dict[str, float] = field(default_factory=dict)
     processors: dict[str, float] = field(default_factory=dict)
@@ -91,7 +91,7 @@ def measure(case: Path, preset: str, keep: int, images_only: bool, device: str, 
 
 
 def shown(rows: Sequence[Row]) -> str:
-    """A line per row: scores of held-out frames, seconds in all and by program."""
+    """One line per row: scores of held-out frames, seconds in total and by program."""
 
     def score(row: Row, task: str, name: str, form: str) -> str:
         found = [r for r in row["scores"] if (r["task"], r["frames"]) == (task, "heldout")]
@@ -144,7 +144,7 @@ def parser() -> ArgumentParser:
     out.add_argument("--keep", type=positive, default=2, help="every N-th slice is kept (default: 2)")
     out.add_argument("--images_only", action="store_true", help="leave labels out")
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
-    out.add_argument("--out", type=Path, default=OUT, help=f"rows are added there (default: {OUT})")
+    out.add_argument("--out", type=Path, default=OUT, help=f"rows are appended to this file (default: {OUT})")
     return out
 
 

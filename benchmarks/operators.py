@@ -1,4 +1,4 @@
-"""The operators against other ways to the same images, and how their time grows."""
+"""The operators against other ways to draw the same images, and how their time grows."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def oracle(bench: Bench) -> dict[str, Any]:
     drawings = {
         name: Drawing(model, camera, neighbours(model, VIEWS), name) for name in ("compiled", "oracle")
     }
-    # Not in turns: whoever follows the oracle pays for giving back its hundreds of megabytes.
+    # Not in turns: whatever follows the oracle pays for freeing its hundreds of megabytes.
     times: dict[str, dict[str, float]] = {}
     for name, drawing in drawings.items():
         for kind, s in bench.times({name: drawing.forward_backward}, repeats=7).items():
@@ -53,19 +53,19 @@ def _compared(
     ours: str,
     difference: float,
 ) -> dict[str, Any]:
-    """Prints and returns what two ways to the same images take."""
+    """Prints and returns the times of two ways to draw the same images."""
     size = f"{gaussians} Gaussians, {VIEWS} views of {camera.width} x {camera.height}"
     print(table([size, *times_headers(times)], times_rows(times, ours)))
-    print(f"largest difference of a pixel: {difference:.1e}")
+    print(f"largest difference of any pixel: {difference:.1e}")
     return {"scene": size, **times, **ratios(times, [theirs], ours), "largest_difference": difference}
 
 
 def operators(bench: Bench) -> dict[str, Any]:
-    """The folded operator, once, against the general rasteriser, once a view."""
+    """The folded operator, once, against the general rasteriser, once per view."""
     model, camera = bench.model()
     positions = neighbours(model, VIEWS)
     folded = Drawing(model, camera, positions)
-    # What --modify goes through, with the gradients that it has no use for.
+    # The path of --modify, with gradients, which it does not need.
     cut, draw = inspect.unwrap(editing.cut), inspect.unwrap(editing.draw)
 
     def one_by_one() -> Tensor:
@@ -86,7 +86,7 @@ def operators(bench: Bench) -> dict[str, Any]:
 
 
 def growth(bench: Bench) -> dict[str, Any]:
-    """Forward and backward of one batch as one size grows and the others stay; the exponent is the last step's."""
+    """Forward and backward of one batch as one size grows and the others are fixed; the exponent is the last step's."""
     others = {"Gaussians": GAUSSIANS, "pixels": CAMERA.width, "views": VIEWS, "P": DEGREE}
     sizes: dict[str, list[int]] = {
         "Gaussians": [3000, 6000, 12_000, 24_000, 48_000, 96_000],
@@ -94,7 +94,7 @@ def growth(bench: Bench) -> dict[str, Any]:
         "views": [1, 2, 3, 5, 8, 16],
         "P": [0, 1, 2, 4, 7, 14, 28],
     }
-    if bench.device.type == "cuda":  # milliseconds at the end of each, not what it takes to launch a kernel
+    if bench.device.type == "cuda":  # milliseconds at the end of each, more than a kernel launch takes
         others |= {"Gaussians": 400_000, "pixels": 256}
         sizes["Gaussians"] += [200_000, 400_000, 800_000, 1_600_000, 3_200_000]
         sizes["pixels"] += [1024, 2048]

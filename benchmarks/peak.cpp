@@ -1,5 +1,5 @@
 // The rate at which this machine's vector units multiply and add: what the rasteriser's floor is computed from.
-// Prints lane operations a second of `peak THREADS`, a fused product and sum of one float counting as one.
+// Prints lane operations per second of `peak THREADS`, a fused product and sum of one float counting as one.
 #include <atomic>
 #include <chrono>
 #include <cstdio>

@@ -1,4 +1,4 @@
-"""Tables of what presets.py measured, and whether the presets reach their goals."""
+"""Tables of the measurements of presets.py, and whether the presets reach their goals."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from benchmarks.heldout import CLASSICAL
 
 Row = dict[str, Any]
 Place = tuple[str, int]  # case, keep
-Found = dict[Place, dict[str, Row]]  # by place and label, the labels in the order of the columns
+Found = dict[Place, dict[str, Row]]  # by place and label, labels in the order of the columns
 
 IMAGE_METHODS = ("linear", "cubic", "flow")
-WIDEST = 9  # methods that get a column each; more of them get a row each
+WIDEST = 9  # up to so many methods get a column each; more get a row each
 
 
 def tables(rows: Sequence[Row]) -> list[str]:
-    """Images, masks, what the models cost, goals: those of which there is something."""
+    """Tables of images, masks, the cost of the models and goals: those that are not empty."""
     found = _labelled(rows)
     wide = len({label for methods in found.values() for label in methods}) <= WIDEST
     parts = [_scores(found, "img", wide), _scores(found, "seg", wide), _costs(found), _goals(found)]
@@ -26,7 +26,7 @@ def tables(rows: Sequence[Row]) -> list[str]:
 
 
 def _labelled(rows: Sequence[Row]) -> Found:
-    """Classical methods first, then models; these with their pipeline where a method has several."""
+    """Classical methods first, then models, with their pipeline where a method has several."""
     order = list(CLASSICAL)
     found: Found = {}
     for row in sorted(
@@ -51,7 +51,7 @@ def _heldout(row: Row, kind: str) -> dict[str, float] | None:
 
 
 def _scores(found: Found, kind: str, wide: bool) -> str:
-    """Scores of held-out frames, one place a row, or with many methods one method a row; the best is bold."""
+    """Scores of held-out frames, one row per place, or with many methods one row per method; the best is bold."""
     places = [place for place, rows in found.items() if any(kind in row for row in rows.values())]
     labels = list(
         dict.fromkeys(label for place in places for label, row in found[place].items() if kind in row)
@@ -123,7 +123,7 @@ def device(row: Row) -> str:
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure of one place, and what it should be at least (or, if ``at_most``, at most)."""
+    """A figure for one place, and its least wanted value (or, if ``at_most``, the greatest)."""
 
     place: Place
     name: str
@@ -142,7 +142,7 @@ class Goal:
 
 
 def goals(rows: Sequence[Row]) -> list[Goal]:
-    """What --preset best and --preset fast are meant to reach, wherever the rows tell."""
+    """The goals of --preset best and --preset fast, wherever the rows allow a verdict."""
     return [goal for place, methods in _labelled(rows).items() for goal in _goals_of(place, methods)]
 
 
@@ -151,7 +151,7 @@ def _goals_of(place: Place, methods: dict[str, Row]) -> Iterator[Goal]:
     if best and "img" in best:
         classical = [methods[name]["img"]["heldout"] for name in IMAGE_METHODS if name in methods]
         ours = best["img"]["heldout"]
-        if len(classical) == len(IMAGE_METHODS):  # the strongest may be the one that is missing
+        if len(classical) == len(IMAGE_METHODS):  # the strongest may be the missing one
             margin = ours["psnr"] - max(scores["psnr"] for scores in classical)
             yield Goal(place, "best: dB above classical, ≥ 0.5", margin, 0.5)
             margin = ours["ssim"] - max(scores["ssim"] for scores in classical)

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Frames left out: what the presets make of them, beside classical interpolation.
+"""Held-out frames: the presets beside classical interpolation.
 
     python -m benchmarks.presets CASE [CASE ...] --device cuda --out benchmarks/results/presets/NAME.json
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ...; every N-th is
-trained on, those in between are compared, in 8 bits. What NAME.json has already is not measured again, so that it can
-be filled step by step and on several machines, and the same command with nothing left to do prints its tables. What
-follows -- goes to train.py.
+trained on, those in between are scored, in 8 bits. Rows already in NAME.json are not measured again, so that it can
+be filled step by step and on several machines; with nothing left to do, the same command prints its tables. Arguments
+after -- go to train.py.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "parameters not averaged": {"average_from_iter": 0},
     "paths of degree 7 instead of 2": {"poly_degree": 7},
 }
-"""Ingredients of --preset best taken away or changed one by one. Iterations are those of a run of 30 000."""
+"""Ingredients of --preset best removed or changed one by one. Iterations are those of a run of 30 000."""
 
 OUT = Path("output/benchmark/presets.json")
 SHOWN = (1 / 3, 2 / 3)  # of the held-out frames, in montages
@@ -80,7 +80,7 @@ SHOWN_METHODS = {"img": ("linear", "flow"), "seg": ("sdf", "sdf along flow")}
 
 @dataclass(frozen=True)
 class Plan:
-    """A run of train.py. method: what tables call it. options: of train.py, beside data, model and device."""
+    """A run of train.py. method: its name in tables. options: of train.py, besides data, model and device."""
 
     case: HeldOutCase = field(repr=False)
     keep: int
@@ -97,12 +97,12 @@ class Plan:
 
 
 def key(row: Row) -> tuple[Any, ...]:
-    """What a row is of. Classical rows have no pipeline."""
+    """The key of a row. Classical rows have no pipeline."""
     return row["case"], row["keep"], row["method"], row.get("pipeline")
 
 
 def plans(cases: Sequence[HeldOutCase], given: argparse.Namespace, extra: Sequence[str]) -> Iterator[Plan]:
-    """All runs that were asked for, those of one case and ``keep`` one after the other."""
+    """All requested runs, grouped by case and ``keep``."""
     if given.ablation:
         wanted = {f"best: {name}": ("best", changes) for name, changes in ABLATION.items()}
     else:
@@ -122,7 +122,7 @@ def plans(cases: Sequence[HeldOutCase], given: argparse.Namespace, extra: Sequen
 def train_options(
     pipeline: str, preset: str, changes: Mapping[str, Any], iterations: int | None = None
 ) -> list[str]:
-    """Options of train.py: the preset's, but for ``changes``; with ``iterations``, its schedule shrinks alike."""
+    """Options of train.py: the preset's, except for ``changes``; ``iterations`` shrinks its schedule in proportion."""
     defaults = {name: getattr(TrainOptions, name) for name in ("iterations", *SCHEDULE)} | PRESETS[preset]
     length = defaults["iterations"]
 
@@ -144,7 +144,7 @@ def train_options(
 
 
 def classical_rows(case: HeldOutCase, keep: int) -> list[Row]:
-    """A row for each method that needs no model."""
+    """One row per method that needs no model."""
     kept, at = case.split(keep)
     start = time.perf_counter()
     filled = fill(case, kept, at)
@@ -163,7 +163,7 @@ def classical_rows(case: HeldOutCase, keep: int) -> list[Row]:
 def train_and_score(
     plan: Plan, device: str, about: Mapping[str, Any], jobs: int, models: Path | None
 ) -> tuple[Row, dict[str, np.ndarray]]:
-    """Runs train.py and render.py: the row of scores, and by kind the frames that montages show, uint8."""
+    """Runs train.py and render.py; returns the row of scores, and by kind the frames for montages, uint8."""
     case, keep = plan.case, plan.keep
     kept, at = case.split(keep)
     with ExitStack() as stack:
@@ -216,7 +216,7 @@ def train_and_score(
 
 
 def compile_operators(device: torch.device) -> None:
-    """Where they are not yet compiled: that is no run's training time, and no two runs should do it at once."""
+    """Compiles the operators if needed: it is not training time, and two runs should not do it at once."""
     from simple_knn._C import distCUDA2
 
     rasterizer("compiled")
@@ -227,7 +227,7 @@ def compile_operators(device: torch.device) -> None:
 
 
 class Results:
-    """The file of rows, one a line; and with a folder for montages, the models' frames in them."""
+    """The file of rows, one per line; with a folder for montages, also the models' frames for these."""
 
     def __init__(self, path: Path, montages: Path | None) -> None:
         self.path, self.frames_path = path, montages and montages / "frames.npz"
@@ -241,7 +241,7 @@ class Results:
         return any(key(row) == wanted for row in self.rows)
 
     def add(self, rows: Sequence[Row], shown: Mapping[str, np.ndarray] | None = None) -> None:
-        """Rows take the place of those of the same key. Written at once: what was measured is never lost."""
+        """Rows replace those with the same key. Written at once, so that no measurement is lost."""
         new = {key(row): row for row in rows}
         self.rows = [new.pop(key(row), row) for row in self.rows] + list(new.values())
         text = ",\n".join(json.dumps(row) for row in self.rows)
@@ -255,7 +255,7 @@ class Results:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows that a run of this program wrote."""
+    """The rows written by a run of this program."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))
         for row in rows:
@@ -271,7 +271,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def shown_frames(at: np.ndarray) -> np.ndarray:
-    """Which of the held-out frames montages show."""
+    """Which held-out frames montages show."""
     return at[sorted({int(share * len(at)) for share in SHOWN})]
 
 
@@ -282,7 +282,7 @@ def frames_name(case: str, keep: int, method: str, kind: str) -> str:
 def draw_montages(
     folder: Path, case: HeldOutCase, keep: int, frames: Mapping[str, np.ndarray], models: Mapping[str, str]
 ) -> None:
-    """A picture for each kind of frames: truth, classical methods, models (title -> method), and the error of each."""
+    """One picture per kind of frames: truth, classical methods, models (title -> method), and the error of each."""
     kept, at = case.split(keep)
     at = shown_frames(at)
     predictions: Filled = fill(case, kept, at, prediction=False)
@@ -350,7 +350,7 @@ def parser() -> ArgumentParser:
     out.add_argument(
         "--ablation",
         action="store_true",
-        help="instead: the preset best without each of its ingredients",
+        help="instead of presets: best without each of its ingredients",
     )
     out.add_argument(
         "--iterations",
@@ -361,7 +361,7 @@ def parser() -> ArgumentParser:
     out.add_argument(
         "--pipeline",
         choices=KINDS,
-        help="default: joint where there are masks beside the images, else what there is",
+        help="default: joint if there are images and masks, else img or seg",
     )
     out.add_argument("--classical", action="store_true", help="only what needs no model")
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
@@ -376,14 +376,19 @@ def parser() -> ArgumentParser:
         "--out", type=Path, metavar="FILE", help=f"results (default: {OUT}; with --quick none are kept)"
     )
     out.add_argument(
-        "--montages", type=Path, metavar="FOLDER", help="draw held-out frames and their errors there"
+        "--montages", type=Path, metavar="FOLDER", help="draw held-out frames and their errors in this folder"
     )
     out.add_argument(
-        "--models", type=Path, metavar="FOLDER", help="keep the trained models and their renders there"
+        "--models",
+        type=Path,
+        metavar="FOLDER",
+        help="keep the trained models and their renders in this folder",
     )
-    out.add_argument("--force", action="store_true", help="measure again what the results hold already")
+    out.add_argument("--force", action="store_true", help="measure again what is already in the results")
     out.add_argument(
-        "--quick", action="store_true", help="does everything run? A made-up case, 40 iterations, a minute"
+        "--quick",
+        action="store_true",
+        help="check that everything runs: a synthetic case, 40 iterations, a minute",
     )
     return out
 
@@ -400,14 +405,14 @@ def main() -> int:
             given.cases, given.keep, given.iterations = [made_up_case(Path(temporary, "made_up"))], [2], 40
             given.presets = [
                 preset for preset in given.presets if preset != "fast"
-            ]  # that is best but shorter
+            ]  # that is best, only shorter
             given.out = given.out or Path(temporary, "quick.json")
             extra = ["--num_pts", "200", *extra]
         given.out = given.out or OUT
         if not given.cases:
             raise UserError("no case: give folders with img/original or seg/original, or --quick")
         if given.ablation and given.montages:
-            raise UserError("--montages shows presets, not their ablation: leave one of the two out")
+            raise UserError("--montages shows presets, not their ablation: leave out one of the two")
         if min(given.keep) < 2:
             raise UserError("--keep 1 leaves no frame out; give 2 or more")
         cases = [read_case(folder) for folder in given.cases]
@@ -423,7 +428,7 @@ def main() -> int:
 
 
 def measure(cases: Sequence[HeldOutCase], given: argparse.Namespace, extra: Sequence[str]) -> int:
-    """Fills the file of results, draws montages, prints tables. 1 where a run failed."""
+    """Fills the file of results, draws montages, prints tables. Returns 1 if a run failed."""
     results = Results(given.out, given.montages)
     for case in cases:
         for keep in given.keep:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Makes in_between/rows.npz: where the network of self super-resolution starts, before it learns from a volume's rows.
+"""Makes in_between/rows.npz: initial weights of the self-super-resolution network, before it learns from a volume.
 
     python -m benchmarks.pretrain_rows
 
 It learns to fill in left-out rows of photographs that come with scikit-image, all of them in the public domain or CC0
-(`PICTURES`; see skimage/data/README.txt): no medical data, so no case that is scored. They are shrunk and blurred at
-random to be as smooth as tissue, and their contrast is changed and turned round. Minutes on two cores.
+(`PICTURES`; see skimage/data/README.txt): no medical data, so none of the scored cases. They are shrunk and blurred at
+random to be as smooth as tissue, and their contrast is changed and inverted. Takes minutes on two cores.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LONGEST = 97  # rows of a patch
 
 
 def pictures() -> list[Tensor]:
-    """Grey, (H, W) in [0, 1], each in several sizes."""
+    """Grey pictures, (H, W) in [0, 1], each in several sizes."""
     folder, out = Path(skimage.data.__file__).parent, []
     for name in PICTURES:
         whole = torch.from_numpy(to_grey(read_image(folder / name)))[None, None]
@@ -96,7 +96,8 @@ def main() -> None:
         average += (error.item() - average) / min(i + 1, 200)
         if i % 200 == 199:
             print(
-                f"{i + 1}: loss {average:.3f}, {time.process_time() - start:.0f} s of processors", flush=True
+                f"{i + 1}: loss {average:.3f}, {time.process_time() - start:.0f} processor seconds",
+                flush=True,
             )
         return error
 

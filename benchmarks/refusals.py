@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Every refusal of every compiled operator, tried in this machine's library: each must arrive in Python as an error.
+"""Every refusal of every compiled operator, tried on this machine's library: each must reach Python as an error.
 
 python -m benchmarks.refusals --device cuda --out benchmarks/results/refusals_h100.json
 
-Each operator is called directly, without the Python around it, with one argument at a time that does not fit. They
-run in a process of their own, so that a crash is seen; the result counts them.
+Each operator is called directly, without the Python around it, with one invalid argument at a time. The calls
+run in their own process, so that a crash is noticed; the result counts them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ SIDE = 24
 
 
 def operators(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]]]:
-    """Each operator, and arguments that it accepts."""
+    """Each operator, and valid arguments."""
     import diff_gaussian_rasterization  # noqa: F401  (registers them)
 
     ops = torch.ops.diff_gaussian_rasterization
@@ -101,14 +101,14 @@ def operators(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]
 
 
 def changes(name: str, arguments: dict[str, Any], device: str) -> list[tuple[str, dict[str, Any]]]:
-    """What does not fit: a description, and the arguments that it changes."""
+    """Invalid arguments: a description, and the arguments that it changes."""
     out: list[tuple[str, dict[str, Any]]] = []
     for key, value in arguments.items():
         tensors = isinstance(value, list) and value and isinstance(value[0], Tensor)
         tensor = value[0] if tensors else value
         if not isinstance(tensor, Tensor):
             continue
-        # Another shape, another type, another device; what has one number only may have any shape.
+        # Another shape, another type, another device; tensors of a single number may have any shape.
         other = [
             ("longer", torch.cat([tensor, tensor[:1]])) if tensor.ndim else ("empty", tensor.new_zeros(0))
         ]
@@ -148,9 +148,7 @@ def changes(name: str, arguments: dict[str, Any], device: str) -> list[tuple[str
         out += [("scales without quaternions", {"quaternions": None}), ("no covariance", {"scales": None})]
     if name == "fold":
         out.append(("a degree of 33", {"w1": torch.zeros(N, 66, device=device)}))
-    if (
-        name == "blend_backward" and device == "cpu"
-    ):  # on CUDA a look into the lists would wait for the device
+    if name == "blend_backward" and device == "cpu":  # on CUDA, reading the lists would wait for the device
         for key in ("pair_gaussians", "pair_slots", "tile_offsets", "gaussian_offsets"):
             out.append((f"{key} out of range", {key: arguments[key] + 1000}))
     if name == "adam_step":
@@ -161,16 +159,16 @@ def changes(name: str, arguments: dict[str, Any], device: str) -> list[tuple[str
     return out
 
 
-# Where the size of one argument is free: it decides that of the others or is taken as it is.
+# Arguments whose size is free: it determines that of the others, or is taken as it is.
 FREE = {("adam_step", "parameters"), ("similarity", "images"), ("sigma_outside", "raw")}
 FREE |= {("project", "shs"), ("project_backward", "shs")}
 
 
 def refuse(device: str) -> None:
-    """Tries them all and prints a line for each; the process ends with status 1 where one was not refused."""
+    """Tries them all and prints a line for each; the process ends with status 1 if one was not refused."""
     failed = 0
     for name, (operator, arguments) in operators(device).items():
-        operator(**arguments)  # what fits passes
+        operator(**arguments)  # valid arguments pass
         for what, changed in changes(name, arguments, device):
             try:
                 operator(**{**arguments, **changed})

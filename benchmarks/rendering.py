@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How many images per second render.py writes.
 
-    python -m benchmarks.rendering                 # the writing alone, by 1, 2, 4, ... threads: images are ready
-    python -m benchmarks.rendering -m output/case  # all of it: render.py --interp 8 of a trained model
+    python -m benchmarks.rendering                 # writing alone, of ready images, by 1, 2, 4, ... threads
+    python -m benchmarks.rendering -m output/case  # everything: render.py --interp 8 on a trained model
 
-The ready images are 233 x 197, smooth with noise, as renders of an MRI are; they go to a temporary folder.
+The ready images are 233 x 197, smooth with noise, like renders of an MRI; they go to a temporary folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ HEIGHT, WIDTH, IMAGES, DISTINCT = 233, 197, 960, 64
 
 
 def ready(bits: int) -> list[np.ndarray]:
-    """DISTINCT images (H, W, 1), as levels of a file."""
+    """DISTINCT images (H, W, 1), in the levels of a file."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(DISTINCT, 1, 24, 20, generator=generator)
     smooth = interpolate(coarse, (HEIGHT, WIDTH), mode="bicubic").clamp(0, 1)
@@ -55,7 +55,7 @@ def writing(bits: int) -> None:
 
 
 def rendering(model: str, interp: int) -> None:
-    """render.py as a user runs it; the images of a short run tell its start from its loop."""
+    """render.py as a user runs it; a short run separates the time of its start from that of its loop."""
     counts, seconds = [], []
     for number in (1, 1, interp):  # the first one warms the system's caches
         seconds.append(run_program("render.py", "-m", model, "--interp", str(number), "--quiet"))

@@ -1,4 +1,4 @@
-"""What is recorded in results/, as tables: all of it for the documentation, two headline tables for README.md.
+"""The contents of results/ as tables: all of it for the documentation, two headline tables for README.md.
 
 python -m benchmarks.report    # writes the two into README.md
 """
@@ -31,7 +31,7 @@ SUBJECTS = {  # of the cases that were measured: images, masks
 
 
 def speed(results: list[dict[str, Any]]) -> Iterator[str]:
-    """Paragraphs: where it was measured, then a table of each section that was."""
+    """Paragraphs: where it was measured, then a table for each section measured."""
     for result in results:
         about = result["about"]
         sections = {name: entry for name, entry in result["sections"].items() if "skipped" not in entry}
@@ -73,7 +73,7 @@ def _throughput(section: dict[str, Any]) -> str:
     for name, key in (("blend and its backward", "blend"), ("all", "all")):
         rows.append(
             [
-                f"useful pairs a second and core, {name}, M",
+                f"useful pairs per second and core, {name}, M",
                 *(r[f"useful_per_s_core_{key}"] / 1e6 for r in runs),
             ]
         )
@@ -85,7 +85,10 @@ def _throughput(section: dict[str, Any]) -> str:
 
 def _ratios(sections: dict[str, Any]) -> str:
     rows: list[list[object]] = []
-    for name, what in (("oracle", "dense oracle / compiled"), ("operators", "general, once a view / folded")):
+    for name, what in (
+        ("oracle", "dense oracle / compiled"),
+        ("operators", "general, once per view / folded"),
+    ):
         if name in sections:
             section = sections[name]
             on_device = [section["device_ratio"]] if "device_ratio" in section else []
@@ -118,7 +121,7 @@ def _growth(section: dict[str, Any]) -> str:
 
 
 def presets(path: Path) -> Iterator[str]:
-    """Paragraphs: what a file of presets.py is of, then its tables."""
+    """Paragraphs: where a file of presets.py was measured, then its tables."""
     rows = read_rows(path)
     abouts = [row["about"] for row in rows if "pipeline" in row] or [row["about"] for row in rows]
     of = sorted({", ".join(str(about[k]) for k in ("torch", "commit", "date")) for about in abouts})
@@ -163,7 +166,7 @@ def recorded() -> str:
 
 
 def quality() -> str:
-    """Held-out frames: the best classical method, `interpolate.py` and the presets; PSNR in dB, of masks Dice."""
+    """Held-out frames: the best classical method, `interpolate.py` and the presets; PSNR in dB, Dice for masks."""
     found: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
     current = read_rows(CURRENT)
     measured = {(row["case"], row["keep"]) for row in current if row["method"] == "best"}
@@ -221,7 +224,7 @@ TABLES = {"quality": quality, "speed": pace}
 
 
 def with_tables(text: str) -> str:
-    """README.md's text with its tables as the results have them now."""
+    """README.md's text with its tables from the current results."""
     for name, make in TABLES.items():
         begin, end = f"<!-- {name}: written by benchmarks/report.py -->\n", "<!-- end -->"
         head, found, rest = text.partition(begin)

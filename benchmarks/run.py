@@ -1,5 +1,7 @@
 #!/usr/bin/env python3
-"""Measures the speed of the rasteriser and of training on this machine; README.md here says what each number means.
+"""Measures the speed of the rasteriser and of training on this machine.
+
+docs/explanation/benchmarks.md explains the numbers.
 
 python -m benchmarks.run --device cuda --out output/benchmark/speed.json
 """
@@ -40,8 +42,7 @@ SECTIONS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 
 
 def plot(path: Path, result: Mapping[str, Any]) -> None:
-    """The growth curves, and the phases as bars, with their floors where there are some; what was not measured is left
-    out."""
+    """The growth curves, and the phases as bars, with their floors if any; what was not measured is left out."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import NullFormatter, StrMethodFormatter
@@ -73,14 +74,12 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
         if len(kinds) > 1:
             ax.legend()
         training = name == "pixels + Gaussians"
-        ax.set(
-            xlabel=name, ylabel=f"ms, {'an iteration of training' if training else 'forward and backward'}"
-        )
+        ax.set(xlabel=name, ylabel=f"ms, {'per training iteration' if training else 'forward and backward'}")
         if name == "P":  # begins at 0
             ax.set_ylim(0, 1.1 * max(ms))
         else:
             ax.set(xscale="log", yscale="log")
-            # Whole decades: each axis has a number that can be read, and noise does not fill the panel.
+            # Whole decades: each axis has a readable number, and noise does not fill the panel.
             ax.set_ylim(10 ** math.floor(math.log10(min(ms))), 10 ** math.ceil(math.log10(max(ms))))
             ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             for axis in (ax.xaxis, ax.yaxis):
@@ -106,7 +105,7 @@ def plot(path: Path, result: Mapping[str, Any]) -> None:
 
 
 def _bars(sections: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
-    """Panels of bars: seconds of each phase, by what they are."""
+    """Panels of bars, by title: seconds of each phase."""
     out: dict[str, dict[str, dict[str, float]]] = {}
     for row in sections.get("throughput", {}).get("runs", []):
         name = f"rasteriser, {row['threads']} thread(s)" if row["threads"] else "rasteriser"
@@ -126,7 +125,7 @@ def _bars(sections: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]
 
 
 def clock_and_device(times: Mapping[str, Any]) -> dict[str, Any]:
-    """Of what `Bench.times` gave, what there is, by what it is."""
+    """The times that `Bench.times` returned, on the clock and on the device."""
     names = {"on the clock": "seconds", "on the device": "device_seconds"}
     return {kind: times[key] for kind, key in names.items() if key in times}
 
@@ -135,13 +134,15 @@ def main() -> int:
     parser = ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     parser.add_argument(
-        "--out", default="output/benchmark/speed.json", help="the result; the plot goes beside it"
+        "--out", default="output/benchmark/speed.json", help="the result; the plot is written beside it"
     )
-    parser.add_argument("--checkpoint", help="draw this trained model, not a made-up one (chkpnt<n>.pth)")
+    parser.add_argument("--checkpoint", help="draw this trained model, not a synthetic one (chkpnt<n>.pth)")
     parser.add_argument(
-        "--case", help="floors and large: train on this data root, as train.py -s, not on made-up frames"
+        "--case", help="floors and large: train on this data root, as train.py -s, not on synthetic frames"
     )
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, two repeats: does everything run?")
+    parser.add_argument(
+        "--quick", action="store_true", help="check that everything runs: tiny sizes, two repeats"
+    )
     parser.add_argument(
         "--only", choices=SECTIONS, action="append", help="only this section; may be repeated"
     )
@@ -153,7 +154,7 @@ def main() -> int:
         "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
     )  # --deterministic asks for it, before any CUDA
     device = resolve_device(arguments.device)
-    if device.type == "cuda" and device.index is None:  # some of torch's functions want to know which
+    if device.type == "cuda" and device.index is None:  # some of torch's functions need the index
         device = torch.device("cuda", torch.cuda.current_device())
     torch.set_num_threads(available_cores())
     bench = Bench(device, arguments.quick, arguments.checkpoint, arguments.case)
@@ -172,7 +173,7 @@ def main() -> int:
             measured = {"skipped": str(reason)}
         except UserError:
             raise
-        except Exception as error:  # what others measure is kept
+        except Exception as error:  # what the others measure is kept
             traceback.print_exc()
             measured = {"skipped": f"it failed: {type(error).__name__}: {error}"}
             failed.append(name)

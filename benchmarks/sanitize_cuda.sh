@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # NVIDIA's compute-sanitizer over the tests of the CUDA operators: reads and writes out of bounds (memcheck), races in
-# shared memory (racecheck), reads of memory that nothing wrote (initcheck). Needs a GPU and the CUDA toolkit; about
-# three minutes. Prints the last lines of each, and ends with status 1 where one found something.
+# shared memory (racecheck), reads of uninitialised memory (initcheck). Needs a GPU and the CUDA toolkit; about
+# three minutes. Prints the last lines of each, and ends with status 1 if any found something.
 #
 #   benchmarks/sanitize_cuda.sh [LOG]        PYTHON=...: the interpreter (default .venv/bin/python)
 #                                            SELECT=...: which tests (pytest's -k)

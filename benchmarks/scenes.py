@@ -1,4 +1,4 @@
-"""What the speed is measured on: a model in the state of one that is being trained, and frames to train on."""
+"""Inputs of the speed measurements: a model in the midst of training, and frames to train on."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ MEDIAN_LOGIT, LOGIT_SPREAD = -1.6, 2.3  # of the opacity: many nearly transparen
 
 
 class Unavailable(Exception):
-    """What is to be measured cannot run on this machine; the message says why."""
+    """The measurement cannot run on this machine; the message says why."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What all sections are told."""
+    """Settings shared by all sections."""
 
     device: torch.device
     quick: bool
@@ -45,7 +45,7 @@ class Bench:
 
     @property
     def frames(self) -> str:
-        """What runs train on where ``case`` counts, for a reader."""
+        """What runs that respect ``case`` train on, in words."""
         return "/".join(Path(self.case).resolve().parts[-2:]) if self.case else "made-up frames"
 
     def measure(self, functions: Mapping[str, Callable[[], object]], repeats: int = 20) -> dict[str, float]:
@@ -55,8 +55,8 @@ class Bench:
     def times(
         self, functions: Mapping[str, Callable[[], object]], repeats: int = 20
     ) -> dict[str, dict[str, float]]:
-        """Of each: median "seconds" on the clock and, on a GPU, mean "device_seconds" of its kernels. On the clock a
-        small scene takes as long as Python takes to launch it, whatever the kernels do."""
+        """Of each: median "seconds" on the clock and, on a GPU, mean "device_seconds" of its kernels. On the clock, a
+        small scene takes as long as Python needs to launch it, whatever the kernels do."""
         out = {"seconds": self.measure(functions, repeats)}
         on_device = measure_on_device(self.device, functions, *self._turns(repeats))
         return out | ({"device_seconds": on_device} if on_device else {})
@@ -69,11 +69,11 @@ class Bench:
         return seconds
 
     def _turns(self, repeats: int) -> tuple[int, int]:
-        """Calls that count, and those before."""
+        """Number of timed calls, and of warm-up calls."""
         return (2, 1) if self.quick else (repeats, 3)
 
     def model(self) -> tuple[GaussianModel, Camera]:
-        """The trained one, or one in the state of training."""
+        """The trained model, or one in the midst of training."""
         if self.checkpoint:
             return trained_model(self.checkpoint, self.device)
         count = 4000 if self.quick else GAUSSIANS
@@ -87,7 +87,7 @@ def largest_difference(images: Tensor, others: Tensor) -> float:
 def model_in_training(
     count: int, camera: Camera, degree: int = 7, device: torch.device | str = "cpu"
 ) -> GaussianModel:
-    """``count`` grey Gaussians of polynomial degree ``degree``, distributed as those of the demo while it trains."""
+    """``count`` grey Gaussians of polynomial degree ``degree``, distributed as in the demo during training."""
     generator = torch.Generator().manual_seed(0)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -127,8 +127,8 @@ def trained_model(path: str, device: torch.device) -> tuple[GaussianModel, Camer
 
 
 def neighbours(model: GaussianModel, views: int) -> list[float]:
-    """Positions of ``views`` consecutive frames around the middle of the sequence, as a training batch has them; of
-    more views than there are frames, spread over the whole of it."""
+    """Positions of ``views`` consecutive frames around the middle of the sequence, as in a training batch; if there
+    are more views than frames, spread over the whole sequence."""
     last = model.num_frames - 1
     if views > model.num_frames:
         return [last * v / (views - 1) for v in range(views)]
@@ -145,7 +145,7 @@ class Drawing:
         self.background = torch.zeros(model.channels, device=model.device)
         generator = torch.Generator().manual_seed(1)
         shape = len(positions), model.channels, camera.height, camera.width
-        # Of the size that a mean over the batch gives, so that nothing is denormal.
+        # As large as for a mean over the batch, so that nothing is denormal.
         self.v_images = (torch.randn(shape, generator=generator) / math.prod(shape)).to(model.device)
 
     def forward(self) -> Rendered:
@@ -161,7 +161,7 @@ class Drawing:
 
 
 def phantom(width: int, height: int, frames: int = FRAMES) -> np.ndarray:
-    """A made-up anatomy (frames, height, width) in [0, 1]: a textured ellipse that turns and bends, three organs."""
+    """A synthetic anatomy (frames, height, width) in [0, 1]: a textured ellipse that turns and bends, three organs."""
     y, x = np.mgrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
     volume = np.empty((frames, height, width), np.float32)
     for k in range(frames):
@@ -183,7 +183,7 @@ def write_phantom(folder: Path, width: int, height: int, frames: int = FRAMES) -
 
 
 def write_resampled(folder: Path, side: int, frames: int, case: str | None) -> None:
-    """``frames`` grey frames 0000.npy ... of side x side px and 16 bits: those of a data root ``case``, or a made-up
+    """``frames`` grey frames 0000.npy ... of side x side px and 16 bits: those of a data root ``case``, or a synthetic
     anatomy, resampled (trilinear)."""
     volume = torch.from_numpy(phantom(CAMERA.width, CAMERA.height))
     if case is not None:
@@ -195,14 +195,14 @@ def write_resampled(folder: Path, side: int, frames: int, case: str | None) -> N
         volume[None, None], size, mode="trilinear", align_corners=True
     )[0, 0]
     levels = np.rint(resampled.numpy() * 65535).astype(np.uint16)
-    for k, image in enumerate(levels):  # PNG would take longer to pack than the run that is measured
+    for k, image in enumerate(levels):  # PNG would take longer to compress than the measured run
         np.save(folder / f"{k:04d}.npy", image)
 
 
 def settle(device: torch.device) -> None:
-    """Waits for the device and gives its cached memory back, so that one measurement leaves nothing to the next."""
+    """Waits for the device and frees its cached memory, so that one measurement does not affect the next."""
     synchronise(device)
     if device.type == "cuda":
-        gc.collect()  # a run and its recordings hold each other
+        gc.collect()  # a run and its recordings refer to each other
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Masks on every N-th frame, all images given: the others, filled in without training.
+"""Masks given on every N-th frame, images on all: the other masks, filled in without training.
 
     python -m benchmarks.sparse_masks CASE [CASE ...] --painted 3 5 10 --out benchmarks/results/sparse_masks.json
 
-CASE/img/original and CASE/seg/original hold the frames and masks 0000.png, ...; the Dice is that of the volume of masks
-that were not given, between the first and the last that were. Rivals: signed distances; these carried along TV-L1 flow
+CASE/img/original and CASE/seg/original hold the frames and masks 0000.png, ...; the Dice is that of the volume of
+masks not given, between the first and the last given ones. Rivals: signed distances; these carried along TV-L1 flow
 between the painted frames themselves (which does not look at the images between them); and, where
 itk-morphologicalcontourinterpolation is installed, ITK's interpolation, which 3D Slicer's "fill between slices" runs.
 """
@@ -41,7 +41,7 @@ def along_flow(frames: np.ndarray, masks: np.ndarray, kept: np.ndarray, at: np.n
 def along_motion(
     frames: np.ndarray, masks: np.ndarray, kept: np.ndarray, at: np.ndarray, device: torch.device
 ) -> np.ndarray:
-    """Ours: along the motion from frame to frame."""
+    """Ours: carried along the motion from frame to frame."""
     images = torch.from_numpy(frames).float()[:, None].to(device)
     painted = torch.from_numpy(masks[kept]).float()[:, None].to(device)
     found = dense_distances(images, painted, kept.tolist(), matching_gap(images))
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("cases", type=Path, nargs="+", metavar="CASE")
     parser.add_argument("--painted", type=int, nargs="+", default=[3, 5, 10], metavar="N")
     parser.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
-    parser.add_argument("--out", type=Path, help="JSON file for the rows, and for what made them")
+    parser.add_argument("--out", type=Path, help="JSON file for the rows, with the command and the machine")
     given = parser.parse_args()
     device = resolve_device(given.device)
     rows: list[dict[str, Any]] = []

@@ -1,4 +1,4 @@
-"""The operators of one batch: their phases, and on a CPU how far they are from the machine's floor."""
+"""The operators of one batch: their phases, and on a CPU how close they are to the machine's floor."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from scene.parameters import IMAGE
 
 
 def throughput(bench: Bench) -> dict[str, Any]:
-    """Pairs a second and the phases of the rasteriser, beside the least time that the arithmetic takes."""
+    """Pairs per second and the phases of the rasteriser, beside the least time for the arithmetic."""
     model, camera = bench.model()
     on_cpu = bench.device.type == "cpu"
     phases_of = Phases(model, camera, bench.device)
@@ -75,7 +75,7 @@ def _print_phases(row: dict[str, Any]) -> None:
     print()
     print(table([f"{where}: phase", "ms", "%", "floor, ms"], lines))
     print(
-        f"useful pairs a second{' and core' if row['threads'] else ''}: {row['useful_per_s_core_blend']:.3g} in "
+        f"useful pairs per second{' and core' if row['threads'] else ''}: {row['useful_per_s_core_blend']:.3g} in "
         f"blend and its backward, {row['useful_per_s_core_all']:.3g} in all"
     )
     if floor:
@@ -89,10 +89,10 @@ def _print_phases(row: dict[str, Any]) -> None:
 
 
 class Phases:
-    """The operators of one batch, apart, on leaves of their own.
+    """The operators of one batch, each on its own leaf tensors.
 
     On a CPU binning, and the writing and summing of the backward pass's records, are isolated by an opaque sheet in
-    front of the same scene: all lists are made and all records summed, while every pixel is saturated at once. On a GPU
+    front of the same scene: all lists are made and all records summed, but every pixel saturates at once. On a GPU
     the kernels have names.
     """
 
@@ -109,7 +109,7 @@ class Phases:
             opacities = model.raw_opacities([IMAGE]).to(device)
             colours = model.raw_colours([IMAGE], camera).to(device)
         self.scene = self.leaves(means2d, conics, active, opacities, colours)
-        sheet = 3  # layers: two of the clamped alpha 0.99 leave a pixel its least transmittance
+        sheet = 3  # layers: two with the clamped alpha of 0.99 bring a pixel to its least transmittance
         middle = means2d.new_tensor([camera.width / 2, camera.height / 2]).expand(VIEWS, sheet, 2)
         flat = means2d.new_tensor([1e-9, 0, 1e-9]).expand(VIEWS, sheet, 3)
         self.behind_sheet = self.leaves(

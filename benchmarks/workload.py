@@ -19,16 +19,16 @@ from gaussian_renderer.oracle import MAX_ALPHA, MIN_ALPHA, MIN_TRANSMITTANCE
 
 @dataclass(frozen=True)
 class Kernels:
-    """How a backend's kernels blend: whole tiles at once, at so many arithmetic instructions a pixel.
+    """How a backend's kernels blend: whole tiles at once, at a number of arithmetic instructions per pixel.
 
     A sum, a product, a fused product and sum, a comparison, a selection or a division is one instruction. Loads, logic
-    of masks and the loop itself are left out: what is computed from these is a lower bound. One colour channel.
+    of masks and the loop itself are left out: what is computed from the counts is a lower bound. One colour channel.
     """
 
     tile: int  # side, px; a Gaussian that reaches a tile is evaluated at all of its pixels
-    forward: Mapping[str, int]  # instructions a pixel evaluated, by what they are for
+    forward: Mapping[str, int]  # instructions per pixel evaluated, by purpose
     backward: Mapping[str, int]
-    reduction: int  # lane operations that sum what the pixels of a tile give one Gaussian
+    reduction: int  # lane operations that sum the contributions of a tile's pixels to one Gaussian
 
 
 # Counted in csrc/cpu/kernels_body.h; a mask on an instruction is free.
@@ -56,7 +56,7 @@ CPU = Kernels(
     },
     reduction=24 * 16,  # instructions that sum eight vectors over their 16 lanes
 )
-# Counted in the machine code of csrc/cuda/blend.cu for sm_90, without what guards the exponential against denormals. A
+# Counted in the machine code of csrc/cuda/blend.cu for sm_90, without the guard of the exponential against denormals. A
 # lane's two pixels share a column, and what depends on it alone.
 _CUDA_CONTRIBUTION = {"offset and quadratic form": 7, "exponential": 2, "opacity, clamp, hit": 4}
 CUDA = Kernels(
@@ -87,13 +87,13 @@ CUDA = Kernels(
 class Workload:
     """Counts of one forward and one backward pass."""
 
-    # pairs of a Gaussian and a pixel
+    # pairs of Gaussian and pixel
     useful: int  # alpha >= 1/255, and in front of where the pixel saturates
     forward: int  # evaluated by the forward pass
     backward: int  # evaluated by the backward pass
-    # pairs of a Gaussian and a tile
+    # pairs of Gaussian and tile
     listed: int  # in the tiles' lists
-    consumed: int  # of those, looked at before the tile's last pixel saturated
+    consumed: int  # of those, processed before the tile's last pixel saturated
     touched: int  # of those, useful to some pixel
 
     def operations(self, kernels: Kernels) -> dict[str, float]:
@@ -106,7 +106,7 @@ class Workload:
 
 
 class Recorder(TorchDispatchMode):
-    """Keeps what the rasteriser's operators take and return, by the names of their schemas."""
+    """Records the inputs and outputs of the rasteriser's operators, by the names in their schemas."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -148,7 +148,7 @@ def count(call: dict[str, Any], kernels: Kernels) -> Workload:
         transmittance = torch.ones(x.shape, device=device)
         running = inside.clone()
         deepest = torch.zeros_like(length)  # the last pair that some pixel used, plus one
-        seen = torch.zeros_like(length)  # pairs that the forward pass looks at
+        seen = torch.zeros_like(length)  # pairs that the forward pass processes
         for depth in range(int(length.max())):
             at = ((length > depth) & running.any(1)).nonzero()[:, 0]  # tiles that go on
             if not len(at):
@@ -175,7 +175,7 @@ def count(call: dict[str, Any], kernels: Kernels) -> Workload:
 def _contribution(
     mean: Tensor, conic: Tensor, opacity: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What a Gaussian for each tile, (tiles, 2), (tiles, 3) and (tiles,), gives its pixels: hit and alpha."""
+    """Hit and alpha at a tile's pixels of one Gaussian per tile, (tiles, 2), (tiles, 3) and (tiles,)."""
     a, b, c = conic[:, :, None].unbind(1)
     dx, dy = x - mean[:, :1], y - mean[:, 1:]
     power = -0.5 * (a * dx**2 + c * dy**2) - b * dx * dy
@@ -188,7 +188,7 @@ def _contribution(
 
 @dataclass(frozen=True)
 class Floor:
-    """The least that a phase has to do: bytes of device memory read and written, lane operations."""
+    """The least work of a phase: bytes of device memory read and written, lane operations."""
 
     bytes: float
     operations: float
@@ -198,18 +198,18 @@ class Floor:
 
 
 # Lane operations, roughly: all of these phases are bound by bytes.
-_FOLD, _FOLD_BACKWARD = 60, 120  # a Gaussian and view, besides its path
-_BOUNDS, _EMIT = 40, 10  # a Gaussian and view; a pair listed
-_SIMILARITY = 206  # a value: eight separable sums over 11 + 11 pixels, and 30 more
+_FOLD, _FOLD_BACKWARD = 60, 120  # per Gaussian and view, besides its path
+_BOUNDS, _EMIT = 40, 10  # per Gaussian and view; per pair listed
+_SIMILARITY = 206  # per value: eight separable sums over 11 + 11 pixels, and 30 more
 _ADAM = 12  # a value
-_FLOAT, _RECORD = 4, 8  # bytes; floats that the backward pass keeps of a pair (one channel)
+_FLOAT, _RECORD = 4, 8  # bytes; floats that the backward pass keeps per pair (one channel)
 
 
 def floors(
     calls: Mapping[str, dict[str, Any]], work: Workload, compared: int, learned: int
 ) -> dict[str, Floor]:
-    """Of each phase of one iteration with density statistics, by what ``fold`` and ``blend`` took (`Recorder.calls`):
-    what a phase needs is read once, what it gives is written once.
+    """The floor of each phase of one iteration with density statistics, from the inputs of ``fold`` and ``blend``
+    (`Recorder.calls`): a phase reads its inputs once and writes its outputs once.
 
     compared: values (pixels and channels) that SSIM compares. learned: values that Adam updates.
     """
@@ -261,17 +261,17 @@ _RAW = ("xyz", "w1", "m", "sigma", "scaling", "rotation")
 
 @dataclass(frozen=True)
 class Attainable:
-    """What a CPU can do with some number of threads, or a GPU."""
+    """What a CPU with a number of threads can do, or a GPU."""
 
     source: str  # of the rate: where it was taken from
-    lane_operations: float  # a second; a fused product and sum of one float counts as one
-    matrix_product: float  # the same, of the product of two float32 matrices in torch
-    bytes: float  # copied a second: read and written
+    lane_operations: float  # per second; a fused product and sum of one float counts as one
+    matrix_product: float  # the same, for the product of two float32 matrices in torch
+    bytes: float  # copied per second: read and written
 
     @classmethod
     def measured(cls, device: torch.device, threads: int, quick: bool) -> Attainable:
-        """Memory by a copy; the CPU's vector units by peak.cpp, a GPU's by what it can issue at its highest clock, and
-        where neither can be found out by the matrix product."""
+        """Memory from a copy; the CPU's vector units from peak.cpp, a GPU's from its issue rate at the highest clock,
+        or from the matrix product if neither is available."""
         on_gpu = device.type == "cuda"
         size = 512 if quick else 8192 if on_gpu else 1536
         left, right = torch.rand(2, size, size, device=device)
@@ -289,7 +289,7 @@ class Attainable:
 
 
 def _issued(device: torch.device) -> float | None:
-    """Lane operations a second: each multiprocessor issues four warps of 32 lanes in every clock (Volta and later)."""
+    """Lane operations per second: each multiprocessor issues four warps of 32 lanes per clock (Volta and later)."""
     index = str(torch.cuda.current_device() if device.index is None else device.index)
     query = "nvidia-smi", "-i", index, "--query-gpu=clocks.max.sm", "--format=csv,noheader,nounits"
     megahertz = (output(*query) or "").strip()
