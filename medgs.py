@@ -324,7 +324,8 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
     )
     if not engine[0]:
         raise UserError(
-            "--jobs and --profile need Snakemake: pip install -r requirements-cluster.txt, or leave them out"
+            "--jobs and --profile need Snakemake: pip install snakemake snakemake-executor-plugin-slurm, or leave "
+            "them out"
         )
     out = Path(options.output).resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "squeue", "scancel", "sinfo")
+MARK = "# Made by a test, which a killed one leaves behind"
 CONFIG = Path("/etc/slurm/slurm.conf")  # where jobs look: the variable SLURM_CONF does not reach them
 
 
@@ -20,7 +21,8 @@ def missing() -> list[str]:
     """What keeps a cluster from being started here."""
     lacking = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
     lacking += [] if os.geteuid() == 0 else ["root"]
-    return lacking + ([f"a free {CONFIG}"] if CONFIG.exists() else [])
+    foreign = CONFIG.exists() and MARK not in CONFIG.read_text()
+    return lacking + ([f"a free {CONFIG}"] if foreign else [])
 
 
 @contextmanager
@@ -39,7 +41,7 @@ def slurm(folder: Path, cores: int) -> Iterator[dict[str, str]]:
             parent.chmod(parent.stat().st_mode | 0o011)
     host = socket.gethostname().split(".")[0]
     CONFIG.parent.mkdir(exist_ok=True)
-    CONFIG.write_text(f"""
+    CONFIG.write_text(f"""{MARK}
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
 SlurmUser=root
