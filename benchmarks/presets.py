@@ -412,7 +412,7 @@ def main() -> int:
         if not given.cases:
             raise UserError("no case: give folders with img/original or seg/original, or --quick")
         if given.ablation and given.montages:
-            raise UserError("--montages shows presets, not their ablation: leave out one of the two")
+            raise UserError("--montages shows presets, not their ablation: leave one of the two out")
         if min(given.keep) < 2:
             raise UserError("--keep 1 leaves no frame out; give 2 or more")
         cases = [read_case(folder) for folder in given.cases]

@@ -12,7 +12,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Test scenes are small: beyond a few threads, starting them costs more than they bring.
+    # Test scenes are small: beyond a few threads, starting them costs more than it gains.
     torch.set_num_threads(min(4, os.cpu_count() or 1))
 
 

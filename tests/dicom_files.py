@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pydicom = pytest.importorskip("pydicom")  # where it is missing, the tests that import this file are skipped
+pydicom = pytest.importorskip("pydicom")  # if it is missing, the tests that import this file are skipped
 
 
 def write_series(
@@ -23,8 +23,8 @@ def write_series(
 ) -> str:
     """Slices values[:, :, k], int16 as stored, of a volume with a RAS affine, at `depths` (default: k); its UID.
 
-    File names are in no order of the slices. tags: more of them by keyword; a list has one value a slice, None removes
-    the tag.
+    File names are not in slice order. tags: further ones by keyword; a list has one value per slice, None removes the
+    tag.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
@@ -46,7 +46,7 @@ def write_series(
                 delattr(header, name)
             else:
                 setattr(header, name, value)
-        # 7 is prime to the number of slices in all tests: the order of the names is not that of the slices.
+        # 7 is coprime to the number of slices in all tests, so names are not in slice order.
         header.save_as(folder / f"{prefix}{k * 7 % 101:03d}.dcm", enforce_file_format=True)
     return series
 
@@ -54,7 +54,7 @@ def write_series(
 def write_enhanced(
     path: Path, values: np.ndarray, affine: np.ndarray, order: list[int], slopes: list[float]
 ) -> None:
-    """One enhanced CT file of slices values[:, :, k] for k in `order`, whose places only its sequences tell."""
+    """One enhanced CT file of slices values[:, :, k] for k in `order`, whose positions are only in its sequences."""
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :2], axis=0)
     header = _header(pydicom.uid.EnhancedCTImageStorage, pydicom.uid.generate_uid())
@@ -145,7 +145,7 @@ def functional_groups(
 ) -> dict[str, object]:
     """Tags that place frames k in `order` of a volume with a RAS affine, in the patient or an ultrasound's volume.
 
-    own: further sequences, one for each frame.
+    own: further sequences, one per frame.
     """
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ affine
     spacing = np.linalg.norm(lps[:3, :2], axis=0)

@@ -1,7 +1,7 @@
-"""Runs of train.py as processes of their own, without a start of Python and torch for each of them.
+"""Runs of train.py in their own processes, without starting Python and torch for each of them.
 
-As a script it is the process that they are forked from: it has imported all and computed nothing, so that no thread
-is lost in a fork. It reads one JSON line {"arguments": [...], "log": ..., "die_at": ...} for each run to start, and
+As a script it is the process that they are forked from: it has imported everything and computed nothing, so that no
+thread is lost in a fork. It reads one JSON line {"arguments": [...], "log": ..., "die_at": ...} per run to start, and
 answers with its process id; an id alone waits for that run, and is answered with its exit status (negative: a signal).
 """
 
@@ -31,15 +31,15 @@ class Run:
     log: Path
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        os.kill(self.pid, number)  # it stays a zombie until it is waited for: the number is still its own
+        os.kill(self.pid, number)  # it stays a zombie until waited for: the process id is still its own
 
     def wait(self) -> int:
-        """The exit status, negative where a signal ended the run."""
+        """The exit status, negative if a signal ended the run."""
         return self.server.ask(self.pid)
 
 
 class Server:
-    """Starts runs; a context manager that ends the process which they are forked from."""
+    """Starts runs; a context manager that ends the process they are forked from."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.count = folder, 0
@@ -117,13 +117,11 @@ def _child(arguments: list[str], log: str, die_at: int) -> None:
     except SystemExit as ended:
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(
-            ended.code if isinstance(ended.code, int) else 1
-        )  # tearing all the modules down takes a second
+        os._exit(ended.code if isinstance(ended.code, int) else 1)  # tearing down all modules takes a second
 
 
 if __name__ == "__main__":
-    # All that a run would import on its way, some of it seconds long.
+    # Everything that a run would import on its way, which can take seconds.
     for name in (
         "diff_gaussian_rasterization",
         "matplotlib.backends.backend_agg",

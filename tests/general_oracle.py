@@ -1,7 +1,7 @@
 """The reference of the general rasteriser: ``project`` and the whole drop-in call in plain PyTorch.
 
 Written from the equations with matrix products and library routines where the kernels have expanded sums, so
-that a slip in one is not a slip in the other. Autograd gives the gradients.
+that a mistake in one is not a mistake in the other. Autograd gives the gradients.
 """
 
 import math

@@ -44,7 +44,7 @@ def oblique() -> Geometry:
 
 
 def parameters() -> dict[str, torch.Tensor]:
-    """Gaussians all over, and in the segmentation head a body that drifts."""
+    """Gaussians everywhere, and a drifting body in the segmentation head."""
     generator = torch.Generator().manual_seed(3)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:

@@ -1,8 +1,7 @@
-"""Inputs that no one should give to the operators: a right answer or a Python exception, never a crash.
+"""Inputs that nobody should give to the operators: a correct result or a Python exception, never a crash.
 
-Run as `pytest tests/operators_fuzz.py`, in a process of its own: test_fuzz.py does, and looks at how it ends, and
-`make sanitize` does with kernels in which every access is checked. FUZZ_EXAMPLES is the number of inputs for each
-operator.
+Run as `pytest tests/operators_fuzz.py`, in its own process: test_fuzz.py does so and checks how it ends, and `make
+sanitize` uses kernels in which every access is checked. FUZZ_EXAMPLES is the number of inputs per operator.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ fuzz = settings(
     database=None,
     derandomize=True,
     suppress_health_check=list(HealthCheck),
-    phases=[Phase.generate],  # shrinking runs what fails again and again, and a crash ends the process anyway
+    phases=[Phase.generate],  # shrinking reruns failures again and again, and a crash ends the process anyway
 )
 BADNESS = ["none", "layout", "value", "form"]
 REFUSALS = (
@@ -52,7 +51,7 @@ REFUSALS = (
     AttributeError,
 )
 
-# What a tensor can be that is still the same values: the answer must be the same.
+# Ways to store a tensor with the same values: the result must be the same.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
     "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1) if t.ndim else t,
@@ -60,7 +59,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "negated view": lambda t: torch._neg_view(-t) if t.is_floating_point() else t,
     "parameter": lambda t: torch.nn.Parameter(t) if t.is_floating_point() else t,
 }
-# And what makes it another one.
+# And changes that make it a different tensor.
 VALUES: dict[str, Callable[[Tensor], Tensor]] = {
     f"{value} at {share}": lambda t, value=value, share=share: (
         torch.where(torch.arange(t.numel()).view(t.shape) % share == 0, torch.tensor(value, dtype=t.dtype), t)
@@ -105,13 +104,13 @@ def spoiled(data: st.DataObject, arguments: dict[str, Any]) -> tuple[dict[str, A
             continue
         out[name] = change(out[name])
         worst = max(worst, kind, key=BADNESS.index)
-        if kind == "form":  # a form that is the old one, of a tensor this small, passes for a change
+        if kind == "form":  # for a tensor this small, the new form may be the old one
             formed.add(name)
     return out, worst
 
 
 def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-    """The result, None where it is refused."""
+    """The result, None if it is refused."""
     try:
         return function(**arguments)
     except REFUSALS:
@@ -119,7 +118,7 @@ def attempt(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
 
 
 def backward(result: Any, arguments: dict[str, Any]) -> None:
-    """The gradients, from ones: that they come at all, in the shapes of their tensors."""
+    """The gradients, from ones: that they exist, with the shapes of their tensors."""
     outputs = [t for t in result if isinstance(t, Tensor) and t.requires_grad]
     inputs = [t for t in arguments.values() if isinstance(t, Tensor) and t.requires_grad]
     if outputs and inputs:
@@ -144,7 +143,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def fits(result: Any, arguments: dict[str, Any]) -> bool:
-    """Is it a result to look into? Where all that came was on the meta device, which holds no values, it is as well."""
+    """Is it a result to inspect? If everything is on the meta device, which holds no values, it is valid too."""
     devices = {value.device.type for value in arguments.values() if isinstance(value, Tensor)}
     assert len(devices) == 1, "tensors of two devices passed"
     assert {t.device.type for t in result} == devices
@@ -152,7 +151,7 @@ def fits(result: Any, arguments: dict[str, Any]) -> bool:
 
 
 def answer(function: Callable[..., Any], arguments: dict[str, Any], worst: str) -> Any:
-    """A result to look into, whose gradients come; None where what does not fit was refused, or held no values."""
+    """A result to inspect, with its gradients; None if invalid input was refused, or held no values."""
     result = attempt(function, arguments)
     assert result is not None or worst == "form"
     if result is None:
@@ -218,7 +217,7 @@ def test_fold(scene_and_type, data):
     assert same(result, fold(**contiguous(arguments)))
     if worst in ("none", "layout") and dtype == torch.float64:
         expected = oracle.fold(**contiguous(arguments))
-        seen = expected[3] > 0  # where it is not drawn, what it would be does not matter
+        seen = expected[3] > 0  # where it is not drawn, its value does not matter
         assert torch.equal(result[3], expected[3])
         for x, y in zip(result[:2], expected[:2], strict=True):
             torch.testing.assert_close(x[seen].detach(), y[seen], rtol=1e-6, atol=1e-6)
@@ -394,7 +393,7 @@ def test_the_general_rasteriser(data):
     except REFUSALS:
         assert worst == "form" or not complete
         return
-    if fits(result, arguments):  # the camera comes along to the device of the Gaussians
+    if fits(result, arguments):  # the camera is moved to the device of the Gaussians
         backward(result, arguments)
 
 

@@ -1,6 +1,6 @@
-"""Random scenes for the folded rasteriser, and one way to draw them with any of its implementations.
+"""Random scenes for the folded rasteriser, and a way to draw them with any of its implementations.
 
-Test modules and the processes that they start share this file: it imports neither of them, nor the oracle.
+Shared by test modules and the processes they start: it imports neither, nor the oracle.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Scene:
     tensors: dict[str, Tensor]
 
     def rounded(self, dtype: torch.dtype) -> Scene:
-        """The scene that a kernel of that dtype sees, in float64 for the oracle."""
+        """The scene as a kernel of that dtype sees it, in float64 for the oracle."""
         return replace(self, tensors={name: t.to(dtype).double() for name, t in self.tensors.items()})
 
     def with_renders(self, renders: Sequence[tuple[int, int, int]]) -> Scene:
@@ -77,7 +77,7 @@ def random_scene(
         opacities[:, : 1 + n // 2] = uniform(0.985, 1.0, heads, n)[:, : 1 + n // 2]
     if kind == "covering":
         opacities *= 0.3
-    if kind == "faint":  # pixels stop, but all at other places
+    if kind == "faint":  # pixels stop, each at a different place
         opacities *= torch.linspace(0.02, 0.8, n, dtype=torch.float64)
     half = torch.tensor([width, 1, height], dtype=torch.float64) / (2 * pixels_per_unit)
     xyz = uniform(-1.3, 1.3, n, 3) * half
@@ -116,7 +116,7 @@ def draw(
     device: str = "cpu",
     gradients: bool = True,
 ) -> dict[str, Tensor]:
-    """All that ``ops.fold`` and ``ops.blend`` make of the scene, and the gradient of each input as "v_" its name.
+    """All outputs of ``ops.fold`` and ``ops.blend`` for the scene, and the gradient of each input as "v_" + name.
 
     What is differentiated is a fixed random weighting of all images and transmittances, so that nothing cancels.
     """

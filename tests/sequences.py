@@ -51,7 +51,7 @@ def write(root: Path, frames: list[np.ndarray]) -> Path:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """Frames this small are done sooner than a second thread starts; where others work, waiting for it takes long."""
+    """Frames this small are done before a second thread starts; on a busy machine, waiting for it takes long."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:
@@ -75,7 +75,7 @@ def train_at(root: Path, out: Path, *more: object) -> None:
 
 
 class BriefInBetween(InBetween):
-    """Its networks are trained for two iterations, where it does not matter what they learn."""
+    """Trains its networks for two iterations, for tests in which it does not matter what they learn."""
 
     settings_of_tests = replace(
         DEFAULT,
@@ -92,7 +92,7 @@ class BriefInBetween(InBetween):
 
 
 def refused(root: Path, out: Path, *more: object) -> int:
-    """The exit status of a run that fails as a script does."""
+    """The exit status of a run that fails like a script."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(sys, "argv", arguments(root, out, *more))
         run(train.main)
@@ -105,7 +105,7 @@ def checkpoint(out: Path, iteration: int) -> Checkpoint:
 
 
 def assert_same(a: object, b: object, where: str = "") -> None:
-    """Equal to the last bit, through containers."""
+    """Bit-identical, through containers."""
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b), where
     elif isinstance(a, dict):
@@ -121,7 +121,7 @@ def assert_same(a: object, b: object, where: str = "") -> None:
 
 
 def assert_same_state(a: Checkpoint, b: Checkpoint) -> None:
-    """All that goes on: parameters, moments, statistics, times, random state."""
+    """All state that carries over: parameters, moments, statistics, times, random state."""
     for part in ("iteration", "params", "time_func", "active_sh_degree", "statistics", "optimizer"):
         assert_same(getattr(a, part), getattr(b, part), part)
     assert_same(a.extras["random"], b.extras["random"], "random")

@@ -1,4 +1,4 @@
-"""--antialiasing: opacities that make up for the low-pass filter, in training, evaluation and every way to render."""
+"""--antialiasing: opacities that compensate for the low-pass filter, in training, evaluation and all ways to render."""
 
 import math
 import sys
@@ -37,7 +37,7 @@ GEOMETRY = ("xyz", "w1", "m", "sigma", "scaling", "rotation")
 
 
 def conics_of(*deviations: tuple[float, float]) -> torch.Tensor:
-    """(N, 3), float64: of footprints of these standard deviations in px along axes that are turned by 0.3."""
+    """Conics (N, 3), float64, of footprints with these standard deviations in px, along axes turned by 0.3."""
     c, s = math.cos(0.3), math.sin(0.3)
     turn = torch.tensor([[c, -s], [s, c]], dtype=torch.float64)
     widened = torch.tensor(deviations, dtype=torch.float64) ** 2 + 0.3
@@ -64,7 +64,7 @@ def test_the_factor_by_its_definition(dtype):
     expected = (variances.prod(1) / (variances + 0.3).prod(1)).clamp_min(2.5e-5).sqrt()
     assert expected[0] == 0.005 and expected[5] > 0.999
     got = compensations(conics_of(*SIZES).to(dtype))
-    # Some roundings of 1 in the ratio, eps; of a root r they are eps / 2r, with r at least 0.005.
+    # A few rounding errors eps in the ratio; in a root r they become eps / 2r, with r at least 0.005.
     atol = 400 * torch.finfo(dtype).eps
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=atol)
 
@@ -99,7 +99,7 @@ def random_model(n=60, seed=3, device="cpu", dtype=torch.float64, smallest=0.15)
     return GaussianModel(params, torch.full((FRAMES,), 1 / FRAMES, dtype=dtype, device=device))
 
 
-# Views out of order, one of them with both heads, one with none.
+# Views out of order, one with both heads, one with none.
 RENDERS = [
     Render(2, SEGMENTATION, ACTIVE_SEGMENTATION),
     Render(0, IMAGE, ACTIVE),
@@ -130,7 +130,7 @@ def test_both_rasterizers_agree(device):
     with threads(1):
         compiled, oracle = (drawn(model, name) for name in RASTERIZERS)
     for name, value in oracle.items():
-        # Sums in another order, in float64; gradients reach some 1e3.
+        # Sums in a different order, in float64; gradients reach about 1e3.
         torch.testing.assert_close(compiled[name], value, rtol=1e-8, atol=1e-8, msg=name)
         assert value.abs().max() > 0, name
     plain = drawn(model, "oracle", antialiasing=False)
@@ -147,7 +147,7 @@ def test_the_order_of_the_renders_is_kept():
 def test_large_gaussians_are_drawn_as_without_it():
     model = random_model(smallest=4.9)
     model.params["sigma"].data.fill_(3.0)  # no view makes them small
-    # 1 - sqrt(ratio) is up to 0.3 / 4.9^2 of an alpha, and up to that of what is behind.
+    # 1 - sqrt(ratio) is up to 0.3 / 4.9^2 of an alpha, and likewise of what is behind.
     images = [drawn(model, "compiled", antialiasing=on)["images"] for on in (False, True)]
     torch.testing.assert_close(*images, rtol=0, atol=0.05)
 
@@ -206,7 +206,7 @@ def test_values_and_gradients_are_those_of_the_general_rasteriser(mirrored):
     leaves = [model.params[name] for name in (*GEOMETRY, "opacity", "f_dc")]
     gradients = [torch.autograd.grad((image * weights).sum(), leaves) for image in (ours, theirs)]
     for name, a, b in zip((*GEOMETRY, "opacity", "f_dc"), *gradients, strict=True):
-        # A conic of the general rasteriser inverts a covariance, which loses some digits of a thin Gaussian.
+        # The general rasteriser's conic inverts a covariance, which loses some digits for a thin Gaussian.
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6 * float(b.abs().max()), msg=name)
 
 
@@ -215,7 +215,7 @@ def test_values_and_gradients_are_those_of_the_general_rasteriser(mirrored):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A joint run with it: the data, and the folder of the model."""
+    """A joint run with --antialiasing: the data, and the model's folder."""
     root = tmp_path_factory.mktemp("run")
     images, seg = write(root / "img", blobs()), write(root / "seg", masks())
     flags = ("--pipeline", "joint", "--seg_source_path", seg, "--iterations", 12, "--densify_from_iter", 3)
@@ -245,7 +245,7 @@ def call(monkeypatch, folder, *flags):
     }
 
 
-def same(a, b, atol=2e-4):  # float32 sums in another order
+def same(a, b, atol=2e-4):  # float32 sums in a different order
     return a.keys() == b.keys() and all(np.allclose(a[name], b[name], rtol=0, atol=atol) for name in a)
 
 
@@ -301,7 +301,7 @@ def test_edited_and_selected_gaussians_are_drawn_so_too(trained, monkeypatch, tm
         "def same(means, scales, quaternions, t):\n return means, scales, quaternions"
     )
     assert same(call(monkeypatch, folder, "--modify", f"{tmp_path}/same.py:same"), plain)
-    # Points on a grid so fine that every Gaussian is close to some: nothing is left out.
+    # Points on a grid so fine that every Gaussian is close to one: nothing is left out.
     axis = torch.arange(-1.5, 1.5, 0.004)
     x, z = torch.meshgrid(axis, axis, indexing="ij")
     points = torch.stack([x.flatten(), torch.zeros(x.numel()), z.flatten()], 1)
@@ -371,7 +371,7 @@ def test_a_resumed_run_is_the_run(trained, tmp_path):
 
 
 def test_recordings_count_the_pairs_of_one_blend(trained, tmp_path, monkeypatch):
-    """So iterations are not recorded, on a GPU either."""
+    """So iterations are not recorded, even on a GPU."""
     images, _, _ = trained
     on_gpu = SimpleNamespace(device=torch.device("cuda"))
     monkeypatch.setattr("training.run.RecordedStep", lambda _: "recorded")

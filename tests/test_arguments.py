@@ -41,7 +41,7 @@ def test_defaults_are_the_published_ones():
         assert getattr(options, name) == value, name
 
 
-# What users of the published programs know (interface of the project). Hidden ones cannot mean anything here.
+# Options known to users of the published programs. Hidden ones have no meaning here.
 PUBLISHED_FLAGS = {
     train_parser: (
         "source_path model_path pipeline seg_source_path lambda_img lambda_seg seg_head_only start_checkpoint "
@@ -117,11 +117,11 @@ def test_neither_true_nor_false_is_an_error():
 def test_lists_of_iterations():
     options = train_options(["-s", "data", "--test_iterations", "7", "30", "--save_iterations", "-1"])
     assert options.test_iterations == (7, 30)
-    assert options.save_iterations == (-1,)  # how old scripts say: nowhere
+    assert options.save_iterations == (-1,)  # how old scripts say: never
 
 
 def test_a_preset_gives_defaults_alone():
-    """What the command line gives stands, also where it is the published value, and whatever the order."""
+    """The command line takes precedence, even if it gives the published value, in any order."""
     plain, fast = train_options(["-s", "data"]), train_options(["-s", "data", "--preset", "fast"])
     assert (plain.iterations, plain.ibfr_target) == (30_000, "linear")
     assert (fast.iterations, fast.ibfr_target) == (1200, "motion")
@@ -204,7 +204,7 @@ def test_cfg_args_round_trip(tmp_path, monkeypatch):
     assert values["source_path"] == str(tmp_path / "it's data")
     assert values["test_iterations"] == [1]
     assert (values["use_dff"], values["distance"], values["seg_source_path"]) == (True, 1.5, None)
-    assert (values["depths"], values["eval"]) == ("", False)  # the published reader looks for these
+    assert (values["depths"], values["eval"]) == ("", False)  # the published reader expects these
     assert "given" not in values
     call = ast.parse((tmp_path / "cfg_args").read_text(), mode="eval").body
     assert isinstance(call, ast.Call) and call.func.id == "Namespace"
@@ -247,7 +247,7 @@ def test_command_line_wins_over_cfg_args_and_defaults_do_not(tmp_path):
     assert options.distance == 1.0  # given, although it is the default
     assert options.white_background is False
     assert (options.resolution, options.source_path) == (4, "/data")
-    assert options.pipeline == "img"  # another option of the same name: what to render
+    assert options.pipeline == "img"  # a different option of the same name: what to render
     assert options.given == {"model_path", "distance", "white_background"}
 
 

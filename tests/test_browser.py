@@ -1,5 +1,6 @@
-"""The viewer in Chromium: what a person sees is what render.py writes, where it lies in the patient, and nothing leaves
-the machine. Run by make test-browser."""
+"""The viewer in Chromium: it shows what render.py writes, at its place in the patient, and nothing leaves the machine.
+
+Run by make test-browser."""
 
 import http.client
 import os
@@ -40,7 +41,7 @@ def case(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(case):
-    """The address of a viewer that runs in this process."""
+    """The address of a viewer running in this process."""
     config = uvicorn.Config(
         application(case, ["127.0.0.1"]), port=0, log_level="error", lifespan="off", access_log=False
     )
@@ -69,7 +70,7 @@ def browser():
 
 @pytest.fixture(scope="module")
 def asked():
-    """Addresses of everything that pages asked for."""
+    """Addresses of everything that pages requested."""
     return []
 
 
@@ -89,7 +90,7 @@ def page(browser, server, asked):
 
 
 def until(page, condition):
-    """Waits for it; playwright's own way evaluates text in the page, which the page's policy forbids."""
+    """Waits for a condition; playwright's own way evaluates text in the page, which the page's policy forbids."""
     end = time.monotonic() + SOON / 1000
     while not page.evaluate(f"Boolean({condition})"):
         assert time.monotonic() < end, f"in vain: {condition}"
@@ -107,7 +108,7 @@ def show(page, t):
 
 
 def drawn(page):
-    """The windowed slice as it is painted, (H, W) uint8."""
+    """The windowed slice as painted, (H, W) uint8."""
     data = page.evaluate(
         f"Array.from(medgs.view.buffers[0].getContext('2d').getImageData(0, 0, {WIDTH}, {HEIGHT}).data)"
     )
@@ -131,7 +132,7 @@ def test_the_slider_shows_what_render_writes(page, rendered):
         show(page, t)
         picture = drawn(page)
         file = read_image(f"{rendered}/render_img/{int(t):05d}_{round(4 * (t % 1))}.png")
-        # Levels are rounded from float32 there and from float64 here: a value at a half may fall either way.
+        # Levels are rounded from float32 there and from float64 here: a value half-way may go either way.
         assert np.abs(picture.astype(int) - file).max() <= 1 and (picture != file).mean() < 1e-3
         seen.append(page.evaluate("document.getElementById('picture').toDataURL()"))
     assert len(set(seen)) == 4
@@ -175,11 +176,11 @@ def test_the_mask_is_outlined_and_filled_where_it_is(page, case):
         page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         shares[how] = page.evaluate(count)  # in px of the slice
     assert shares["none"] == 0 and 5 < shares["outline"] < inside.sum() / 2
-    assert shares["fill"] == pytest.approx(inside.sum(), rel=0.1)  # the crosshair takes some
+    assert shares["fill"] == pytest.approx(inside.sum(), rel=0.1)  # the crosshair covers some
 
 
 def test_crosshair_mesh_and_volume_agree_in_millimetres(page, case, rendered):
-    """On an oblique stack: the place of the slice's crosshair, of NiiVue's, and of the voxel that render.py wrote."""
+    """On an oblique stack, the slice's crosshair, NiiVue's and the voxel written by render.py are at the same place."""
     image, mask = (nibabel.load(f"{rendered}/render_{what}.nii.gz") for what in ("img", "mask"))
     for u, v, t in ((11, 22, 2.25), (30, 9, 5.5)):
         show(page, t)
@@ -195,7 +196,7 @@ def test_crosshair_mesh_and_volume_agree_in_millimetres(page, case, rendered):
             expected.tolist(),
         )
         assert there == pytest.approx(image.get_fdata()[tuple(voxel)], abs=0.02)
-    # The other way: the crosshair put in the volume moves the slice.
+    # The other way round: setting the crosshair in the volume moves the slice.
     target = oblique().to_patient(np.array([20.0, 15.0, 3.75]))
     page.evaluate(
         """mm => { const nv = medgs.volume().nv;
@@ -204,7 +205,7 @@ def test_crosshair_mesh_and_volume_agree_in_millimetres(page, case, rendered):
     )
     until(page, "Math.abs(medgs.view.data.header.t - 3.75) < 0.01")
     assert page.evaluate("medgs.view.cross") == pytest.approx([20, 15], abs=0.05)
-    # The mesh lies about the mask: same middle, same extent, to a voxel.
+    # The mesh encloses the mask: same centre, same extent, to a voxel.
     points = np.array(page.evaluate("Array.from(medgs.volume().nv.meshes[0].pts)")).reshape(-1, 3)
     voxels = np.argwhere(np.asarray(mask.dataobj))
     inside = nibabel.affines.apply_affine(mask.affine, voxels)
@@ -228,7 +229,7 @@ def test_ten_rapid_moves_leave_no_queue(page, case, server, monkeypatch):
     until(page, "medgs.view.data.header.t === 5")
     page.wait_for_timeout(500)
     after = page.evaluate("fetch('/api/state').then(a => a.json())")
-    # The first may have begun, and the last is drawn; on a busy machine another comes in between.
+    # The first may have started, and the last is drawn; on a busy machine another one may come in between.
     assert 1 <= after["drawn"] - before["drawn"] <= 4
     assert time.monotonic() - start < 10
     assert page.evaluate("medgs.view.data.header.t") == 5
@@ -293,14 +294,14 @@ def test_only_the_served_folders_can_be_read(server):
         "/api/volume/..%2f..%2fcfg_args", "/shared/../figures.py", "/page/%2fetc%2fpasswd",
     ):  # fmt: skip
         connection = http.client.HTTPConnection(host)
-        connection.putrequest("GET", path)  # as it stands: no client's tidying
+        connection.putrequest("GET", path)  # as it is: no normalisation by the client
         connection.endheaders()
         answer = connection.getresponse()
         assert answer.status in (400, 404), path
         assert b"import" not in answer.read()
     connection = http.client.HTTPConnection(host)
     connection.request("GET", "/api/about", headers={"Host": "elsewhere.example"})
-    assert connection.getresponse().status == 400  # another site's name that was led here
+    assert connection.getresponse().status == 400  # another site's name resolved to this machine
     for t in ("-1", str(FRAMES), "nan", "x"):
         connection = http.client.HTTPConnection(host)
         connection.request("GET", f"/api/view?t={t}")
@@ -316,7 +317,7 @@ def test_the_mesh_file_is_the_one_that_is_shown(case, tmp_path, server):
 
 
 def test_pages_of_one_file_open_without_a_server(browser, case, tmp_path):
-    """From the disk, with no request but for the file: volume, mask and mesh are unpacked and placed."""
+    """From disk, with no request but the file: volume, mask and mesh are unpacked and placed."""
     write_report(case, tmp_path / "report.html")
     page, asked = browser.new_page(), []
     page.set_default_timeout(SOON)

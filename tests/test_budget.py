@@ -1,4 +1,4 @@
-"""What a run is said to take, and that --time ends it on time: on a simulated clock, and as a program."""
+"""The forecast of a run's duration, and that --time ends it on time: on a simulated clock, and as a program."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from utils.timing import Parts, in_words
 
 
 class Simulation:
-    """A run on a clock of its own. pace: seconds of iteration i of n in all."""
+    """A run on its own clock. pace: seconds of iteration i of n."""
 
     def __init__(self, minutes, pace, total=600, rest=0.0, started=0.0):
         self.now, self.averaged_at = started, []
@@ -49,9 +49,9 @@ class Simulation:
 )
 def test_the_time_is_kept_and_used(minutes, pace):
     run = Simulation(minutes, pace, rest=4.0)
-    assert run.end <= 60 * minutes + 3.0  # one bump at the end is nobody's to foresee
+    assert run.end <= 60 * minutes + 3.0  # one bump at the end is unpredictable
     assert run.end >= 0.85 * 60 * minutes
-    # Averages were not begun and dropped again and again: what is shown at the end is an average of the last ones.
+    # Averages were not started and dropped repeatedly: the result at the end is an average of the last iterations.
     assert run.averaged_at and run.iterations - run.averaged_at[0] >= 0.1 * run.iterations
 
 
@@ -73,7 +73,7 @@ def data(tmp_path):
 
 
 def test_a_program_ends_on_time(data, tmp_path, monkeypatch):
-    """Counted from the loop on here: how long a busy machine takes to get there is nobody's to foresee."""
+    """Counted from the start of the loop: how long a busy machine takes to get there is unpredictable."""
     begun = []
 
     def from_here(training, minutes):

@@ -1,4 +1,4 @@
-"""The fixed camera: the formulas of the image plane, held against the general rasteriser's projection."""
+"""The fixed camera: the formulas of the image plane, against the general rasteriser's projection."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Checkpoints: the published format both ways, exact resuming, and files that are damaged or mean harm.
+"""Checkpoints: the published format both ways, exact resuming, and damaged or malicious files.
 
 Published files are built here by hand from the description of the format, numpy scalars included.
 """
@@ -31,7 +31,7 @@ def make_params(channels=1, seg=False, seed=0):
 
 
 def stepped_adam(params, lr=1e-3):
-    """Adam with one named group a parameter, after two steps."""
+    """Adam with one named group per parameter, after two steps."""
     groups = [{"params": [nn.Parameter(value)], "name": name, "lr": lr} for name, value in params.items()]
     optimizer = torch.optim.Adam(groups, lr=0.0, eps=1e-15)
     for _ in range(2):
@@ -67,7 +67,7 @@ def make_checkpoint(channels=1, seg=False, dff=False):
 
 
 def assert_same(a, b):
-    """Equal to the last bit, through dicts, lists and tuples."""
+    """Bit-identical, through dicts, lists and tuples."""
     if isinstance(a, torch.Tensor):
         assert isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     elif isinstance(a, dict):
@@ -134,7 +134,7 @@ def test_save_and_load_is_exact(path, channels, seg, dff):
 
 
 def test_an_optimizer_goes_on_exactly(path):
-    """A run that is saved, loaded and stepped ends where an uninterrupted one does."""
+    """A run that is saved, loaded and continued ends like an uninterrupted one."""
     params = make_params(1)
     straight = stepped_adam({name: value.clone() for name, value in params.items()})
     now = {group["name"]: group["params"][0] for group in straight.param_groups}
@@ -239,7 +239,7 @@ def test_moments_mean_the_same_with_one_channel_and_with_three(path):
     entry, grey = state["optimizer_state"]["state"][1], checkpoint.optimizer["state"][1]
     assert torch.allclose(entry["exp_avg"], (grey["exp_avg"] / 3).expand(-1, -1, 3))
     assert torch.allclose(entry["exp_avg_sq"], (grey["exp_avg_sq"] / 9).expand(-1, -1, 3))
-    del state["medgs"]  # what the published program would write of it
+    del state["medgs"]  # what the published program would write
     torch.save((state, 7), path)
     loaded = load_checkpoint(path)
     assert loaded.channels == 1 and loaded.extras == {}
@@ -272,7 +272,7 @@ def test_numpy_scalars_of_both_major_versions(path, name):
 
 
 def rewrite(path, change):
-    """Apply `change` to the pickle inside of a saved file."""
+    """Apply `change` to the pickle inside a saved file."""
     with zipfile.ZipFile(path) as archive:
         records = {info.filename: archive.read(info) for info in archive.infolist()}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
@@ -377,7 +377,7 @@ def poisoned(shape):
 )
 def test_the_key_at_fault_is_named(path, key, value):
     torch.save(({**published_state(), key: value}, 7), path)
-    # A head of which one tensor is there is looked at as a whole: another of its keys may come first.
+    # A head with one tensor present is checked as a whole: another of its keys may be reported first.
     with pytest.raises(UserError, match="_seg" if key.endswith("_seg") else key) as error:
         load_checkpoint(path)
     assert "\n" not in str(error.value) and str(path) in str(error.value)

@@ -29,7 +29,7 @@ def blob(tmp_path_factory):
 def test_the_sheet(folder, blob, tmp_path, capsys):
     sheet = tmp_path / "out" / "preview.png"
     assert main(["sheet", "-m", str(folder), "--mesh", str(blob), "-o", str(sheet), "--device", "cpu"]) == 0
-    # The numbers of evaluation.json, and of the classical methods the one that comes closest.
+    # The numbers of evaluation.json, with the best of the classical methods.
     assert "images 25.00 dB, linear interpolation 26.50 dB" in capsys.readouterr().out
     picture = read_image(sheet)
     assert picture.shape[1] == 1760
@@ -94,7 +94,7 @@ def test_shade_fills_the_outline_and_hides_what_is_behind():
 
 
 def test_shade_lights_the_inside_of_an_open_mesh():
-    """A bowl, seen from outside and into it: neither is left in the ambient light alone (0.16 of the skin's colour)."""
+    """A bowl, seen from outside and from inside: neither is lit by ambient light alone (0.16 of the skin's colour)."""
     _, y, x = np.mgrid[:8, :16, :16]
     tube = surface((np.hypot(y - 7.5, x - 7.5) < 6).astype(np.float32), 0.5, closed=False)
     tube.update_faces(tube.triangles_center[:, 1] > 7.5)  # half of it: hollow towards -y

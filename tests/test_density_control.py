@@ -26,7 +26,7 @@ SMALL, LARGE = 0.010, 0.012  # scales below and above 0.01 E
 
 
 class Case:
-    """N Gaussians that nothing would happen to, an optimizer that has taken three steps, and full statistics."""
+    """N Gaussians to which nothing would happen, an optimizer that has taken three steps, and full statistics."""
 
     def __init__(self, n: int = 4, heads: int = 1, **changes: torch.Tensor):
         # Row i has i in the first column of w1, so that rows can be followed.
@@ -75,7 +75,7 @@ class Case:
         s["m_denom"] = torch.full_like(s["m_gradient_accum"], times)
 
     def step(self, iteration: int = 600) -> list[int]:
-        """One density step; of which Gaussian each of the new list descends."""
+        """One density step; returns the parent of each Gaussian in the new list."""
         generator = torch.Generator().manual_seed(1)
         self.control.step(self.model, self.optimizer, iteration, OPTIONS, EXTENT, generator)
         return self.model.params["w1"][:, 0].int().tolist()
@@ -444,7 +444,7 @@ def test_a_refused_adam_step_leaves_the_steps_where_they_were():
 
 @pytest.mark.parametrize("room", [0, 1, 2, 3, 4, 5])
 def test_a_bound_leaves_room_for_the_strongest(room):
-    """Of four that would be cloned (or split, of those that are large), as many as there is room for."""
+    """Of four that would be cloned (or split, if large), as many as there is room for."""
     case = Case(6)
     case.model.params["scaling"].data[1] = math.log(LARGE)
     case.position_gradient([LOW, 5e-4, 3e-4, 6e-4, 4e-4, LOW])
@@ -454,7 +454,7 @@ def test_a_bound_leaves_room_for_the_strongest(room):
     rows = case.model.params["w1"][:, 0].int().tolist()
     assert held_back == (room < 4) and len(rows) == 6 + min(room, 4)
     twice = {row for row in rows if rows.count(row) == 2}
-    assert twice == set([3, 1, 4, 2][:room])  # by falling gradient
+    assert twice == set([3, 1, 4, 2][:room])  # by descending gradient
 
 
 def test_a_bound_that_is_exceeded_already_adds_none():

@@ -242,7 +242,7 @@ def test_gradients_by_the_camera():
     settings, gaussians = smooth()
     projection = torch.linalg.inv(settings.viewmatrix) @ settings.projmatrix
 
-    def images(view, centre):  # the projection is made of the view, as the field's cameras are
+    def images(view, centre):  # the projection is derived from the view, as in the field's cameras
         given = settings._replace(viewmatrix=view, projmatrix=view @ projection, campos=centre)
         return rasterize(gaussians, given)[::2]
 
@@ -254,7 +254,7 @@ def test_gradients_by_the_camera():
     assert torch.autograd.gradcheck(
         lambda v, c: images(v * mask + last, c), (view, centre), eps=1e-6, atol=1e-5
     )
-    # A projection without a gradient of its own moves along.
+    # A projection without its own gradient moves along.
     fixed = settings._replace(viewmatrix=view, campos=centre)
     (along,) = gradients(rasterize(gaussians, fixed)[::2], [view])
     (whole,) = gradients(images(view, centre), [view])
