@@ -23,7 +23,7 @@ class Batch:
 
     @property
     def positions(self) -> list[float]:
-        """Of all views, the real ones first."""
+        """Positions of all views, the real ones first."""
         return [float(k) for k in self.frames] + [k + alpha for k, alpha in self.between]
 
 
@@ -41,8 +41,8 @@ class Sampler:
         return self.num_frames * self.sides
 
     def draw(self, in_between: bool) -> Batch:
-        """A random view with its neighbours: B frames around it, the odd one out after it; with ``in_between`` also a
-        position between each two neighbours (IBFR)."""
+        """A random view with its neighbours: B frames around it, of an even B one more after it than before. With
+        ``in_between`` also a position between each two neighbours (IBFR)."""
         view = int(torch.randint(self.num_views, (), generator=self.generator))
         drawn, size = view % self.num_frames, self.options.batch_size
         around = range(drawn - (size - 1) // 2, drawn + size // 2 + 1)

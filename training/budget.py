@@ -1,4 +1,4 @@
-"""How long a run takes: measured before it begins, and kept to where --time bounds it."""
+"""How long a run takes: measured before it begins, and kept within --time where that is given."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 GROWTH = 1.3
 """How much longer an iteration takes on average than at the start, as Gaussians are added and the optimizer steps."""
 PATIENCE = 600.0
-"""Seconds, from which a faster preset is worth a word on a CPU."""
+"""Seconds from which a faster preset is worth mentioning on a CPU."""
 
 # ---- what it will take -----------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ class Forecast:
     memory: int
 
     def line(self, training: Training) -> str:
-        """What a person is told before the first iteration."""
+        """The line printed before the first iteration."""
         options, device = training.options, training.model.device
         count = options.iterations - training.iteration
         text = (
@@ -65,7 +65,7 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
                 start = time.perf_counter()
             training.optimizer.zero_grad(
                 set_to_none=True
-            )  # as before every iteration: gradients would add up
+            )  # as before every iteration: gradients would accumulate
             step(Views.of(batch, device), training.iteration + 1, training.controlled)
         _wait(device)
         return (time.perf_counter() - start) / repeats
@@ -89,7 +89,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _memory(device: torch.device) -> int:
-    """Bytes: the most that this process has taken of the device."""
+    """Peak memory of this process on the device, in bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -100,18 +100,20 @@ def _memory(device: torch.device) -> int:
 
 
 class Budget:
-    """Fits a run into the time that is given for all of it: reading, motion, iterations, evaluation and files.
+    """Fits a whole run into the time given: reading, motion, iterations, evaluation and files.
 
-    minutes: counted from ``begun`` on ``clock``, both in seconds. rest: how many iterations the rendering after the
-    last one is worth, by its number of images. Before each iteration, `plan` says how many there should be in all. The
-    schedule stretches to that, so the plan follows the pace until parameters are averaged; then it only ends on time.
+    minutes: counted from ``begun`` on ``clock``, both in seconds. rest: the cost of the rendering after the last
+    iteration, in iterations. Before each iteration, `plan` says how many there should be in all. The schedule stretches
+    to that, so the plan follows the pace until parameters are averaged; from then on, it only ends the run on time.
     """
 
-    FIRST = 10  # iterations that are timed before anything is planned
-    WINDOW = 50  # iterations, whose mean is the pace
+    FIRST = 10  # iterations to time before planning
+    WINDOW = 50  # iterations over which the pace is averaged
     ENDING = 3.0  # seconds for what comes after the last iteration, besides rendering
-    WORTH = 0.02  # of the plan, from which a change is worth it
-    SCANT = 100  # iterations, after which a model from the frames' edges is about as good as linear blending
+    WORTH = 0.02  # share of the plan; smaller changes are not made
+    SCANT = (
+        100  # iterations after which a model that starts from the frames is about as good as linear blending
+    )
 
     def __init__(
         self, minutes: float, rest: float = 0.0, begun: float = BEGUN, clock: Clock = time.perf_counter
@@ -126,7 +128,7 @@ class Budget:
         return (self.ticks[-1] - self.ticks[0]) / max(len(self.ticks) - 1, 1)
 
     def note(self, minutes: float, iteration: int) -> str:
-        """What to say at the end of a run for which there was hardly any time, or ""."""
+        """The note at the end of a run that had hardly any time, or ""."""
         if iteration >= self.SCANT:
             return ""
         return (
@@ -136,7 +138,7 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds until the last iteration has to be over."""
+        """Seconds left until the last iteration must be over."""
         return self.end - self.clock() - self.ENDING - self.rest * self.pace
 
     def plan(self, iteration: int, total: int, averaging_from: int) -> int:
@@ -154,7 +156,7 @@ class Budget:
         ahead = 1 + (GROWTH - 1) * max(1 - iteration / averaging_from, 0) if averaging_from else 1.0
         fits = iteration + int(
             self.left / (self.pace * ahead)
-        )  # iterations to come are slower than those timed
+        )  # later iterations are slower than those timed
         return fits if abs(fits - total) > self.WORTH * total else total
 
 

@@ -1,4 +1,4 @@
-"""What a run trains on: frames, masks, what is held out of them, and what motion expects between them."""
+"""What a run trains on: frames, masks, those held out, and the prediction between them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Data:
 
     @property
     def channels(self) -> int:
-        """C of a model that can show them all."""
+        """The C that a model needs to show them all."""
         return max(f.channels for f in (self.frames, self.masks) if f is not None)
 
 
@@ -79,8 +79,8 @@ def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
 
 
 def expected_between(options: TrainOptions, data: Data, say: Callable[[str], object]) -> InBetween | None:
-    """What in-between frames are expected to show, with --ibfr_target motion: read from the output folder where an
-    earlier run left it, else computed, which takes minutes."""
+    """The expected in-between frames for --ibfr_target motion: read from the output folder if an earlier run left
+    them, else computed, which takes minutes."""
     frames, masks, geometry = data.frames, data.masks, data.geometry
     of_images, of_masks = options.lambda_ibfr + options.lambda_ibfr_dssim, options.lambda_ibfr_seg
     weights = {"img": (of_images,), "seg": (of_masks,)}
@@ -109,6 +109,6 @@ def check_batch(options: TrainOptions, todo: Sequence[Task]) -> None:
     renders = sum(2 * real - 1 if task.in_betweens else real for task in todo)
     if renders > MAX_RENDERS and options.rasterizer == "compiled":
         raise UserError(
-            f"--batch_size {options.batch_size} asks for {renders} images in an iteration, those in between "
+            f"--batch_size {options.batch_size} asks for {renders} images per iteration, those in between "
             f"included: {MAX_RENDERS} is the most; give a smaller one"
         )

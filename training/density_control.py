@@ -1,4 +1,4 @@
-"""Adaptive density control: which Gaussians are cloned, split and pruned, and the surgery on model and optimizer.
+"""Adaptive density control: which Gaussians are cloned, split and pruned, and how model and optimizer are rebuilt.
 
 Apart from the model on purpose: :func:`take_rows` is the one place that exchanges per-Gaussian tensors.
 """
@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.memory import free_memory
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-_MEMORY_SHARE = 0.5  # of the free memory that the model and its training may take by default
+_MEMORY_SHARE = 0.5  # of the free memory: what the model and its training may take by default
 
 
 class DensityControl:
@@ -64,11 +64,11 @@ class DensityControl:
         extent: float,
         generator: torch.Generator,
     ) -> bool:
-        """One density step: clone, then split, then prune; the statistics start anew.
+        """One density step: clone, then split, then prune; the statistics start over.
 
-        New Gaussians go to the end: kept ones, clones, first children, second children. Where they would be more than
-        ``options.max_gaussians`` (0: no bound), those of the strongest gradients are made. Returns whether some were
-        not.
+        New Gaussians go to the end: kept ones, clones, first children, second children. Where there would be more than
+        ``options.max_gaussians`` (0: no bound), only those with the strongest gradients are added. Returns whether
+        any were left out.
         """
         s, p = self.statistics, model.params
         gradient = (s["xyz_gradient_accum"] / s["denom"].clamp_min(1))[:, 0]
@@ -114,8 +114,8 @@ class DensityControl:
 def with_bound(
     options: TrainOptions, saved: Checkpoint | None, device: torch.device, channels: int
 ) -> TrainOptions:
-    """``options`` with the number of Gaussians that may be reached, where none is given: the checkpoint's, so that
-    the run goes on as it would have, else as many as the memory is likely to hold."""
+    """``options`` with a bound on the number of Gaussians, where none is given: the checkpoint's, so that the run
+    goes on as it would have, else as many as the memory is likely to hold."""
     before = saved.extras.get("options", {}).get("max_gaussians", 0) if saved else 0
     if options.max_gaussians or type(before) is not int:
         return options
@@ -141,7 +141,7 @@ def with_bound(
 
 
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:
-    """Opacities of all heads become min(opacity, ``value``), and their moments zero."""
+    """Sets the opacities of all heads to min(opacity, ``value``), and their moments to zero."""
     limit = torch.logit(torch.tensor(value)).item()
     for name in (head_parameters(head).opacity for head in model.heads):
         parameter = model.params[name]

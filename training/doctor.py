@@ -1,4 +1,4 @@
-"""What this installation consists of, for bug reports: versions, devices, compilers, the compiled operators, folders.
+"""Describes this installation, for bug reports: versions, devices, compilers, compiled operators, folders.
 
     python -m training.doctor
 
@@ -33,7 +33,7 @@ _ENVIRONMENT = (
     "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST", "TORCH_EXTENSIONS_DIR",
 )  # fmt: skip
 MISSING = "MISSING"
-"""What a line ends with where a run cannot do without it."""
+"""Ends the line of anything missing that every run needs."""
 
 
 def lines() -> Iterator[tuple[str, str]]:
@@ -83,7 +83,7 @@ def _devices() -> Iterator[tuple[str, str]]:
 
 
 def _cpu() -> str:
-    """The processor's name, where the system tells it."""
+    """The processor's name, where the system reports it."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
     except OSError:

@@ -18,12 +18,12 @@ from utils.metrics import Scores
 _AT_ONCE = 4  # frames rendered together: as much memory as an iteration takes
 
 CLASSICAL = {"img": ("linear", "cubic"), "seg": ("sdf", "cubic sdf", "linear")}
-"""What a task's held-out frames are interpolated with for comparison; the first is the one to beat."""
+"""Methods that interpolate a task's held-out frames for comparison; the first is the one to beat."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Some held-out frames with what was made of them; (M, C, H, W) each, on the CPU, in [0, 1]."""
+    """Some held-out frames and their interpolations; (M, C, H, W) each, on the CPU, in [0, 1]."""
 
     places: list[int]  # of the M among the held-out frames
     frames: Tensor
@@ -54,7 +54,7 @@ class TaskScores:
 
 
 class Evaluation:
-    """Scores a model again and again; what does not depend on it is computed once."""
+    """Scores a model repeatedly; whatever does not depend on it is computed once."""
 
     def __init__(self, heldout: Mapping[str, HeldOut]) -> None:
         self.heldout = heldout  # by task
@@ -118,7 +118,7 @@ def evaluate_classical(task: Task, test: HeldOut, background: Tensor) -> dict[st
 
 
 def quantised(images: Tensor, bits: int) -> Tensor:
-    """Values in [0, 1] on the levels of ``bits`` 8 or 16; floats (32) stay."""
+    """Values in [0, 1] rounded to the levels of ``bits`` 8 or 16; floats (32) are kept."""
     top = 2**bits - 1 if bits <= 16 else 0
     return (images.clamp(0, 1) * top).round() / top if top else images.clamp(0, 1)
 

@@ -1,5 +1,5 @@
-"""Numbers that are not finite end a run, with their name: a Gaussian that is NaN is not drawn, so the loss alone would
-never show it."""
+"""Ends a run at the first value that is not finite, and names it: a NaN Gaussian is not drawn, so the loss alone
+would never show it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 
 def magnitudes(model: GaussianModel) -> dict[str, Tensor]:
-    """The largest absolute value, () each, of every gradient and parameter; not finite where one of its values is
+    """The largest absolute value, () each, of every gradient and parameter; not finite if any of its values is
     not."""
     parameters = model.named_parameters()
     named = {f"gradient of {name}": parameter.grad for name, parameter in parameters.items()}

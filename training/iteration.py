@@ -18,7 +18,7 @@ from utils.stages import stage
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised: a model that should show the frames of the tasks through the camera."""
+    """What is optimised: a model that should reproduce the tasks' frames through the camera."""
 
     model: GaussianModel
     camera: Camera
@@ -30,7 +30,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class IterationResult:
-    """What an iteration yields besides the gradients of the parameters."""
+    """What an iteration returns besides the gradients of the parameters."""
 
     loss: Tensor  # ()
     terms: list[dict[str, Tensor]]  # of each task, unweighted
@@ -38,11 +38,11 @@ class IterationResult:
     targets: Tensor  # (B, C, H, W): what they should show
     radii: Tensor  # (V, N) int32 px, 0 where not visible
     active: Tensor  # (V, N) uint8, bits of the activity tests
-    screen_gradients: Tensor | None  # (tasks, V, N, 2): dL/d(centre in px) of each, where it was asked for
+    screen_gradients: Tensor | None  # (tasks, V, N, 2): dL/d(centre in px) of each, if requested
 
     def losses(self, tasks: Sequence[Task]) -> dict[str, Tensor]:
         """() each: every weighted term under a readable name, and their sum, "loss". Computed on request: few
-        iterations are looked at."""
+        iterations are reported."""
         return named_losses(tasks, self.terms) | {"loss": self.loss}
 
 

@@ -1,4 +1,4 @@
-"""The training loop. Pipelines differ in the run's tasks only."""
+"""The training loop. Pipelines differ only in the run's tasks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
 
 
 def train(training: Training, stop: object = None) -> None:
-    """Trains until ``options.iterations``. ``stop`` is looked at in every iteration; once true, it ends the run after
+    """Trains until ``options.iterations``. ``stop`` is checked in every iteration; once true, the run ends after
     that iteration, with a checkpoint."""
     options, parts = training.options, training.parts
     report = Report(training.folder, training.iteration, options.iterations, options.quiet)
@@ -42,7 +42,7 @@ def train(training: Training, stop: object = None) -> None:
             with stage("statistics"):
                 training.observe(result, len(batch.frames))
 
-            # What is evaluated, saved and kept is one model, before it changes: Gaussians that are new, or whose
+            # What is evaluated, saved and kept is one model, before it changes: new Gaussians, and those whose
             # opacity was reset, have learned nothing yet.
             stopping = bool(stop)
             if iteration in options.test_iterations or last:

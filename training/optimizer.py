@@ -49,7 +49,7 @@ def set_rates(
     options: OptimisationOptions,
     extent: float,
 ) -> None:
-    """The schedule: xyz's rate decays log-linearly, relative to ``extent``, and from time to time one more degree of
+    """The schedule: xyz's rate decays log-linearly, relative to ``extent``, and at regular intervals one more degree of
     the harmonics comes into use."""
     share = min(max(iteration / options.position_lr_max_steps, 0), 1)
     log_rate = (1 - share) * math.log(options.position_lr_init) + share * math.log(options.position_lr_final)

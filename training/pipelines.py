@@ -19,11 +19,11 @@ from utils import losses
 
 @dataclass(frozen=True)
 class Task:
-    """What one set of frames asks of the model.
+    """What the model should learn from one set of frames.
 
     name: "img" or "seg", in logs, plots and file names. head: whose opacity and colour are trained on them.
     test: bit of the activity mask. weight: of its loss in the total. terms: weight of each term, 0 leaves it out.
-    between: what to expect at alpha (B,) of the way from frame k (B,) to the next, as (B, C, H, W); None for the two
+    between: the expected frames at alpha (B,) of the way from frame k (B,) to the next, (B, C, H, W); None for the two
         frames blended linearly.
     """
 
@@ -37,7 +37,7 @@ class Task:
 
     @property
     def in_betweens(self) -> bool:
-        """Is what lies between frames rendered too, and compared with what is expected there (IBFR)?"""
+        """Are in-between frames rendered too, and compared with the expected ones (IBFR)?"""
         return bool(self.terms.get("ibfr") or self.terms.get("ibfr_ssim"))
 
     def render(self, view: int) -> Render:
@@ -46,7 +46,7 @@ class Task:
     def targets(
         self, indices: Sequence[int] | Tensor, background: Tensor, mirrored: bool | Tensor = False
     ) -> Tensor:
-        """Frames ``indices`` (B, C, H, W) with the channels of ``background`` (C,): grey ones suit a colour model."""
+        """Frames ``indices`` (B, C, H, W) with as many channels as ``background`` (C,): grey ones are repeated."""
         return self.frames(indices, mirrored, background).expand(-1, len(background), -1, -1)
 
     def expected(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def tasks(
     options: TrainOptions, frames: Frames, masks: Frames | None = None, between: InBetween | None = None
 ) -> list[Task]:
     """The tasks of ``options.pipeline``. ``frames`` are the masks themselves in plain segmentation training.
-    ``between``: what in-between frames are expected to show, where that is not the linear blend."""
+    ``between``: the expected in-between frames, where they are not the linear blend."""
     images_between, masks_between = (between.images, between.masks) if between else (None, None)
     image_terms = {
         "l1": options.lambda_l1,
@@ -126,7 +126,7 @@ def loss_terms(
 
 
 def split(images: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """``images.split(sizes)``; where one part is all of them, it is they themselves: no gradients to put together."""
+    """``images.split(sizes)``; a single part is ``images`` itself, which saves assembling gradients."""
     if len(images) in sizes:
         return [images if size else images[:0].detach() for size in sizes]
     return images.split(list(sizes))
@@ -142,7 +142,7 @@ def total_loss(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> 
 
 
 def named_losses(tasks: Sequence[Task], terms: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Each weighted term, by what a person would call it."""
+    """Each weighted term, under a readable name."""
     return {
         f"{name} loss of {task.name}": (task.weight * task.terms[name]) * value.detach()
         for task, values in zip(tasks, terms, strict=True)

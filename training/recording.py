@@ -1,4 +1,4 @@
-"""Iterations recorded as CUDA graphs and replayed, until the parameters are exchanged."""
+"""Iterations recorded as CUDA graphs and replayed, until the parameters are replaced."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 from training.batches import Views
 from training.iteration import IterationResult, Objective, forward_backward
 
-_SPARE = 1.2  # room for pairs of Gaussian and tile, over those seen last; with too little, the graph is recorded again
+_SPARE = 1.2  # room for pairs of Gaussian and tile, over the last count; with too little, the graph is recorded again
 _MOST_PAIRS = (
     2**31 - 1
-)  # the largest capacity that ``blend`` accepts; it says what to do where that is too little
+)  # the largest capacity that ``blend`` accepts; its error says what to do where that is too little
 
 
 @contextlib.contextmanager
 def side_stream(device: torch.device) -> Iterator[None]:
-    """Work within goes to a CUDA stream of its own, as the default stream cannot be recorded. Does nothing on a CPU."""
+    """Runs the body on its own CUDA stream, as the default stream cannot be recorded. Does nothing on a CPU."""
     if device.type != "cuda":
         yield
         return
@@ -45,7 +45,7 @@ class _Kind(NamedTuple):
 
     @property
     def regime(self) -> tuple[bool, bool, int]:
-        """What only changes now and then as the run goes on; the sizes differ from batch to batch."""
+        """What changes only occasionally during the run; the sizes differ from batch to batch."""
         return self.screen_gradients, self.with_sigma, self.sh_degree
 
 
@@ -61,7 +61,7 @@ class _Recording:
 
 
 class _Memory:
-    """Where a tensor lies on the GPU, without holding it."""
+    """Where a tensor lies on the GPU, without keeping it alive."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.__cuda_array_interface__ = tensor.detach().__cuda_array_interface__
@@ -80,8 +80,8 @@ def _unowned(value: Any) -> Any:
 
 
 class RecordedStep:
-    """:func:`forward_backward` as CUDA graphs, one per kind of iteration, recorded anew whenever the parameters are
-    exchanged. An iteration then costs the host a few calls instead of a few hundred.
+    """:func:`forward_backward` as CUDA graphs, one per kind of iteration, recorded again whenever the parameters are
+    replaced. An iteration then costs the host a few calls instead of a few hundred.
 
     A recording fixes the size of the lists of pairs. The device reports how many there are while it runs; an iteration
     that had too little room is recorded with more and repeated before anything uses its gradients.
@@ -99,12 +99,12 @@ class RecordedStep:
         self._held: Tensor | None = None
 
     def forget(self) -> None:
-        """Frees the recordings' memory for whatever needs much of it: both would not fit side by side. The parameters
+        """Frees the recordings' memory for work that needs much of it: the two might not fit together. The parameters
         keep their gradients."""
         for parameter in self._parameters():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
-        # Memory may go at once (expandable segments do), while a recording is still being replayed.
+        # Memory may be released at once (expandable segments are), while a recording is still being replayed.
         torch.cuda.current_stream().synchronize()
         self.recordings.clear()
         self._anchor = self._held = None
@@ -116,7 +116,7 @@ class RecordedStep:
     def _pool(self) -> Any:
         """Where all recordings have their tensors. It lives as long as a graph that uses it: an empty one."""
         if self._anchor is None:
-            torch.cuda.empty_cache()  # what lies idle outside cannot be used within
+            torch.cuda.empty_cache()  # idle memory outside the pool cannot be used in it
             self._anchor = torch.cuda.CUDAGraph()
             self._anchor.capture_begin(capture_error_mode="thread_local")
             self._held = torch.zeros(1, device=self.objective.model.device)
@@ -149,7 +149,7 @@ class RecordedStep:
             self._note(pairs, views)
             if pairs <= recording.capacity:
                 break
-            torch.cuda.current_stream().synchronize()  # what is being replayed must not go
+            torch.cuda.current_stream().synchronize()  # what is being replayed must not be freed
             del self.recordings[kind], recording
             recording = self._record(kind, views, iteration)
         for parameter, gradient in recording.gradients:
@@ -168,7 +168,7 @@ class RecordedStep:
         recording = None
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             recording = self._capture(views, iteration, kind.screen_gradients, capacity=capacity)
-        if recording is None:  # torch cannot free what it keeps for reuse while it records
+        if recording is None:  # torch cannot free its cached memory while it records
             for parameter in self._parameters():
                 parameter.grad = None
             self.forget()

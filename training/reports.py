@@ -23,7 +23,7 @@ from utils.metrics import Scores
 from utils.timing import BEGUN
 
 EVALUATION_FILE = "evaluation.json"
-BAR_INTERVAL = 10  # iterations between two looks at the loss: each waits for the device
+BAR_INTERVAL = 10  # iterations between two readings of the loss: each waits for the device
 _HISTOGRAM_INTERVAL = 1000  # iterations
 
 NAMES = {"model": "ours", "linear": "linear", "cubic": "cubic spline", "sdf": "signed distance"}
@@ -42,7 +42,7 @@ class Metrics:
 
 
 class _PendingMetrics:
-    """Metrics of one iteration on their way from the device."""
+    """Metrics of one iteration, being copied from the device."""
 
     def __init__(self, iteration: int, metrics: Metrics) -> None:
         self.iteration, self.time = iteration, time.perf_counter()
@@ -57,7 +57,7 @@ class _PendingMetrics:
             self.event.record()
 
     def numbers(self) -> dict[str, float]:
-        """Each by its name; waits for the device if they are still on their way."""
+        """Each by its name; waits for the device if they have not arrived yet."""
         if self.event:
             self.event.synchronize()
         return dict(zip(self.names, self.values.tolist(), strict=True))
@@ -89,16 +89,16 @@ class Report:
             tqdm.write(message)
 
     def replan(self, last: int) -> None:
-        """The run has another last iteration."""
+        """Changes the run's last iteration."""
         self.last = self.bar.total = last
 
     def advance(self, iteration: int) -> bool:
-        """Moves the bar; returns whether `metrics` should be called for this iteration, as every BAR_INTERVAL."""
+        """Moves the bar; returns whether `metrics` is due for this iteration, every BAR_INTERVAL."""
         self.bar.update(1)
         return iteration % BAR_INTERVAL == 0 or iteration == self.last
 
     def metrics(self, iteration: int, metrics: Metrics) -> None:
-        """Shows and logs the metrics of an iteration, those from a GPU at the next call, so that nobody waits for it.
+        """Shows and logs the metrics of an iteration, those from a GPU at the next call, so that nothing waits for it.
         Raises `UserError` where a loss, gradient or parameter is not finite."""
         if self.pending:
             self._show(self.pending)
@@ -186,7 +186,7 @@ class Report:
             self._montage(task, heldout, heldout.comparison)
 
     def _montage(self, task: str, heldout: HeldOutScores, pictures: Comparison) -> None:
-        """Held-out frames beside the classical method to beat, ours, and what each gets wrong."""
+        """Held-out frames beside the classical method to beat, ours, and the error of each."""
         mask = task == "seg"
 
         def figures(scores: Scores) -> list[str]:
@@ -256,7 +256,7 @@ def _dice(value: float) -> str:
 
 
 def _earlier_rows(path: Path, iteration: int) -> list[dict[str, Any]]:
-    """What a run that is resumed at ``iteration`` in its own folder has evaluated up to there."""
+    """The evaluations up to ``iteration`` of a run that is resumed there in its own folder."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8")) if iteration else []
         return [row for row in rows if row["iteration"] <= iteration]

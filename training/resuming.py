@@ -14,12 +14,12 @@ from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readabl
 from scene.frames import Frames
 from utils.errors import UserError
 
-# Of a run's options, those that say nothing of what it computes.
+# Options that do not affect what a run computes.
 _OF_NO_CONSEQUENCE = {
     "source_path", "seg_source_path", "model_path", "start_checkpoint", "quiet", "debug", "debug_from", "num_pts",
     "start", "report", "time",
 }  # fmt: skip
-# And those that a run cannot change half way: it would be neither the one nor the other.
+# Options that a run cannot change half-way: its result would belong to neither setting.
 _FIXED = ("pipeline", "distance", "white_background", "random_background")
 
 
@@ -54,7 +54,7 @@ def as_saved(options: TrainOptions) -> dict[str, Any]:
 
 
 def changes(before: Mapping[Any, Any], now: Mapping[str, Any]) -> list[str]:
-    """Which options of consequence differ from those of the checkpoint, in words."""
+    """The options that affect the result and differ from the checkpoint's, in words."""
     return [
         f"--{name} {value} (was {before[name]})"
         for name, value in now.items()
@@ -63,7 +63,7 @@ def changes(before: Mapping[Any, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def check_continues(options: TrainOptions, saved: Checkpoint, pixels: str) -> None:
-    """Checks that the options and frames still are those of the saved run. Raises `UserError` where continuing it would
+    """Checks that the options and frames are still those of the saved run. Raises `UserError` where continuing it would
     be meaningless."""
     path, before = options.start_checkpoint, saved.extras.get("options", {})
     for name in _FIXED:
@@ -107,9 +107,9 @@ def check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None
 
 
 def with_model_of(options: TrainOptions, saved: Checkpoint) -> TrainOptions:
-    """``options`` whose model is the one of the checkpoint, so that what is saved of the run is true.
+    """``options`` with those of the checkpoint's model, so that what the run saves is true.
 
-    Raises `UserError` where the command line asks for another.
+    Raises `UserError` where the command line asks for another model.
     """
     actual = replace(
         options,

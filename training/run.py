@@ -1,4 +1,4 @@
-"""Everything a training run consists of: made from options, resumed from a checkpoint, saved as one."""
+"""The state of a training run: made from options, resumed from a checkpoint, saved as one."""
 
 from __future__ import annotations
 
@@ -57,13 +57,13 @@ class Training:
     optimizer: torch.optim.Adam
     control: DensityControl
     sampler: Sampler
-    generator: torch.Generator  # on the CPU; all that is random comes from it
+    generator: torch.Generator  # on the CPU; the source of all random numbers
     background: Tensor  # (C,)
     geometry: Geometry | None = None  # of the frames, where prepare.py wrote it
     heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task, where there are such frames
     iteration: int = 0
     found: bool = False  # whether it continues from a checkpoint that was found, not named
-    bounded: bool = False  # whether the bound on the number of Gaussians was met
+    bounded: bool = False  # whether the bound on the number of Gaussians was reached
     averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
     parts: Parts = field(default_factory=Parts)  # where its time goes
@@ -80,7 +80,7 @@ class Training:
             data = read_data(options, device, say)
         frames, geometry = data.frames, data.geometry
         options = fitted(options, len(frames) * frames.height * frames.width)
-        if saved is not None and options.time:  # its length was found by its pace
+        if saved is not None and options.time:  # its length was set by its pace
             before = saved.extras.get("options", {}).get("iterations", options.iterations)
             options = with_iterations(options, max(before, options.iterations))
         todo = tasks(options, frames, data.masks)
@@ -176,7 +176,7 @@ class Training:
             self._end_iteration(saved.extras["gradients"])
 
     def _end_iteration(self, gradients: Mapping[str, Tensor]) -> None:
-        """Takes the update that the iteration of the checkpoint was to end with."""
+        """Makes the update that the checkpoint's iteration still had to make."""
         degree = self.model.active_sh_degree  # the schedule raised it before the checkpoint was written
         self.set_rates()
         self.model.active_sh_degree = degree
@@ -193,7 +193,7 @@ class Training:
         )
 
     def replan(self, iterations: int) -> None:
-        """Makes it a run of so many iterations, with a schedule to match."""
+        """Changes the number of iterations, with the schedule to match."""
         self.options = replan(self.options, iterations, len(self.model))
         if self._recorded is not None:
             self._recorded.objective = self.objective
@@ -204,7 +204,7 @@ class Training:
 
     @property
     def regularised(self) -> bool:
-        """Whether this iteration looks at times between frames too (IBFR)."""
+        """Whether this iteration renders in-between frames too (IBFR)."""
         options = self.options
         skipped = options.ibfr_skip and self.iteration % options.ibfr_skip == 1
         begun = self.iteration >= options.ibfr_from_iter
@@ -212,7 +212,7 @@ class Training:
 
     @property
     def controlled(self) -> bool:
-        """Whether density control goes on in this iteration."""
+        """Whether density control is active in this iteration."""
         return self.iteration < self.options.densify_until_iter and not self.options.seg_head_only
 
     @torch.no_grad()
@@ -235,7 +235,7 @@ class Training:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Ends an iteration: the density step and the reset of opacities where they are due, then the optimizer's."""
+        """Ends an iteration: the density step and the reset of opacities where due, then the optimizer's step."""
         if self.controlled:
             with stage("density"):
                 self._control_density()
@@ -263,7 +263,7 @@ class Training:
 
     @property
     def shown(self) -> GaussianModel:
-        """The model that is scored and saved: the averages, where there are any."""
+        """The model that is scored and saved: the averaged one, where there is one."""
         return self.model if self.averaged is None else self.averaged
 
     def _control_density(self) -> None:
@@ -314,7 +314,7 @@ class Training:
 
     def check_finite(self, values: Mapping[str, Tensor], with_moments: bool = False) -> None:
         """Raises `UserError` that names what is not finite: one of ``values``, of the gradients, or of the parameters,
-        where an earlier iteration left its traces; with ``with_moments`` also of the optimizer's. Waits for the
+        where an earlier iteration may have left it; with ``with_moments`` also of the optimizer's. Waits for the
         device."""
         named = {**values, **magnitudes(self.model)}
         if with_moments:
@@ -335,7 +335,7 @@ class Training:
         return self._evaluation(replace(self.objective, model=self.shown), compare=last)
 
     def stepper(self) -> Callable[[Views, int, bool], IterationResult]:
-        """What takes an iteration up to its gradients: replayed as CUDA graphs where that is possible."""
+        """The function that runs an iteration up to its gradients: replayed as CUDA graphs where possible."""
         options = self.options
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
         plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
@@ -348,13 +348,13 @@ class Training:
         )
 
     def release(self) -> None:
-        """Frees recorded iterations, before the parameters are exchanged or much else is rendered."""
+        """Frees recorded iterations, before the parameters are replaced or much else is rendered."""
         if self._recorded is not None:
             self._recorded.forget()
 
     @property
     def extent(self) -> float:
-        """E: what learning rates and density control are relative to, plane units."""
+        """E, in plane units: the scale of learning rates and density control."""
         return self.options.extent_per_distance * self.camera.distance
 
     # ---- files -------------------------------------------------------------------------------------------------------
@@ -384,10 +384,10 @@ class Training:
         write_point_cloud(path, self.shown.params, self.shown.time_func)
 
     def save_checkpoint(self) -> None:
-        """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` less one stay.
+        """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` - 1 are kept.
 
-        The iteration's `update` is still to come: the gradients are saved too, and a run that goes on begins with it.
-        Where what is shown are averages, the parameters that go on being trained are saved beside them.
+        The iteration's `update` comes later: the gradients are saved too, and a resumed run begins with it.
+        Where averages are shown, the parameters still being trained are saved beside them.
         Raises `UserError`, and writes nothing, where something of the run is not finite.
         """
         self.check_finite({}, with_moments=True)
@@ -426,8 +426,8 @@ class Training:
         self._remove_older()
 
     def _remove_older(self) -> None:
-        """Leaves as many checkpoints as the options say. Those of later iterations are another run's, or damaged: they
-        do not count."""
+        """Keeps as many checkpoints as the options say. Later iterations belong to another run, or are damaged: they do
+        not count."""
         if self.options.keep_checkpoints:
             there = [file for n, file in all_of(self.folder).items() if n <= self.iteration]
             for file in there[: -self.options.keep_checkpoints]:
@@ -439,7 +439,7 @@ class Training:
             torch.save(self.shown.params["xyz"].detach().cpu(), file)
 
     def tidy(self) -> None:
-        """Removes what an earlier run in the folder was writing, or about to remove, when it was killed."""
+        """Removes what an earlier run in the folder was writing or removing when it was killed."""
         self._remove_older()
         below = (self.folder / "xyz", self.folder / "plots", *self.folder.glob("point_cloud/*"))
         for folder in (self.folder, *below):

@@ -1,6 +1,6 @@
-"""How large a run is and when things happen in it: in proportion to its data and to its iterations.
+"""The size and the schedule of a run, in proportion to its data and to its iterations.
 
-Numbers of the presets are those for PIXELS of data and the preset's iterations; what the command line gives stands.
+The presets' numbers are for PIXELS of data and the preset's iterations; values from the command line are kept.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ SCHEDULE = (
     "prune_scale_from_iter",
     "average_from_iter",
 )
-"""Options that say when: they go with the iterations. Intervals between two events stay."""
+"""Options that say when: they scale with the iterations. Intervals between two events do not."""
 
 PIXELS = 69 * 197 * 233
-"""The data that sizes are given for: every second slice of the brain that presets were chosen on."""
+"""The amount of data that sizes are given for: every second slice of the brain that presets were chosen on."""
 
 
 @dataclass(frozen=True)
@@ -40,17 +40,17 @@ class Size:
 
 
 SIZES: dict[str, dict[str, Size]] = {
-    # Points on surfaces grow as the power 2/3 of what they bound; small volumes train as fast with all of them.
+    # The number of points on surfaces grows as the power 2/3 of the volume; small ones train as fast with all of them.
     "best": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(6000, 1 / 4, least=6000)},
     "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 1 / 4, least=1200)},
-    # For minutes on a CPU: time grows with the number of Gaussians there.
+    # For minutes on a CPU, where time grows with the number of Gaussians.
     "quick": {"num_pts": Size(100_000, 1 / 2)},
 }
 """What presets size by the data, beside the numbers in `arguments.PRESETS`."""
 
 
 def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
-    """``options`` of the size that suits ``pixels`` in all frames, with the schedule of their iterations."""
+    """``options`` sized for ``pixels`` in all frames, with the schedule for their iterations."""
     sizes = SIZES.get(options.preset, {})
     grown: dict[str, Any] = {
         name: size.of(pixels) for name, size in sizes.items() if name not in options.given
@@ -63,7 +63,7 @@ def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
 
 
 def with_iterations(options: TrainOptions, iterations: int) -> TrainOptions:
-    """``options`` of a run of so many iterations, whose SCHEDULE shrinks or stretches alike.
+    """``options`` for that many iterations, with the SCHEDULE scaled in proportion.
 
     The published preset keeps its absolute numbers unless --scale_schedule or --time asks otherwise; 0 stays 0.
     """
@@ -78,8 +78,8 @@ def with_iterations(options: TrainOptions, iterations: int) -> TrainOptions:
 
 
 def replan(options: TrainOptions, iterations: int, gaussians: int) -> TrainOptions:
-    """``options`` of a run that has so many ``gaussians`` now and time for so many iterations: in less than half of
-    those of its preset, Gaussians that are still to be added would learn nothing."""
+    """``options`` of a run that has ``gaussians`` now and time for so many iterations: in less than half of its
+    preset's, Gaussians added later would learn nothing."""
     usual = PRESETS[options.preset].get("iterations", TrainOptions.iterations)
     if 2 * iterations < usual:
         options = replace(options, max_gaussians=min(options.max_gaussians or gaussians, gaussians))
@@ -87,12 +87,12 @@ def replan(options: TrainOptions, iterations: int, gaussians: int) -> TrainOptio
 
 
 def scaled(iteration: int, of: int, to: int) -> int:
-    """``iteration`` of a run of ``of`` iterations in one of ``to``; 0 alone becomes 0."""
+    """``iteration`` of a run of ``of`` iterations, scaled to one of ``to``; only 0 becomes 0."""
     return max(min(iteration, 1), iteration * to // of)
 
 
 def warn(options: TrainOptions, in_betweens: bool, say: Callable[[str], object]) -> None:
-    """Says where a run would end before it has begun to teach the in-betweens that are expected of it."""
+    """Warns where a run would end before it begins to learn in-between frames."""
     if in_betweens and options.ibfr_from_iter >= options.iterations:
         say(
             f"warning: frames in between are never taught: that begins at iteration {options.ibfr_from_iter} "
