@@ -1,4 +1,4 @@
-"""Every option and every number of a run: documented dataclass fields that the command lines are made from.
+"""Every option and every number of a run: documented dataclass fields from which the command lines are made.
 
 A field's metadata holds its help, its short flag, its choices, its range and where its number comes from, so
 that a new option is one entry here. The namespace is flat: `TrainOptions` and `RenderOptions` inherit the
@@ -29,7 +29,7 @@ from utils.images import MAX_PIXELS
 if TYPE_CHECKING:
     import torch
 
-# Where a number comes from; the command line's help explains the words.
+# Where a number comes from; the command line's help explains the terms.
 _KERBL = "3DGS"
 _PAPER = "paper"
 _RELEASE = "release"
@@ -241,7 +241,7 @@ class OptimisationOptions:
     )
 
     # Batches
-    batch_size: int = _option(3, "neighbouring frames rendered in an iteration", source=_PAPER, low=1)
+    batch_size: int = _option(3, "neighbouring frames rendered per iteration", source=_PAPER, low=1)
     random_background: bool = _option(False, "a random background behind transparent frames")
 
     # Rates of Adam
@@ -339,8 +339,8 @@ class RunOptions:
 
     preset: str = _option(
         "published",
-        "defaults of the other options: those of the paper; those for the best frames in between (best); nearly those, "
-        "in a fifth of the iterations (fast); or a useful result in minutes on a CPU (quick)",
+        "defaults of the other options: the paper's (published); for the best frames in between (best); nearly as "
+        "good, in a fifth of the iterations (fast); or a useful result in minutes on a CPU (quick)",
         choices=("published", "best", "fast", "quick"),
     )
     model_path: str = _option("", "output folder (default: a fresh one under ./output/)", short="m")
@@ -378,11 +378,13 @@ class RunOptions:
         "other presets do",
     )
     test_iterations: tuple[int, ...] = _option(
-        (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate there"
+        (5000, 10_000, 15_000, 20_000, 25_000, 30_000, 40_000, 100_000), "evaluate at these iterations"
     )
-    save_iterations: tuple[int, ...] = _option((30_000,), "save the point cloud there, and at the last")
-    checkpoint_iterations: tuple[int, ...] = _option((), "save a checkpoint there, and at the last")
-    checkpoint_interval: int = _option(0, "also save one every N iterations; 0: off", low=0)
+    save_iterations: tuple[int, ...] = _option(
+        (30_000,), "save the point cloud at these iterations and the last"
+    )
+    checkpoint_iterations: tuple[int, ...] = _option((), "save a checkpoint at these iterations and the last")
+    checkpoint_interval: int = _option(0, "also save a checkpoint every N iterations; 0: off", low=0)
     keep_checkpoints: int = _option(
         0, "keep only the newest N checkpoints in the output folder; 0: all", low=0
     )
@@ -419,10 +421,10 @@ class TrainOptions(MachineOptions, OptimisationOptions, ModelOptions, DataOption
         if self.pipeline == "joint" and not self.seg_source_path:
             raise UserError("--pipeline joint needs the masks too: give --seg_source_path ROOT")
         if self.start_checkpoint == AUTO and not self.model_path:
-            raise UserError("--start_checkpoint auto looks into the output folder: give it too, -m FOLDER")
+            raise UserError("--start_checkpoint auto looks in the output folder: give that too, -m FOLDER")
         sized = (
             self.preset != "published" and "num_pts" not in self.given
-        )  # by the data, later, and within the bound
+        )  # sized by the data later, within the bound
         if self.max_gaussians and self.num_pts > self.max_gaussians and not sized:
             raise UserError(
                 f"--num_pts {self.num_pts} starts with more Gaussians than --max_gaussians {self.max_gaussians} allows"
@@ -446,7 +448,7 @@ class RenderOptions(MachineOptions, DataOptions):
     model_path: str = _option("", "the trained model's folder", short="m")
     iteration: int = _option(-1, "chkpnt<iteration>.pth is rendered; -1: the newest", low=-1)
     interp: int = _option(1, "images per frame: n - 1 between each frame and the next", low=1)
-    beyond: bool = _option(False, "also the n - 1 images behind the last frame, which nothing was seen of")
+    beyond: bool = _option(False, "also the n - 1 images after the last frame, which are extrapolated")
     pipeline: str = _option(
         "img", "img: render_img/; seg: render_mask/; both", choices=("img", "seg", "both")
     )
@@ -458,17 +460,17 @@ class RenderOptions(MachineOptions, DataOptions):
     extension: str = _option(".png", "of the image files")
     nifti: bool = _option(
         False,
-        "write the rendered sequence also as render_img.nii.gz, render_mask.nii.gz: in the source's intensities, "
-        "and in its place",
+        "also write the rendered sequence as render_img.nii.gz, render_mask.nii.gz: in the source's intensities "
+        "and position",
     )
     html: bool = _option(
         False,
-        "write the sequence also as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "
+        "also write the sequence as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "
         "browser",
     )
     video: float | None = _option(
         None,
-        "write it also as a video of X frames a second (15 if X is left out): MP4, or GIF where imageio-ffmpeg is "
+        "also write it as a video of X frames per second (15 if X is left out): MP4, or GIF if imageio-ffmpeg is "
         "not installed",
         kind=float,
         above=0,
@@ -559,7 +561,7 @@ _FAST = _IN_BETWEEN | {
     "ibfr_alpha_min": 0.0,
     "ibfr_alpha_max": 1.0,
     "average_decay": 0.99,
-    # More frames an iteration, each with a smaller share of the loss; and twice the rates.
+    # More frames per iteration, each with a smaller share of the loss; and twice the rates.
     "batch_size": 9,
     "position_lr_init": 3.2e-4,
     "feature_lr": 5e-3,

@@ -2,7 +2,7 @@
 
     python render.py -m OUTPUT --modify examples/stretch.py:stretch
 
-A copy of this file is a place to start from for other deformations. They get and return all N Gaussians at time t,
+Copy this file as a starting point for other deformations. They get and return all N Gaussians at time t,
 in plane units: x to the right and z up from the middle of the frame, which shows x in [-0.36, 0.36] at the default
 --distance; y away from the camera, 0 for all of them. Scales are standard deviations along the Gaussian's own axes.
 """
@@ -16,10 +16,10 @@ FACTOR = 1.3
 def stretch(means: Tensor, scales: Tensor, quaternions: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
     """x -> FACTOR x, of the centres and of the ellipses around them.
 
-    means: (N, 3). scales: (N, 3), the one along y next to nothing. quaternions: (N, 4), w x y z, turns about y.
+    means: (N, 3). scales: (N, 3), nearly 0 along y. quaternions: (N, 4), w x y z, turns about y.
     t: time in [0, 1], for deformations that change from frame to frame.
     """
-    # An ellipse stretched along x is an ellipse, in general of another angle: by its covariance in (x, z).
+    # An ellipse stretched along x is again an ellipse, in general at another angle: see its covariance in (x, z).
     angle = 2 * torch.atan2(quaternions[:, 2], quaternions[:, 0])  # about +y, which takes x towards -z
     cos, sin = torch.cos(angle), torch.sin(angle)
     long, _, wide = (scales**2).unbind(1)  # variances along the Gaussian's own axes

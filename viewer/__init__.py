@@ -1,1 +1,1 @@
-"""A trained case as a person looks at it: live in the browser, as a report, as pages to send."""
+"""Views of a trained case: live in the browser, as a report, as pages to send."""

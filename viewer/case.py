@@ -1,4 +1,4 @@
-"""A trained case with all that is worth looking at beside its model: input, held-out frames, mesh, reference."""
+"""A trained case: the model and what to view with it: input and held-out frames, mesh, reference."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from utils.errors import UserError
 from utils.metrics import Scores
 
 AT_FRAME = 1e-4  # positions this close to a frame are that frame
-_AT_ONCE = 8  # views of a dense volume, between two of which a live one is drawn
+_AT_ONCE = 8  # views of a dense volume rendered at a time; live ones are drawn in between
 _MOST_SUB_FRAMES = 8
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """What the model was trained on and scored on, as far as it is still where it was."""
+    """The frames that the model was trained and scored on, as far as they still exist."""
 
     images: Frames | None = None
     masks: Frames | None = None
     heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task
     missing: str = ""
-    """Why there is nothing, in words."""
+    """Why there are none, in words."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +66,7 @@ class Case:
     pipeline: str
     reference: Reference | None = None
     mesh: Trimesh | None = None
-    """In RAS where it is in millimetres."""
+    """In RAS if it is in millimetres."""
     _drawing: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -77,13 +77,15 @@ class Case:
         mesh: str | None = None,
         say: Callable[[str], object] = print,
     ) -> Case:
-        """The case in ``options.model_path``. Input frames that are gone are said, and no error: the model can do
+        """The case in ``options.model_path``. Missing input frames give a notice, not an error: the model can do
         without. Raises `UserError` where there is no model, or where ``reference`` or ``mesh`` cannot be read."""
         trained = Trained.load(options, say)
         folder = Path(options.model_path)
         geometry = Geometry.load(folder / FILE_NAME) if (folder / FILE_NAME).exists() else None
         if geometry is not None and len(geometry.slices) != trained.model.num_frames:
-            say(f"{folder / FILE_NAME} is of other frames than the model: nothing is placed in the patient")
+            say(
+                f"{folder / FILE_NAME} does not match the model's frames: positions in the patient are unknown"
+            )
             geometry = None
         inputs, pipeline = _inputs(options, say)
         case = cls(options, trained, geometry, inputs, pipeline)
@@ -109,7 +111,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """The folder's, or where that is only called model, its parent's."""
+        """The folder's name, or its parent's if the folder is just called model."""
         folder = Path(self.options.model_path).resolve()
         return folder.parent.name if folder.name == "model" else folder.name
 
@@ -119,24 +121,24 @@ class Case:
 
     @property
     def labels(self) -> list[dict[str, Any]]:
-        """What the mask's values stand for: id, name and colour, of those that any colour vision tells apart."""
+        """What the mask's values stand for: id, name and colour, from a palette safe for colour-blind readers."""
         return [{"id": 1, "name": "mask", "colour": "#e69f00"}] if self.has_masks else []
 
     @property
     def in_hounsfield(self) -> bool:
-        """Whether intensities look like Hounsfield units, for which there are usual windows."""
+        """Whether intensities look like Hounsfield units, which have standard windows."""
         low, high = self.placed.window
         return low <= -20 and high >= 40
 
     @property
     def shown_window(self) -> tuple[float, float]:
-        """Intensities that are black and white in still pictures: soft tissue of Hounsfield units, else all."""
+        """Intensities shown as black and white in still pictures: soft tissue for Hounsfield units, else all."""
         low, high = self.placed.window
         return (max(low, -160.0), min(high, 240.0)) if self.in_hounsfield else (low, high)
 
     @cached_property
     def placed(self) -> Geometry:
-        """Where renders lie; where nobody knows, a stack of voxels of size 1, upright as frames are."""
+        """Where renders lie; if unknown, a stack of voxels of size 1, upright like the frames."""
         if self.geometry is not None and self.geometry.affine is not None:
             return self.geometry
         count, camera = self.model.num_frames, self.trained.camera
@@ -158,7 +160,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        """Of places: mm, or voxels where nobody knows."""
+        """Of positions: mm, or voxels if the geometry is unknown."""
         return "mm" if self.geometry is not None and self.geometry.affine is not None else "voxels"
 
     @property
@@ -231,7 +233,7 @@ class Case:
             values = torch.cat([column.float() for column in columns], 1).cpu().numpy()
         return {"values": values, "active": count, "total": len(trained.model)}
 
-    # ---- what it is compared with ------------------------------------------------------------------------------------
+    # ---- comparisons -------------------------------------------------------------------------------------------------
 
     @cached_property
     def heldout_positions(self) -> list[float]:
@@ -239,14 +241,14 @@ class Case:
         return [] if test is None else test.indices
 
     def comparisons(self) -> list[str]:
-        """What renders can be held against."""
+        """What renders can be compared with."""
         task = "seg" if self.pipeline == "seg" else "img"
         names = ["frame", "linear"] if self.inputs.images is not None else []
         names += ["heldout"] if task in self.inputs.heldout else []
         return names + (["reference"] if self.reference is not None else [])
 
     def against(self, what: str, position: float) -> tuple[np.ndarray, float, str]:
-        """An image (C, H, W) in [0, 1] to hold against the render at ``position``, where it lies, and in words."""
+        """An image (C, H, W) in [0, 1] to compare with the render at ``position``, its own position, and a caption."""
         images, background = self.inputs.images, self.trained.background.cpu()
         if what == "reference" and self.reference is not None:
             return self._resliced(position), position, self.reference.name
@@ -266,10 +268,10 @@ class Case:
             share = np.float32(position - first)
             before, after = images([first, first + 1], background=background).cpu().numpy()
             return before + (after - before) * share, position, f"linear, {first} to {first + 1}"
-        raise UserError(f"{what} is nothing to compare with here: there is {', '.join(self.comparisons())}")
+        raise UserError(f"cannot compare with {what} here: choose from {', '.join(self.comparisons())}")
 
     def scores(self, position: float, image: np.ndarray) -> dict[str, Any] | None:
-        """PSNR and SSIM of the render (C, H, W) at ``position``, where an input or held-out frame lies there."""
+        """PSNR and SSIM of the render (C, H, W) at ``position``, if an input or held-out frame lies there."""
         for what, places in (
             ("heldout", self.heldout_positions),
             ("frame", range(self.model.num_frames if self.inputs.images is not None else 0)),
@@ -298,7 +300,7 @@ class Case:
     # ---- the dense volume --------------------------------------------------------------------------------------------
 
     def sub_frames(self, most_voxels: int) -> int:
-        """Slices per frame that make voxels about as deep as wide, as far as ``most_voxels`` allows."""
+        """Slices per frame that make voxels roughly isotropic, as far as ``most_voxels`` allows."""
         spacing = self.placed.spacing
         assert spacing is not None
         wanted = round(spacing[2] / min(spacing[:2])) if self.unit == "mm" else 4
@@ -309,7 +311,7 @@ class Case:
     def volumes(
         self, sub_frames: int, progress: Callable[[float], object] = lambda _: None
     ) -> tuple[RenderedVolume, RenderedVolume | None]:
-        """The sequence rendered densely, as render.py --nifti has it: intensities, and the mask (0 and 1)."""
+        """The sequence rendered densely, as by render.py --nifti: intensities, and the mask (0 and 1)."""
         grid = Grid(self.placed, self.size, sub_frames)
         images = RenderedVolume(grid, mask=False)
         masks = RenderedVolume(grid, mask=True) if self.has_masks else None
@@ -326,7 +328,7 @@ class Case:
 
 
 def mesh_of(masks: nibabel.Nifti1Image) -> Trimesh | None:
-    """The surface of a mask volume, in RAS; None where it is empty. Smoothed by a voxel, as 0 and 1 make stairs."""
+    """The surface of a mask volume, in RAS; None if it is empty. Smoothed by a voxel, as a binary mask gives steps."""
     values = np.asarray(masks.dataobj)
     if not values.any():
         return None
@@ -338,7 +340,7 @@ def train_options_of(folder: Path, **changes: Any) -> TrainOptions:
     """The options of the run in ``folder``, from its ``cfg_args``. Raises `UserError` where it has none."""
     path = folder / "cfg_args"
     if not path.exists():
-        raise UserError(f"{path} does not exist, so nobody knows what this model was trained on")
+        raise UserError(f"{path} does not exist, so the training data of this model is unknown")
     saved = read_cfg_args(path)
     names = {option.name for option in fields(TrainOptions) if option.metadata}
     known = {
@@ -370,9 +372,11 @@ def _inputs(options: RenderOptions, say: Callable[[str], object]) -> tuple[Input
 def _reference(path: str, geometry: Geometry | None) -> Reference:
     if geometry is None or geometry.affine is None:
         raise UserError(
-            f"--reference {path}: nobody knows where the model's frames lie, so it cannot be laid over"
+            f"--reference {path}: the position of the model's frames is unknown, so it cannot be laid over"
         )
     volume = read_volume(path)
     if volume.affine is None or volume.values.ndim != 3:
-        raise UserError(f"--reference {path} is no volume with a place in the patient: give a NIfTI file")
+        raise UserError(
+            f"--reference {path} is not a volume with a position in the patient: give a NIfTI file"
+        )
     return Reference(np.asarray(volume.values, np.float32), np.linalg.inv(volume.affine), Path(path).name)

@@ -15,7 +15,7 @@ from pictures.pages import document, escape
 from utils.files import atomic_write
 from viewer.case import Case, mesh_of
 
-MOST_VOXELS = 9_000_000  # of the volume in a page; some 5 MB packed and as text
+MOST_VOXELS = 9_000_000  # of the volume in a page; about 5 MB compressed and in base64
 _MOST_TRIANGLES = 60_000
 
 STYLE = """
@@ -31,7 +31,7 @@ STYLE = """
 
 
 def solid(case: Case, sub_frames: int | None = None) -> tuple[str, dict[str, bytes], str]:
-    """Three planes and 3-D of a case for a page: its HTML, its parts, and the script that brings it to life."""
+    """Three planes and 3-D of a case for a page: its HTML, its parts, and the script that runs it."""
     images, masks = case.volumes(sub_frames or case.sub_frames(MOST_VOXELS))
     image = smaller(images.image, MOST_VOXELS)
     parts = {"image.nii": image.to_bytes()}
@@ -42,7 +42,7 @@ def solid(case: Case, sub_frames: int | None = None) -> tuple[str, dict[str, byt
         mesh = mesh or mesh_of(mask)
     if mesh is not None:
         if len(mesh.faces) > _MOST_TRIANGLES and find_spec("fast_simplification"):
-            with suppress(ValueError):  # it would not be closed any more: all of its triangles, then
+            with suppress(ValueError):  # if simplifying would open it, keep all triangles
                 mesh = decimate(mesh, 1 - _MOST_TRIANGLES / len(mesh.faces))
         parts["mesh.ply"] = mesh_bytes(mesh, "ply")
     low, high = case.placed.window
@@ -96,7 +96,7 @@ def write_volume_page(case: Case, path: Path, sub_frames: int | None = None) -> 
 
 
 def smaller(image: nibabel.Nifti1Image, most: int, labels: bool = False) -> nibabel.Nifti1Image:
-    """The volume in bytes, of at most ``most`` voxels: every second, third ... along its longest axes if it has more.
+    """The volume in bytes, at most ``most`` voxels: every second, third ... along its longest axes if it has more.
 
     Intensities keep their scale; a mask keeps its values.
     """

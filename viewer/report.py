@@ -1,4 +1,4 @@
-"""The report of a case: what was trained on what, how well, and what it looks like, in one file."""
+"""The report of a case in one file: the model, its data, its scores and pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from viewer.pages import STYLE, solid
 _MOST_PICTURES = 90  # of the slider
 _SHOWN_WIDE = 420  # px of a picture in the slider
 _FEW_FRAMES = 8
-_UNDECIDED = 0.2  # share of a mask's area that is neither in nor out, above which it says so
+_UNDECIDED = 0.2  # share of a mask's area that is neither in nor out, above which the report warns
 _ACCENT = np.array([0.90, 0.62, 0.0], np.float32)
 
 _STYLE = (
@@ -85,7 +85,7 @@ def write_report(case: Case, path: Path) -> list[str]:
     cuts = folder / "plots" / "cuts.png"
     if write_cuts(case, cuts):
         body.append(
-            "<h2>From the side</h2><p class='faint'>Cuts across the frames, where what lies between them shows.</p>"
+            "<h2>From the side</h2><p class='faint'>Cuts across the frames show what lies between them.</p>"
             f"<img class='wide' src='{picture_file(cuts)}' alt='Cuts across the frames'>"
         )
     markup, parts, script = solid(case)
@@ -103,7 +103,7 @@ def write_report(case: Case, path: Path) -> list[str]:
     return warned
 
 
-# ---- what is to be said ----------------------------------------------------------------------------------------------
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def _rows(folder: Path) -> list[dict[str, Any]]:
@@ -158,7 +158,7 @@ def _elapsed(folder: Path) -> float | None:
 
 
 def warnings_of(case: Case, rows: list[dict[str, Any]]) -> list[str]:
-    """What a careful reader should know before believing the pictures, a sentence each."""
+    """What a careful reader should know before trusting the pictures, one sentence each."""
     out = []
     for task, name in (("img", "images"), ("seg", "masks")):
         scores = _last(rows, task, "heldout")
@@ -179,7 +179,7 @@ def warnings_of(case: Case, rows: list[dict[str, Any]]) -> list[str]:
     if trained and tested and trained["psnr"] - tested["psnr"] > 10:
         out.append(
             f"The frames it was trained on are {trained['psnr'] - tested['psnr']:.0f} dB better than those held out: "
-            "it knows them by heart, and guesses in between."
+            "it has memorised them, and guesses in between."
         )
     count = case.model.num_frames
     if count < _FEW_FRAMES:
@@ -187,7 +187,7 @@ def warnings_of(case: Case, rows: list[dict[str, Any]]) -> list[str]:
     if case.has_masks:
         out += _mask_warnings(case)
     if case.unit != "mm":
-        out.append("Nobody knows where the frames lie in the patient: places and volumes are in voxels.")
+        out.append("The frames' position in the patient is unknown: positions and volumes are in voxels.")
     if case.inputs.missing:
         out.append(f"The input frames could not be shown: {case.inputs.missing}.")
     return out
@@ -218,7 +218,7 @@ def _warnings(warned: list[str]) -> str:
     )
 
 
-# ---- what is to be seen ----------------------------------------------------------------------------------------------
+# ---- pictures --------------------------------------------------------------------------------------------------------
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
@@ -255,7 +255,7 @@ def _slider(case: Case) -> list[str]:
     if case.inputs.images is None:
         words = "The rendered sequence."
     else:
-        words = "Ours beside the frame that lies there, or nothing where none does; the mask is outlined."
+        words = "Ours beside the frame at that position, if there is one; the mask is outlined."
     return [
         f"<h2>The sequence</h2><p class='faint'>{words}</p><div id='slider'><div class='pair'>"
         "<figure><img alt='Rendered'><figcaption></figcaption></figure>"
@@ -265,7 +265,7 @@ def _slider(case: Case) -> list[str]:
 
 
 def _positions(case: Case) -> list[float]:
-    """Frames, those held out, and what lies half-way: as many as a page may hold."""
+    """Training frames, held-out frames and positions half-way: as many as a page may hold."""
     last = case.model.num_frames - 1
     places = {float(k) for k in range(last + 1)} | set(case.heldout_positions)
     if len(places) < _MOST_PICTURES / 2:
@@ -276,7 +276,7 @@ def _positions(case: Case) -> list[float]:
 
 
 def _frames(case: Case) -> list[dict[str, Any]]:
-    """What the slider shows: pictures, and what to say of them."""
+    """What the slider shows: pictures and their captions."""
     out, low, high = [], *_shown_window(case)
     for position in _positions(case):
         images, masks = case.draw([position])
@@ -297,7 +297,7 @@ def _frames(case: Case) -> list[dict[str, Any]]:
 
 
 def _truth_mask(case: Case, kind: str, place: float) -> np.ndarray | None:
-    """(H, W) of a mask that was given, for an input frame or one held out."""
+    """The given mask (H, W) of an input or held-out frame."""
     if kind == "heldout" and "seg" in case.inputs.heldout:
         test = case.inputs.heldout["seg"]
         k = int(np.abs(np.array(test.indices) - place).argmin())
@@ -308,14 +308,14 @@ def _truth_mask(case: Case, kind: str, place: float) -> np.ndarray | None:
 
 
 def _shown_window(case: Case) -> tuple[float, float]:
-    """What is black and white in pictures, on the scale of renders."""
+    """The values shown as black and white in pictures, on the scale of renders."""
     low, high = case.placed.window
     black, white = case.shown_window
     return (black - low) / (high - low), (white - low) / (high - low)
 
 
 def _shown(case: Case, image: np.ndarray, mask: np.ndarray | None, low: float, high: float) -> np.ndarray:
-    """(C, H, W) -> (h, w, 3), enlarged to be seen, pixels square, the mask outlined."""
+    """(C, H, W) -> (h, w, 3), enlarged, with square pixels and the mask outlined."""
     spacing = case.placed.spacing
     assert spacing is not None
     width, height = case.size
@@ -333,7 +333,7 @@ def _shown(case: Case, image: np.ndarray, mask: np.ndarray | None, low: float, h
 
 
 def write_cuts(case: Case, path: Path) -> bool:
-    """Cuts across the frames: what was held out, linear interpolation, ours. False where nothing was held out."""
+    """Cuts across the frames: the held-out truth, linear interpolation, ours. False if nothing was held out."""
     stacks, masks, spacing = cut_stacks(case)
     if not stacks:
         return False
@@ -344,7 +344,7 @@ def write_cuts(case: Case, path: Path) -> bool:
 def cut_stacks(
     case: Case,
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], tuple[float, float, float]]:
-    """At all slices of the source, kept and held out: name -> (D, H, W) images, and masks where there are; spacing."""
+    """At all slices of the source, kept and held out: name -> (D, H, W) images, and masks if there are any; spacing."""
     task = "seg" if case.pipeline == "seg" else "img"
     test, kept = case.inputs.heldout.get(task), case.inputs.images
     spacing = case.placed.spacing
@@ -382,7 +382,7 @@ def cut_stacks(
 
 
 def _printed_mesh(case: Case) -> str:
-    """The mesh as a picture, for paper."""
+    """The mesh as a picture, for printing."""
     mesh = case.mesh
     if mesh is None and case.has_masks:
         _, masks = case.volumes(1)
@@ -396,7 +396,7 @@ def _printed_mesh(case: Case) -> str:
 
 
 def _curves(folder: Path, rows: list[dict[str, Any]]) -> str:
-    """Losses over the iterations, from TensorBoard's files, and scores, as one drawing."""
+    """Losses over the iterations, from TensorBoard's files, and scores, as one figure."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
@@ -450,7 +450,7 @@ def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
 
 
 def _provenance(case: Case) -> str:
-    """What made this: program, versions, files with their digests, options."""
+    """Provenance: program, versions, files with their digests, options."""
     folder, path = Path(case.options.model_path), case.trained.path
     digest = hashlib.sha256()
     with path.open("rb") as file:

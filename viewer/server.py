@@ -1,5 +1,5 @@
-"""What the page asks for: pictures of the model at any position, volumes, meshes, numbers. Nothing but the page's own
-files can be read."""
+"""Answers the page's requests: pictures of the model at any position, volumes, meshes, numbers. Of files, it serves
+only the page's own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PAGE = Path(__file__).parent / "page"
 SHARED = Path(__file__).parents[1] / "pictures" / "web"
 MOST_VOXELS = 48_000_000  # of a dense volume in the browser
 _MOST_ELLIPSES = 20_000
-_CLIENTS = 64  # pages that are remembered
+_CLIENTS = 64  # open pages to keep track of
 _POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; connect-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "frame-ancestors 'none'"
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class Latest:
-    """Work on one request at a time. What a page asked for before its newest request, and has not begun, is dropped."""
+    """Handles one request at a time. Older requests of a page that have not begun are dropped for its newest one."""
 
     def __init__(self) -> None:
         self.newest: OrderedDict[str, int] = OrderedDict()
@@ -53,7 +53,7 @@ class Latest:
         self.done = self.dropped = 0
 
     async def __call__(self, client: str, number: int, work: Callable[[], Result]) -> Result | None:
-        """The result of ``work``, or None where a later request of ``client`` has come in before its turn."""
+        """The result of ``work``, or None if a later request of ``client`` arrived before its turn."""
         self.newest[client] = max(number, self.newest.pop(client, 0))
         while len(self.newest) > _CLIENTS:
             self.newest.popitem(last=False)
@@ -116,7 +116,7 @@ def packed(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
 
 
 def application(case: Case, hosts: list[str]) -> Starlette:
-    """The viewer of ``case``. ``hosts``: names under which a browser may ask, so that no other site can."""
+    """The viewer of ``case``. ``hosts``: host names that browsers may use, so that no other site can connect."""
     latest, dense = Latest(), Dense(case)
     last = case.model.num_frames - 1
 
@@ -223,7 +223,7 @@ def application(case: Case, hosts: list[str]) -> Starlette:
 
 
 def describe(case: Case) -> dict[str, Any]:
-    """What the page has to know before it draws anything."""
+    """What the page needs before it can draw."""
     model, geometry, (width, height) = case.model, case.placed, case.size
     count = model.num_frames
     places = np.array([[0, 0, k] for k in range(count)] + [[1, 0, 0], [0, 1, 0]], np.float64)
@@ -261,7 +261,7 @@ def describe(case: Case) -> dict[str, Any]:
 
 
 def picture(case: Case, position: float, against: str, most_ellipses: int) -> bytes:
-    """The render at ``position`` and what was asked for beside it."""
+    """The render at ``position`` and whatever else was requested."""
     start = time.perf_counter()
     images, masks = case.draw([position])
     drawn = time.perf_counter() - start

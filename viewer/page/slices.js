@@ -36,7 +36,7 @@ export function windowed({data, shape}, low, high) {
   return new ImageData(out, width, height);
 }
 
-/* What of the first is above (orange) and below (blue) the second; full colour at ``most``. */
+/* Where the first is above (orange) or below (blue) the second; full colour at ``most``. */
 export function difference(ours, theirs, most) {
   const [channels, height, width] = ours.shape, size = height * width;
   const out = new Uint8ClampedArray(4 * size);
@@ -102,7 +102,7 @@ export class SliceView {
     return this.data?.other && this.state.how === "beside" ? 2 : 1;
   }
 
-  /* Canvas px of a pixel, of its left upper corner in panel 0, and across a panel. */
+  /* Canvas px: per pixel, of the top left corner of panel 0, and across a panel. */
   frame() {
     const {width, height} = this.canvas, panel = width / this.panels();
     const scale = Math.min(panel / this.width, height / (this.height * this.aspect)) * 0.96 * this.zoom;

@@ -1,4 +1,4 @@
-// The page: state in the address, slices as they are asked for, and what hands and keys do.
+// The page: state in the address, slices on request, mouse and keyboard.
 import {SliceView, unpack, viridis} from "./slices.js";
 
 const $ = (id) => document.getElementById(id);
@@ -61,7 +61,7 @@ function toFrame(mm) {
 
 // ---- the slice ---------------------------------------------------------------------------------------------------------
 
-/* Asks for the slice at the state's t. What was asked for before is no longer waited for, and the server drops it. */
+/* Requests the slice at the state's t. Earlier requests are abandoned, and the server drops them. */
 async function ask() {
   const number = ++asked;
   running?.abort();
@@ -172,7 +172,7 @@ async function loadVolume() {
     const mask = about.masks ? await get("mask.nii") : null;
     const found = about.mesh ? await fetch("/api/volume/mesh.ply") : null;
     const mesh = found?.ok ? await found.arrayBuffer() : null;
-    const canvas = $("volume").cloneNode(); // another checkpoint is another scene
+    const canvas = $("volume").cloneNode(); // each checkpoint is a new scene
     $("volume").replaceWith(canvas);
     volume = await mountVolume(canvas, {image, mask, mesh, labels: about.labels, dark: state.theme === "dark", moved: fromVolume});
     $("waiting").hidden = true;
@@ -190,7 +190,7 @@ async function loadVolume() {
   }
 }
 
-/* The crosshair was put elsewhere in the volume. */
+/* The crosshair was moved in the volume. */
 function fromVolume(mm) {
   const [u, v, t] = toFrame(mm);
   view.cross = [u, v];
@@ -199,7 +199,7 @@ function fromVolume(mm) {
   setFrame();
 }
 
-/* The slice or its crosshair moved: so does the volume's. */
+/* The slice or its crosshair moved: the volume's follows. */
 let synced = 0;
 function sync() {
   if (!volume) return;
@@ -293,7 +293,7 @@ function savePicture() {
 }
 
 async function copyLink() {
-  await new Promise((done) => setTimeout(done, 250)); // the address is written a little later than the state
+  await new Promise((done) => setTimeout(done, 250)); // the address is updated shortly after the state
   await navigator.clipboard?.writeText(location.href);
   $("link").textContent = "Copied";
   setTimeout(() => ($("link").textContent = "Link"), 1200);
@@ -332,7 +332,7 @@ function title() {
     + `${about.frames} frames of ${about.width} × ${about.height}`;
 }
 
-// ---- hands and keys -----------------------------------------------------------------------------------------------------
+// ---- mouse and keyboard --------------------------------------------------------------------------------------------
 
 function step(direction, fraction = 8) {
   moveTo(Math.round((state.t + direction / fraction) * fraction) / fraction);
