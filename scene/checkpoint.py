@@ -224,7 +224,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
     if isinstance(contents, dict) and _COMPACT in contents:
         return _read_compact(path, contents).to(map_location)
     if not isinstance(contents, (tuple, list)) or len(contents) != 2:
-        raise UserError(f"{path} is not a checkpoint of this program: it is no pair (state, iteration)")
+        raise UserError(f"{path} is not a checkpoint of this program: it is not a pair (state, iteration)")
     state, iteration = contents
     if isinstance(state, (tuple, list)):
         raise UserError(
@@ -232,7 +232,7 @@ def load_checkpoint(path: str | os.PathLike[str], map_location: torch.device | s
             "parameters of time (m, sigma, w1, time_func): nothing can be rendered from it, train again"
         )
     if not isinstance(state, dict) or type(iteration) is not int or iteration < 0:
-        raise UserError(f"{path} is not a checkpoint of this program: it is no pair (state, iteration)")
+        raise UserError(f"{path} is not a checkpoint of this program: it is not a pair (state, iteration)")
     return _Reader(path, state).checkpoint(iteration).to(map_location)
 
 
@@ -500,7 +500,7 @@ class _Reader:
         except (KeyError, TypeError, ValueError) as error:
             raise self.fault(key, "has groups that are not named, one parameter each") from error
         if unknown:
-            raise self.fault(key, f"has a group {unknown.pop()}, which the model has not")
+            raise self.fault(key, f"has a group {unknown.pop()}, which the model lacks")
         for index, entry in entries.items():
             if index not in indexed or not isinstance(entry, dict):
                 raise self.fault(key, f"has an entry {index!r} of no group")
@@ -547,12 +547,12 @@ class _Reader:
             try:
                 torch.Generator().set_state(known["random"])
             except (RuntimeError, TypeError) as error:
-                raise self.fault("random", "is no state of a random generator") from error
+                raise self.fault("random", "is not the state of a random generator") from error
         learned = {**checkpoint.params, "time_func": checkpoint.time_func}
         for key, what in (("gradients", "the gradient of"), ("trained", "the trained")):
             for name in known.get(key, {}):
                 if name not in learned:
-                    raise self.fault(key, f"names {name!r}, which the model has not")
+                    raise self.fault(key, f"names {name!r}, which the model lacks")
                 self.tensor(known[key], name, tuple(learned[name].shape), label=f"{what} {name}")
         if missing := learned.keys() - known.get("trained", learned).keys():
             raise self.fault("trained", f"lacks {min(missing)!r}")

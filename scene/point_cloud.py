@@ -89,7 +89,7 @@ def read_point_cloud(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], T
         names = parameter.column_names(parameter.size(sizes))
         missing = [name for name in names if name not in place]
         if missing:
-            raise UserError(f"{path} has no column {missing[0]}: it is no point cloud of this method")
+            raise UserError(f"{path} has no column {missing[0]}: it is not a point cloud of this method")
         values = torch.from_numpy(table[:, [place[name] for name in names]].astype(np.float32))
         if parameter.is_colour:
             return values.view(num_points, 3, len(names) // 3).transpose(1, 2).contiguous()
@@ -133,7 +133,7 @@ def _read_header(
     """
 
     def fault(what: str) -> UserError:
-        return UserError(f"{path} is no point cloud of this method: {what}")
+        return UserError(f"{path} is not a point cloud of this method: {what}")
 
     if not re.match(rb"ply\r?\n", start):
         raise fault("it does not begin as a PLY file")

@@ -71,7 +71,9 @@ def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
         raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
     for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
         if frame != mask:
-            raise UserError(f"{where}: frame number {frame} meets mask number {mask}; number them alike")
+            raise UserError(
+                f"{where}: frame number {frame} is paired with mask number {mask}; number them alike"
+            )
     if (masks.width, masks.height) != (frames.width, frames.height):
         raise UserError(
             f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"

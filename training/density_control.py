@@ -1,6 +1,6 @@
 """Adaptive density control: which Gaussians are cloned, split and pruned, and how model and optimizer are rebuilt.
 
-Apart from the model on purpose: :func:`take_rows` is the one place that exchanges per-Gaussian tensors.
+Separate from the model on purpose: :func:`take_rows` is the only place that replaces per-Gaussian tensors.
 """
 
 from __future__ import annotations

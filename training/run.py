@@ -278,7 +278,7 @@ class Training:
                 self.bounded = True
                 self.say(
                     f"[{iteration}] {len(model)} Gaussians of --max_gaussians {options.max_gaussians}: "
-                    "no more than it leaves room for are added from here on"
+                    "from here on, only as many are added as that allows"
                 )
             if len(model) == 0:
                 raise UserError(
