@@ -1,4 +1,4 @@
-"""DICOM as hospitals have it: order, place, spacing and scale by the files' own tags, or a refusal that says why."""
+"""DICOM as in hospitals: order, position, spacing and scale from the files' own tags, or a refusal that says why."""
 
 import itertools
 import shutil
@@ -19,7 +19,7 @@ uid = pydicom.uid
 SHAPE = (9, 7, 6)
 VALUES = np.random.default_rng(0).permutation(int(np.prod(SHAPE))).reshape(SHAPE).astype(np.int16)
 UNSIGNED = VALUES.astype(np.uint16)
-# Columns to the left, rows to the back, slices up: the order of the slices is that of their normal.
+# Columns to the left, rows to the back, slices up: slices are ordered along their normal.
 AFFINE = np.array([[-0.8, 0, 0, 12.5], [0, -0.9, 0, -30.25], [0, 0, 3, 101], [0, 0, 0, 1]], float)
 TURNED = np.array([[0, -0.9, 0, 30], [-0.8, 0, 0, 20], [0, 0, -3, -50], [0, 0, 0, 1]], float)
 
@@ -377,7 +377,7 @@ BUNDLED = Path(pydicom.__path__[0]) / "data" / "test_files"
 
 
 def _alone(tmp_path, name):
-    """A bundled file of one slice in a folder of its own."""
+    """A bundled file of one slice in its own folder."""
     (tmp_path / name).mkdir()
     shutil.copy(BUNDLED / name, tmp_path / name)
     return read_volume(tmp_path / name)

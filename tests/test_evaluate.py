@@ -27,7 +27,7 @@ AFFINE = np.array([[-1.0, 0, 0, 30], [0, -1.0, 0, 20], [0, 0, 2.5, -10], [0, 0, 
 
 
 def _ball(radius=6.0, shape=(10, 20, 24), shift=0.0):
-    """(frame, row, column) float32, 2.5 mm a frame."""
+    """(frame, row, column) float32, 2.5 mm per frame."""
     z, y, x = np.meshgrid(*map(np.arange, shape), indexing="ij")
     return (np.linalg.norm((2.5 * (z - 4.5), y - 9.5, x - 11.5 - shift), axis=0) < radius).astype(np.float32)
 
@@ -158,7 +158,7 @@ def test_lpips_is_named_where_it_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_lpips_is_a_column_where_it_is_there(tmp_path, monkeypatch):
-    """A stand-in for the network: the mean difference, asked in the way that lpips wants (three channels, [0, 1])."""
+    """A stand-in for the network: the mean difference, called as lpips expects (three channels, [0, 1])."""
 
     class Network:
         def __init__(self, net, verbose):
@@ -248,7 +248,7 @@ def test_masks_of_volumes(tmp_path):
 
 
 def test_a_mesh_of_the_label_is_right_in_every_space(tmp_path):
-    """Against the label volume, a mesh, and masks with their geometry: one surface, whichever space a file is in."""
+    """Against the label volume, a mesh, and masks with their geometry: the same surface, whatever a file's space."""
     label = _volume(tmp_path / "label.nii.gz", _ball())
     prepare.main(["-i", str(label), "-l", str(label), "-o", str(tmp_path / "out"), "--axis", "2", "--quiet"])
     other = _mesh(tmp_path / "other.stl", _ball(), "RAS")
@@ -304,7 +304,7 @@ def test_a_space_that_nobody_tells_is_asked_for(tmp_path):
 
 
 def test_a_label_of_unevenly_spaced_slices_is_placed_slice_by_slice(tmp_path, monkeypatch):
-    """As a DICOM series may have them: the last two slices lie twice as far apart."""
+    """As can occur in a DICOM series: the last two slices are twice as far apart."""
     depths = np.array([0.0, 1, 2, 3, 4, 5, 6, 7, 8, 10])
     label = _volume(tmp_path / "label.nii.gz", np.ones((10, 20, 24)))
     volume = dataclasses.replace(evaluate.read_volume(label), depths=depths)

@@ -1,4 +1,4 @@
-"""Splats for other programs show the frame; compact models are drawn as the model that they were made of."""
+"""Splats for other programs show the frame; compact models are drawn like the model they were made from."""
 
 import numpy as np
 import pytest
@@ -47,7 +47,7 @@ def read_splats(path):
 
 @pytest.mark.parametrize(("position", "head"), [(0.0, "img"), (3.4, "img"), (3.4, "seg")])
 def test_splats_show_the_frame(folder, tmp_path, position, head):
-    """Read back and shuffled, since other programs sort by depth: the frame, to what 1e-3 of depth makes of it."""
+    """Read back and shuffled, since other programs sort by depth: the frame, up to the effect of a depth of 1e-3."""
     path = tmp_path / "s.ply"
     export.main(["-m", str(folder), "--at", str(position), "--head", head, "-o", str(path), "--quiet"])
     means, scales, quaternions, opacities, colours = read_splats(path)
@@ -65,7 +65,7 @@ def test_splats_show_the_frame(folder, tmp_path, position, head):
     images, masks = opened(folder).draw([position])
     expected = images[0, 0] if head == "img" else masks[0]
     assert psnr(image[0].clamp(0, 1).numpy(), expected) > 55
-    # Scores against the frame itself therefore stay: 0.1 dB is the promise.
+    # Scores against the frame itself therefore hardly change: 0.1 dB is promised.
     frame = opened(folder).inputs.images(int(position))[0, 0].numpy()
     assert psnr(image[0].numpy(), frame) == pytest.approx(psnr(expected, frame), abs=0.1)
 
@@ -79,7 +79,7 @@ def test_a_compact_model_is_drawn_as_its_original(folder, tmp_path, capsys):
         assert psnr(images, again) > 50
         assert ((masks >= 0.5) != (inside >= 0.5)).mean() < 2e-3
     assert kept.geometry == original.geometry and kept.comparisons() == original.comparisons()
-    # 13 numbers a Gaussian of two bytes at most, with the small file's own frame: torch.save's archive and extras.
+    # At most 13 two-byte numbers per Gaussian, plus the small file's overhead: torch.save's archive and extras.
     size = (tmp_path / "kept" / "chkpnt30.pth").stat().st_size
     assert size < len(original.model) * 2 * 19 + 8000
 

@@ -53,7 +53,7 @@ def test_atomic_write_serves_libraries_that_want_a_path(tmp_path):
 
 @pytest.mark.parametrize("sync", [True, False])
 def test_atomic_write_flushes_the_file_before_it_is_renamed_and_the_folder_after(tmp_path, monkeypatch, sync):
-    """Else a power cut can leave an empty file under the final name, or lose the new name."""
+    """Otherwise a power cut can leave an empty file under the final name, or lose the new name."""
     happened = []
     fsync, replace = os.fsync, os.replace
 
@@ -163,7 +163,7 @@ def test_jpeg_is_8_bit_without_alpha(tmp_path):
 
 @pytest.mark.parametrize("colour_type, channels", [(2, 3), (6, 4), (4, 2)])
 def test_16_bit_colour_png_with_every_filter(tmp_path, colour_type, channels):
-    """All five PNG row filters, encoded here by the definition: Pillow itself would keep the high byte alone."""
+    """All five PNG row filters, encoded here by definition: Pillow itself would keep only the high byte."""
     height, width, step = 10, 6, 2 * channels
     levels = np.random.default_rng(1).integers(0, 65536, (height, width, channels)).astype(">u2")
     rows = levels.view(np.uint8).reshape(height, -1).astype(int)
@@ -357,7 +357,7 @@ def test_bugs_keep_their_traceback(tmp_path):
     st.integers(0, 99),
 )
 def test_png_files_hold_the_levels_exactly(tmp_path_factory, dtype, channels, height, width, strided, seed):
-    """Read back by Pillow through `read_image`, and where Pillow has the kind of image by Pillow itself."""
+    """Read back by `read_image`, and by Pillow itself if it supports the kind of image."""
     rng = np.random.default_rng(seed)
     levels = rng.integers(0, np.iinfo(dtype).max + 1, (height, width, *channels), dtype)
     levels[: height // 2] //= 200  # runs of equal bytes too

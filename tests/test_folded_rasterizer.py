@@ -27,14 +27,14 @@ from scene.cameras import Camera
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 OPS = torch.ops.diff_gaussian_rasterization
-# Examples are the same in every run: a failure is one of the code, not of the day.
+# Examples are the same in every run: a failure comes from the code, not from chance.
 examples = settings(derandomize=True, deadline=None, max_examples=60, database=None)
 
 # ------------------------------------------------------------------------------------------------- against the oracle
 
 
 def assert_same(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor], tolerance: float) -> None:
-    """Integers equal; numbers within ``tolerance`` of the largest, or of 0.1: a small sum may be of large terms."""
+    """Integers equal; numbers within ``tolerance`` of the largest, or of 0.1: a small sum may have large terms."""
     assert ours.keys() == theirs.keys()
     for name, our in ours.items():
         their = theirs[name]
@@ -126,7 +126,7 @@ def test_float32_agrees_with_the_reference_but_for_flips(device, case):
 
 @st.composite
 def any_scene(pick):
-    """Structure from hypothesis; numbers from a seed, so that none sits on a decision such as 1/255."""
+    """Structure from hypothesis; numbers from a seed, so that none falls on a threshold such as 1/255."""
     views, heads = pick(st.integers(1, 3)), pick(st.integers(1, 3))
     render = st.tuples(st.integers(0, views - 1), st.integers(0, heads - 1), st.integers(1, 3))
     return random_scene(
@@ -155,7 +155,7 @@ def test_any_scene_agrees_with_the_reference(device):
 
 
 def footprints(seed, views=2, n=20, heads=2, channels=3, size=24):
-    """Arguments of ``blend`` that no fold made, float64: any mask, any definite conic."""
+    """Arguments of ``blend`` not made by ``fold``, float64: any mask, any definite conic."""
     generator = torch.Generator().manual_seed(seed)
 
     def rand(*shape):
@@ -185,7 +185,7 @@ def test_any_bit_of_a_mask_selects(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_room_for_the_pairs_may_be_given(device):
-    # 20 Gaussians of several px in 24 x 24 px: each reaches some tiles, so there are more pairs than a handful.
+    # 20 Gaussians of several px in 24 x 24 px: each reaches some tiles, so there are more than a handful of pairs.
     means2d, *given = (t.to(device) for t in footprints(5))
     backgrounds, renders = torch.zeros(2, 3, dtype=torch.float64, device=device), ([0, 1], [0, 1], [255, 255])
     counted = torch.zeros(1, dtype=torch.int32)
@@ -194,7 +194,11 @@ def test_room_for_the_pairs_may_be_given(device):
     (gradient,) = torch.autograd.grad((expected**2).sum(), leaf)
     pairs = int(counted)
     assert pairs > 40
-    for room in (pairs, 3 * pairs, 1):  # with too little the images mean nothing, and nothing else happens
+    for room in (
+        pairs,
+        3 * pairs,
+        1,
+    ):  # with too little, the images are meaningless, and nothing else happens
         images, _ = blend(leaf, *given, backgrounds, *renders, 24, 24, capacity=room, counted=counted)
         (other,) = torch.autograd.grad((images**2).sum(), leaf)
         assert int(counted) == pairs
@@ -517,7 +521,7 @@ def test_visible_where_the_square_of_the_radius_touches_the_tile_grid(size, grid
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_float32_activations_are_right_however_large_the_raw_value(device):
-    """The CPU kernels have an exponential and a sine of their own."""
+    """The CPU kernels have their own exponential and sine."""
     scene = random_scene(10, n=2000, degree=2)
     spread = torch.linspace(-1, 1, 2000, dtype=torch.float64)
     scene = scene.with_tensors(
@@ -533,7 +537,7 @@ def test_float32_activations_are_right_however_large_the_raw_value(device):
     means2d, conics, _, active = fold(*(t.to(device, torch.float32) for t in given), *size)
     expected_means, expected_conics, _, expected_active = oracle.fold(*given, *size)
     assert active.cpu().equal(expected_active) and active.any()
-    # Of a centre within 100 px; the entries of a conic are sums, so relative to the largest of them.
+    # For a centre within 100 px; the entries of a conic are sums, so errors are relative to the largest of them.
     torch.testing.assert_close(means2d.cpu().double(), expected_means, rtol=0, atol=1e-4)
     error = (conics.cpu() - expected_conics).abs().amax(2) / expected_conics.abs().amax(2)
     assert error.max() < 1e-5
@@ -714,7 +718,7 @@ def test_each_render_has_its_own_background_and_nothing_else_where_nothing_is(de
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_a_cut_is_what_the_general_rasteriser_draws_of_flat_gaussians(mirrored, device):
-    """Depths are equal, so it keeps the order of the index too."""
+    """Depths are equal, so it keeps index order too."""
     camera = Camera(45, 31, distance=1.5)
     n, t = 60, 0.4
     scene = random_scene(11, width=45, height=31, n=n, degree=4)
@@ -767,7 +771,7 @@ def test_a_cut_is_what_the_general_rasteriser_draws_of_flat_gaussians(mirrored, 
     kept = weight > 0.1
     assert 10 < kept.sum() < n
     expected, expected_radii, _ = rasterizer(**{name: value[kept].to(device) for name, value in flat.items()})
-    # A conic of the general rasteriser inverts a covariance, which loses some digits of a thin Gaussian.
+    # The general rasteriser's conic inverts a covariance, which loses some digits for a thin Gaussian.
     torch.testing.assert_close(images[0], expected, rtol=0, atol=1e-8)
     assert radii[0, kept.to(device)].equal(expected_radii) and not radii[0, ~kept.to(device)].any()
 
@@ -785,7 +789,7 @@ torch.save((torch.ops.diff_gaussian_rasterization.cpu_kernels(), results), sys.a
 
 
 def start(kernels: str, *command: str) -> subprocess.Popen:
-    """A process whose kernels are of that kind: which they are is decided once in a process."""
+    """A process with kernels of that kind: the choice is made once per process."""
     paths = [str(Path(__file__).parent), *filter(None, sys.path)]
     environment = os.environ | {"MEDGS_CPU_KERNELS": kernels, "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
@@ -823,7 +827,7 @@ def test_an_unknown_set_of_kernels_is_an_error():
 
 @pytest.fixture
 def threads():
-    """Sets torch's number of threads, until the end of the test."""
+    """Sets torch's number of threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
@@ -831,7 +835,7 @@ def threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_same_bits_on_any_number_of_threads(dtype, threads):
-    # Enough Gaussians and pixels that every loop, and torch's own sums, are shared out between the threads.
+    # Enough Gaussians and pixels that every loop, and torch's own sums, are distributed over the threads.
     scene = random_scene(
         12,
         width=300,
@@ -1049,7 +1053,7 @@ def test_a_colour_that_is_no_number_stays_in_the_tiles_of_its_gaussian(device):
 @pytest.mark.parametrize("value", [math.inf, -math.inf])
 @pytest.mark.parametrize("name", scenes.RAW)
 def test_infinite_parameters_are_drawn_as_the_reference_does(name, value, device):
-    """Some mean something: m = inf is the end of time, sigma = inf is always there, scaling = -inf is a point."""
+    """Some are meaningful: m = inf is the end of time, sigma = inf is always present, scaling = -inf is a point."""
     scene = random_scene(15, n=20)
     broken = scene.with_tensors(**{name: scene.tensors[name].clone()})
     broken.tensors[name][3] = value
@@ -1077,7 +1081,7 @@ def test_times_that_are_no_numbers_draw_nothing(device):
 
 
 def strided(tensor: torch.Tensor) -> torch.Tensor:
-    """The same numbers, every second one in memory, and dimensions in reverse order there."""
+    """The same numbers, at every second place in memory, with dimensions in reverse order."""
     reverse = list(range(tensor.dim()))[::-1]
     spread = torch.full((*tensor.permute(reverse).shape, 2), 77, dtype=tensor.dtype, device=tensor.device)
     spread[..., 0] = tensor.permute(reverse)

@@ -89,7 +89,7 @@ def test_sixteen_bits_survive_in_two_bytes(folder, suffix):
     assert frames.bits == 16 and frames.levels.element_size() == 2
     got = frames([0])[0, 0]
     assert (got[0, 0], got[0, 2]) == (0, 1)
-    # float32 has 24 bits: all 65536 levels come back.
+    # float32 has 24 bits: all 65536 levels survive.
     assert np.array_equal(np.rint(got.numpy().astype(np.float64) * 65535).astype(np.uint16), array)
 
 
@@ -268,7 +268,7 @@ def test_mirror_folder_holds_flipped_copies(folder, dtype):
 
 def test_a_mirror_folder_that_cannot_be_made_is_only_said(folder, monkeypatch):
     save(folder, "0.png", noise((4, 6)))
-    (folder.parent / "file").write_text("")  # nobody, not even root, makes a folder in a file
+    (folder.parent / "file").write_text("")  # nobody, not even root, can make a folder inside a file
     said = []
     write_mirror(folder, folder.parent / "file" / "mirror", said.append)
     assert len(said) == 1 and "mirror cannot be written" in said[0]

@@ -1,6 +1,6 @@
-"""Files, frames, options and operators that no one should meet: a right answer, or an error that says what is wrong.
+"""Malformed files, frames, options and arguments: a correct result, or an error that says what is wrong.
 
-What reads a file raises `UserError` and nothing else, whatever the bytes; a word of numpy's or torch's would be a
+Reading a file raises `UserError` and nothing else, whatever the bytes; an error of numpy or torch would be a
 traceback to a user.
 """
 
@@ -46,7 +46,7 @@ quick = settings(
 
 
 def test_the_operators_survive_what_they_are_given(tmp_path):
-    """In a process of its own, which a crash would end."""
+    """In its own process, which a crash would end."""
     done = subprocess.run(
         [
             sys.executable,
@@ -73,7 +73,7 @@ def test_the_operators_survive_what_they_are_given(tmp_path):
 
 @st.composite
 def damage(draw):
-    """Changes of a file's bytes: flipped, put in, cut out, cut off."""
+    """Changes to a file's bytes: flipped, inserted, removed, cut off."""
     return draw(
         st.lists(
             st.tuples(
@@ -112,7 +112,7 @@ def survives(read, path, data):
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory):
-    """A file of each kind, as bytes, and what reads it."""
+    """A file of each kind, as bytes, and the function that reads it."""
     folder = tmp_path_factory.mktemp("samples")
     save_checkpoint(folder / "a.pth", make_checkpoint(1, seg=True))
     write_point_cloud(folder / "a.ply", make_params(1, seg=True), torch.full((3,), 1 / 3))
@@ -159,7 +159,7 @@ def test_bytes_of_no_kind_are_user_errors(samples, tmp_path_factory, name, data)
     st.data(),
 )
 def test_checkpoints_of_other_values_are_user_errors(samples, tmp_path_factory, value, data):
-    """Well-formed files, in which one thing is another: at any depth of what an exact resume reads."""
+    """Well-formed files with one value replaced, at any depth of what an exact resume reads."""
     path = tmp_path_factory.getbasetemp() / "chkpnt1.pth"
     contents = torch.load(io.BytesIO(samples["a.pth"][0]), weights_only=True)
     at: object = contents[0]
@@ -190,7 +190,7 @@ def test_mutated_volumes_are_one_line(tmp_path):
 
 @st.composite
 def frame_sets(draw):
-    """Names and pictures: of sizes, depths, kinds and numbers that may or may not go together."""
+    """Names and pictures: with sizes, depths, kinds and numbers that may or may not match."""
     size = st.tuples(st.integers(1, 9), st.integers(1, 9))
     common = draw(size)
     frames = []
@@ -296,7 +296,7 @@ PROGRAMS = {
 
 @pytest.fixture
 def call(monkeypatch, capsys):
-    """A program as a user runs it, in this process: (exit status, what it said on stderr)."""
+    """A program as a user runs it, in this process: (exit status, stderr)."""
 
     def called(program, *arguments):
         monkeypatch.setattr(sys, "argv", [program, *map(str, arguments)])

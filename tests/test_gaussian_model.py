@@ -84,7 +84,9 @@ def test_initial_scale_is_the_distance_to_the_nearest_three():
     squared = (
         torch.cdist(p["xyz"].double(), p["xyz"].double(), compute_mode="donot_use_mm_for_euclid_dist") ** 2
     )
-    nearest = squared.topk(4, largest=False).values[:, 1:].mean(1)  # the nearest of all is the point itself
+    nearest = (
+        squared.topk(4, largest=False).values[:, 1:].mean(1)
+    )  # the nearest neighbour is the point itself
     expected = nearest.sqrt().log().float()[:, None].expand(-1, 3)
     torch.testing.assert_close(p["scaling"].detach(), expected.detach(), rtol=1e-4, atol=1e-4)
 
@@ -201,7 +203,7 @@ def test_activations():
 
 
 def test_harmonics_look_from_the_camera_to_the_raw_centre():
-    # y is read as 0, and neither m nor the path moves the direction.
+    # y is read as 0, and neither m nor the path changes the direction.
     model = made(
         xyz=torch.tensor([[0.3, 5.0, -0.4]]).expand(3, 3),
         f_rest=torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1]])[:, :, None],

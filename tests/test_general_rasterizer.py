@@ -65,7 +65,7 @@ def scene(settings, n=10, seed=1):
     The tests differentiate projections only where they are smooth: view-space x / z and y / z are far from
     the clamp at 1.3 tan(fov / 2) (most inside it, the last two beyond), depths far from the near plane,
     squares far from the edge of the tile grid, and the ratio that antialiasing roots far above its floor.
-    Colours hit their clamp at 0 with probability 0, and both sides of it occur.
+    Colours lie exactly at their clamp at 0 with probability 0, and both sides of it occur.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -96,7 +96,7 @@ def covariances_of(gaussians, scale_modifier):
 
 
 def project_arguments(gaussians, settings, covariances=None):
-    """What the operator takes, in order."""
+    """The operator's arguments, in order."""
     factors = (gaussians["scales"], gaussians["rotations"]) if covariances is None else (None, None)
     return (
         gaussians["means3D"],
@@ -129,7 +129,7 @@ def leaves(gaussians, dtype=torch.float64, device="cpu"):
 
 
 def gradients(outputs, inputs, seed=2):
-    """Of a random weighting of all outputs, so that no gradient cancels another."""
+    """Gradients of a random weighting of all outputs, so that none cancels another."""
     generator = torch.Generator().manual_seed(seed)
     loss = sum(
         (out * torch.randn(out.shape, dtype=torch.float64, generator=generator).to(out)).sum()
@@ -350,10 +350,10 @@ def test_float32_images_match_but_for_flips_at_the_cut_off(device):
 
 
 def test_gradcheck_of_the_whole_call():
-    """Wide, faint Gaussians: everywhere alpha is above 1/255 and under 0.99, and no pixel is ever full.
+    """Wide, faint Gaussians: alpha is above 1/255 and under 0.99 everywhere, and no pixel ever saturates.
 
     Together with what `scene` avoids, these are all the places where the image jumps or its gradient does.
-    Depths are apart by more than the step, so that the order stays.
+    Depths differ by more than the step, so that the order is kept.
     """
     settings = camera(width=9, height=7, antialiasing=True)
     gaussians = scene(settings, n=3)
@@ -392,7 +392,7 @@ def test_colours_serve_as_well_as_spherical_harmonics():
 
 
 def test_screen_gradient_is_in_ndc():
-    """Against moving the whole picture by a step in NDC, through the projection matrix."""
+    """Compared with moving the whole picture by a step in NDC, through the projection matrix."""
     settings = camera()
     gaussians = scene(settings, n=4)
     means2D = torch.zeros_like(gaussians["means3D"]).requires_grad_()

@@ -52,7 +52,7 @@ def test_frames_are_upright_and_every_pixel_is_where_its_voxel_is(orientation, a
     assert (column, row) in (("L", "P"), ("L", "I"), ("P", "I"))
     assert frame == aff2axcodes(affine)[axis]
 
-    # Exact: the pixel at an index is the voxel at the same millimetres. Errors are roundings of numbers near 100.
+    # Exact: the pixel at an index is the voxel at the same position in mm. Errors are rounding of numbers near 100.
     volume = np.arange(np.prod(SHAPE)).reshape(SHAPE)
     frames = cut.frames(volume)[::2]
     assert frames.shape == (len(geometry.slices), geometry.size[1], geometry.size[0])

@@ -1,4 +1,4 @@
-"""Frames that are left out of training and scored: what train.py reports on them, and where it takes them to lie."""
+"""Frames left out of training and scored: what train.py reports on them, and their positions in time."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def _one_thread():
 
 
 def prepared(folder, image=None, mask=None, kept=range(0, COUNT, 2), depths=None):
-    """What prepare.py --keep_every 2 leaves: OUT/img and OUT/seg with original/ and heldout/, and OUT/frames.json."""
+    """The output of prepare.py --keep_every 2: OUT/img and OUT/seg with original/ and heldout/, and OUT/frames.json."""
     image, mask = image or blobs(count=COUNT), mask or masks(count=COUNT)
     kept = list(kept)
     for kind, frames in (("img", image), ("seg", mask)):
@@ -191,7 +191,7 @@ def test_our_scores_are_those_of_the_rendered_files(joint):
     dice = 2 * (found & organ).sum() / (found.sum() + organ.sum())
     # The last iteration evaluates after its optimizer step is left out: the checkpoint is what was evaluated.
     rows = {r["task"]: r for r in rows_of(out)[9:] if (r["frames"], r["method"]) == ("heldout", "model")}
-    # The two render in different batches: a value at a level's edge may round the other way.
+    # The two render in different batches: a value between two levels may round either way.
     assert rows["img"]["psnr"] == pytest.approx(np.mean(psnr), abs=0.01)
     assert rows["img"]["ssim"] == pytest.approx(np.mean(ssim), abs=1e-3)
     assert rows["seg"]["dice"] == pytest.approx(dice, abs=0.02)
@@ -204,7 +204,7 @@ def test_16_bits_and_colours_are_scored_at_their_own_depth(tmp_path):
     shallow = {r["method"]: r for r in rows_of(tmp_path / "a") if r["frames"] == "heldout"}
     kept, at = np.arange(0, COUNT, 2), np.arange(1, COUNT, 2)
     truth = np.stack(deep).astype(float) / 65535
-    between = (truth[at - 1] + truth[at + 1]) / 2  # a half of 65535 is a rounding that nobody sees
+    between = (truth[at - 1] + truth[at + 1]) / 2  # half of 1/65535 is an invisible rounding error
     psnr = -10 * np.log10(((between - truth[at]) ** 2).mean((1, 2)))
     assert shallow["linear"]["psnr"] == pytest.approx(psnr.mean(), abs=1e-3)
     assert len(kept) == 5
@@ -259,7 +259,7 @@ def test_even_frames_keep_even_times(tmp_path):
 
 
 def test_interpolation_knows_the_true_places_too(tmp_path):
-    """Frames that change evenly along the source are interpolated without an error, however they are spaced."""
+    """Frames that change evenly along the source are interpolated without error, however they are spaced."""
     ramp = [np.full((20, 24), 20 * k, np.uint8) for k in range(COUNT)]
     case = prepared(tmp_path / "case", ramp, kept=(0, 1, 4, 8))
     train_at(case / "img", tmp_path / "out", "--iterations", 1)

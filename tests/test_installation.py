@@ -1,4 +1,4 @@
-"""The compiled operators: found, or compiled once, never a stale one; and what a user reads when that fails.
+"""The compiled operators: found, or compiled once, never stale; and what a user reads when that fails.
 
 Most tests run the loader on a toy package, whose one source is plain C++ and compiles in a second.
 """
@@ -28,12 +28,12 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A package with the loader and one source, and an extension cache of its own; compiled for the CPU."""
+    """A package with the loader, one source and its own extension cache; compiled for the CPU."""
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("MEDGS_FORCE_CPU", "1")
     package = tmp_path / "toy"
     (package / "csrc/cpu").mkdir(parents=True)
-    # The path makes every test's source its own: torch builds a name only once in a process.
+    # The path makes every test's source unique: torch builds a name only once per process.
     (package / "csrc/cpu/answer.cpp").write_text(f'// {tmp_path}\nextern "C" int answer() {{ return 42; }}\n')
     shutil.copy(LOADER, package)
     return package

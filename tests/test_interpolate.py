@@ -60,7 +60,7 @@ def test_a_dense_volume_holds_the_slices_in_their_place(tmp_path, case, method):
     dense, source = nibabel.load(out), nibabel.load(case[0])
     assert dense.shape == (30, 26, 33)
     np.testing.assert_allclose(dense.affine, AFFINE @ np.diag([1, 1, 0.25, 1]), atol=1e-4)
-    # The slices themselves come back, in steps of a 65535th of the range of 3400.
+    # The slices themselves are reproduced, in steps of 1/65535 of the range of 3400.
     np.testing.assert_allclose(dense.get_fdata()[..., ::4], source.get_fdata(), atol=0.06)
     assert dense.get_fdata()[2:4, 2:4].min() > 2900
     masks = nibabel.load(tmp_path / "dense_mask.nii.gz")

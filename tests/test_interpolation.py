@@ -1,4 +1,4 @@
-"""Classical interpolation: values that can be worked out by hand, on even and uneven spacing."""
+"""Classical interpolation: values that can be computed by hand, with even and uneven spacing."""
 
 import numpy as np
 import pytest

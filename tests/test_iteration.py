@@ -70,7 +70,7 @@ def test_masks_train_alike(data, tmp_path, pipeline):
 
 
 def test_too_little_room_is_noticed(data, tmp_path, monkeypatch):
-    # Without spare room every recording is too small for some views, and must be made again.
+    # Without spare room every recording is too small for some views, and must be remade.
     recorded = []
 
     def record(self, *more, capacity):
@@ -121,8 +121,8 @@ def test_the_second_gpu_trains_alike_and_leaves_the_first_alone(data, tmp_path):
 
 
 def test_memory_of_a_recording_outlives_its_last_replay(tmp_path):
-    # Large enough for the GPU to be behind when a density step gives the memory back. In a process of its own, as
-    # reading what is gone ends all that a process can do on a GPU.
+    # Large enough for the GPU to be behind when a density step gives the memory back. In its own process, as
+    # reading freed memory makes the GPU unusable for the rest of a process.
     root = write(tmp_path / "data", masks(count=9, width=200, height=200))
     schedule = ("--densify_from_iter", 5, "--densification_interval", 5, "--iterations", 300)
     command = arguments(

@@ -9,7 +9,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def all_pairs(points: torch.Tensor) -> torch.Tensor:
-    """The definition in float64: every squared distance, the own one left out."""
+    """The definition in float64: every squared distance, except that to the point itself."""
     points = points.double().cpu()
     squared = (points[:, None] - points[None]).square().sum(-1)  # [N, N]
     squared.fill_diagonal_(torch.inf)
@@ -25,12 +25,12 @@ def cloud(kind: str, n: int, dtype: torch.dtype) -> torch.Tensor:
     if kind == "clustered":
         points = points**9
     if kind == "doubled":
-        points = (points * 8).round() / 8  # some hundred places for all of them
+        points = (points * 8).round() / 8  # about a hundred places for all of them
     return points
 
 
 def tolerance(dtype: torch.dtype) -> dict:
-    # A few roundings each in subtracting, squaring and adding: the distances are small sums of positive terms.
+    # A few rounding errors each in subtracting, squaring and adding: the distances are small sums of positive terms.
     return {"rtol": 1e-5 if dtype == torch.float32 else 1e-12, "atol": 0}
 
 

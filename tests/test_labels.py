@@ -1,4 +1,4 @@
-"""What a mask's numbers mean, and that every program asks one rule: label maps, soft masks, names of labels."""
+"""What a mask's numbers mean, and that all programs use one rule: label maps, soft masks, names of labels."""
 
 import json
 from pathlib import Path
@@ -275,7 +275,7 @@ def test_labels_that_are_kept_apart(tmp_path, capsys):
 
 
 def test_a_mask_for_each_structure(tmp_path, capsys):
-    """Names come from the files; what two of them claim belongs to the first, and is counted."""
+    """Names come from the files; voxels in two of them belong to the first, and are counted."""
     image = save_volume(tmp_path / "image.nii.gz", np.random.default_rng(0).random(SIZE).astype(np.float32))
     first, second = ball(), ball(column=22.0)
     save_volume(tmp_path / "liver.nii.gz", first.astype(np.uint8))
@@ -384,7 +384,7 @@ def test_label_maps_are_scored_label_by_label(tmp_path):
 
 
 def test_tables_of_labels(tmp_path):
-    """The ways in which programs of this field write down what a number means."""
+    """The formats in which programs of this field write what a number means."""
     liver, left = Label(1, "liver", (200, 100, 50)), Label(2, "left kidney", (10, 20, 30))
     texts = {
         "list.json": json.dumps([{"id": 1, "name": "liver", "colour": [200, 100, 50]},

@@ -1,4 +1,4 @@
-"""The house: which folder may import which, and no circles. docs/architecture.md shows the same order."""
+"""The layers: which folder may import which, without cycles. docs/architecture.md shows the same order."""
 
 import ast
 from collections.abc import Iterator

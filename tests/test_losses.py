@@ -198,7 +198,7 @@ def test_each_term_its_gradient_and_the_whole_in_plain_pytorch(pipeline, backend
         leaves.append(images)
         ours.append(terms)
     total = total_loss(todo, [{key: value.float() for key, value in terms.items()} for terms in ours])
-    # The weighted sum is taken in float32.
+    # The weighted sum is computed in float32.
     torch.testing.assert_close(total.double(), plain_total, rtol=1e-6, atol=1e-7)
     for a, b in zip(
         torch.autograd.grad(total, leaves), torch.autograd.grad(plain_total, leaves), strict=True

@@ -1,4 +1,4 @@
-"""Presets are what was measured. Whoever changes one measures it again, and then changes it here:
+"""Presets match their measurements. To change one, measure it again, then change it here:
 
 python -m benchmarks.presets CASE ... --device cuda --out benchmarks/results/presets/NAME.json
 """

@@ -117,7 +117,7 @@ def test_shares_inside():
 
 
 def test_closed_means_that_every_edge_has_its_twin():
-    """Two voxels that touch along an edge make an edge of four triangles: closed, though no manifold."""
+    """Two voxels that touch along an edge share an edge of four triangles: closed, but not a manifold."""
     ball = surface(_ball(), 0.5)
     assert is_closed(ball)
     for damaged in (ball.faces[1:], np.vstack((ball.faces[1:], ball.faces[:1, ::-1]))):
@@ -199,7 +199,7 @@ def test_spaces_are_half_a_turn_apart():
 
 
 def test_gltf_is_in_metres_and_upright(tmp_path):
-    """As any other program reads it: superior is +y, anterior +z, left +x."""
+    """As other programs read it: superior is +y, anterior +z, left +x."""
     affine = np.diag([1.0, 1.0, 1.0, 1.0])  # RAS: columns to the right, rows to the front, frames upwards
     values = np.zeros((10, 8, 6), np.float32)
     values[1:9, 1:4, 1:3] = 1

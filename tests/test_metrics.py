@@ -76,7 +76,7 @@ def test_dice_is_pooled_over_the_frames_and_counts_from_one_half():
     ("predicted", "truth", "expected"), [(0, 0, np.nan), (1, 0, 0), (0, 1, 0), (1, 1, 1)]
 )
 def test_dice_of_empty_masks(predicted, truth, expected):
-    """Of nothing against nothing there is no Dice: it is not a number, and not 1."""
+    """Dice of two empty masks is undefined: NaN, and not 1."""
     images = torch.full((2, 1, 3, 3), float(predicted))
     scores = Scores.of(images, torch.full_like(images, float(truth)))
     assert scores.dice == pytest.approx(expected, nan_ok=True)

@@ -1,4 +1,4 @@
-"""Flow between frames, and the images and masks that are put in between."""
+"""Flow between frames, and the images and masks filled in between."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def scene(dx: float, dy: float) -> torch.Tensor:
 
 
 def disc(k: float) -> torch.Tensor:
-    """A disc that walks 3 px a frame, as a mask."""
+    """A disc that moves 3 px per frame, as a mask."""
     y, x = pixels()
     return (((x - 12 - 3 * k) ** 2 + (y - 20) ** 2) < 64).float()[None, None]
 
@@ -177,7 +177,7 @@ def test_paths_bend_where_motion_speeds_up() -> None:
 
 
 def test_two_frames_say_nothing_of_a_bend() -> None:
-    """Two discs that part: the flow differs from place to place, and there is no other pair to compare it with."""
+    """Two discs that move apart: the flow differs from place to place, and there is no other pair to compare with."""
     frames = torch.cat([(walking(k) + walking(4 - k)) / 2 for k in (0, 1)])
     flow = replace(DEFAULT.flow, estimates=DEFAULT.flow.estimates[:1])
     between = InBetween(frames, settings=replace(brief(2, share=0.0, excess=0.0), flow=flow))
@@ -211,7 +211,7 @@ def test_time_has_no_direction() -> None:
 def test_in_between_is_continuous_in_time(between: InBetween) -> None:
     alphas = torch.linspace(0, 1, 41)
     images = between.images(torch.full((41,), 2), alphas)
-    # the disc's edge climbs by 1/8 a pixel and moves 3 px: 1/40 of that a step, and some
+    # the disc's edge climbs by 1/8 per pixel and moves 3 px: 1/40 of that per step, and some more
     assert images.diff(dim=0).abs().max() < 3 * 0.125 / 40 * 3
 
 
@@ -234,7 +234,7 @@ def test_same_seed_same_result_and_nothing_random_outside() -> None:
 
 
 def test_masks_on_some_frames_follow_the_images() -> None:
-    """Every third frame is painted, and the last ones are not: the disc walks 3 px a frame."""
+    """Every third frame is painted, and the last ones are not: the disc moves 3 px per frame."""
     frames, masks = stack(range(8))
     painted = [0, 3, 6]
     found = dense_distances(frames, masks[painted], painted)

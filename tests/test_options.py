@@ -1,6 +1,6 @@
 """Every option that --help shows has an effect: a run with it differs from one without, or a test named here shows it.
 
-An option that is new, and is in neither table, fails; so does a test that is named and does not exist.
+A new option in neither table fails; so does a named test that does not exist.
 """
 
 import argparse
@@ -204,7 +204,7 @@ def test_every_option_is_in_a_table_and_no_other(program):
 
 @pytest.mark.parametrize("program", PARSERS)
 def test_the_tests_of_the_table_exist_and_use_the_option(program):
-    """A file alone stands for the tests in it: the option's flag is in the file then."""
+    """A file alone stands for the tests in it: the option's flag must then occur in the file."""
     for option, place in SHOWN_BY[program].items():
         file, _, name = place.partition("::")
         text = (TESTS / file).read_text()
@@ -252,7 +252,7 @@ def base(runs):
 
 
 def differ(a, b):
-    """Do the models differ? A tensor of another shape is another tensor."""
+    """Do the models differ? A different shape counts as a difference."""
     names = a.params.keys() | b.params.keys()
     pairs = [(a.params.get(name), b.params.get(name)) for name in names] + [(a.time_func, b.time_func)]
     return any(x is None or y is None or x.shape != y.shape or not torch.equal(x, y) for x, y in pairs)

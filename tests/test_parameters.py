@@ -1,4 +1,4 @@
-"""The table of per-Gaussian parameters: what is made from it counts and names the same things."""
+"""The table of per-Gaussian parameters: everything derived from it has the same counts and names."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pipelines: what is drawn, what it is compared with, how it is weighed, and which runs are equal to which."""
+"""Pipelines: what is drawn, what it is compared with, how it is weighted, and which runs are equal."""
 
 import math
 from collections import Counter
@@ -405,7 +405,7 @@ def test_the_head_of_a_joint_model_is_kept_and_of_an_image_model_copied(data, tm
 
 @pytest.mark.parametrize("colour", [False, True])
 def test_published_checkpoints_are_gone_on_with(data, tmp_path, colour):
-    """Its weights, its moments and steps, its iteration; numpy's numbers where that program has them."""
+    """Its weights, moments, steps and iteration, with numpy numbers where that program has them."""
     images, seg = data
     root = write(tmp_path / "colours", colours()) if colour else images
     train_at(root, tmp_path, *joint(seg), *CONTROL, "--iterations", 12, "--checkpoint_iterations", 7)
@@ -581,7 +581,7 @@ def test_the_oracle_trains_alike(data, tmp_path):
         train(training)
         scores.append(evaluate(training.objective, training.tasks[0])[0])
         models.append(training.model.params)
-    # Where a gradient is nearly 0, Adam makes a whole step of its rounding: a few values differ, the images do not.
+    # Where a gradient is nearly 0, Adam turns its rounding into a whole step: a few values differ, the images do not.
     assert scores[0].psnr == pytest.approx(scores[1].psnr, abs=0.02)
     for name, value in models[0].items():
         if value.numel() and name != "rotation":  # circles, as all are at the start, have no angle
@@ -647,9 +647,9 @@ def test_a_checkpoint_must_belong_to_the_frames(data, tmp_path, capsys):
 
 
 def test_in_betweens_expect_what_moves_where_it_would_be():
-    """A blob of 10 px that drifts by 1.5 px a frame: half-way it lies half-way, which a linear blend only smears."""
+    """A blob of 10 px that drifts by 1.5 px per frame: half-way in time, it is half-way in space; a blend smears it."""
     frames = torch.stack([torch.from_numpy(frame) for frame in blobs(5)])[:, None] / 255
-    between = InBetween(frames[::2])  # 3 px a gap
+    between = InBetween(frames[::2])  # 3 px per gap
     plain, moving = (
         Task(
             "img",

@@ -1,4 +1,4 @@
-"""benchmarks/presets.py: what it measures, what it keeps, and what it says of goals."""
+"""benchmarks/presets.py: what it measures, what it keeps, and its verdicts on goals."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def brief(monkeypatch):
 
 @pytest.fixture
 def drift(tmp_path):
-    """A textured disc that moves 3 px a frame, with its mask: 7 frames of 40 x 32 px, 8 bits."""
+    """A textured disc that moves 3 px per frame, with its mask: 7 frames of 40 x 32 px, 8 bits."""
     rows, columns = np.mgrid[:32, :40]
     texture = gaussian_filter(np.random.default_rng(0).normal(size=(32, 80)), 2)
     frames, masks = [], []
@@ -84,7 +84,7 @@ def test_scores_are_those_of_8_bit_files(drift):
 
 
 def test_motion_is_followed(drift):
-    """6 px from one kept frame to the next: a flow carries the frames and their masks there, a blend shows two."""
+    """6 px from one kept frame to the next: flow warps the frames and masks correctly, a blend shows two discs."""
     rows = {row["method"]: row for row in presets.classical_rows(heldout.read_case(drift[0]), 2)}
     images = {name: row["img"]["heldout"]["psnr"] for name, row in rows.items() if "img" in row}
     assert images["flow"] > images["linear"] + 1  # dB; 2.1 measured, the disc leaves and enters frames
@@ -137,7 +137,7 @@ def test_every_ablation_differs():
 
 @pytest.fixture
 def trained(monkeypatch):
-    """Runs that were asked for, none of which is trained; those of method "fast" fail."""
+    """The requested runs, none of which is trained; those of method "fast" fail."""
     seen = []
 
     def stand_in(plan, device, about, jobs, models):

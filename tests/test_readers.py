@@ -1,4 +1,4 @@
-"""NIfTI, NRRD, MetaImage, TIFF, pictures and videos by their own headers: what they say, and what they leave out."""
+"""NIfTI, NRRD, MetaImage, TIFF, pictures and videos by their own headers: what they state, and what they leave out."""
 
 import gzip
 import os
@@ -141,7 +141,7 @@ def test_damaged_headers_are_one_line(tmp_path, offset, value, words):
 
 
 def test_no_allocation_because_a_header_claims_it(tmp_path):
-    """18 GB and more in 18 kB, in a process that may have 1 GiB beside what it starts with."""
+    """18 GB and more in 18 kB, in a process that may use 1 GiB more than at its start."""
     paths = [_patched(tmp_path / "a.nii", 42, struct.pack("<3h", 3000, 3000, 1000))]
     lines = [
         "NRRD0004",
@@ -371,7 +371,7 @@ def test_twelve_bits_in_sixteen_are_said(tmp_path):
 def test_a_video_keeps_its_true_frames_and_times(tmp_path):
     ffmpeg = pytest.importorskip("imageio_ffmpeg")
     (tmp_path / "pictures").mkdir()
-    times, lines = (0.0, 0.08, 0.16, 0.64, 0.72), []  # of 25 frames a second
+    times, lines = (0.0, 0.08, 0.16, 0.64, 0.72), []  # at 25 frames per second
     for k in range(len(times)):
         Image.new("RGB", (64, 48), (40 * k + 20,) * 3).save(tmp_path / "pictures" / f"{k}.png")
     for k, lasts in enumerate((*np.diff(times), 0.08)):

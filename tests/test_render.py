@@ -1,4 +1,4 @@
-"""render.py as its user runs it, on small models made by hand and saved as checkpoints."""
+"""render.py as a user runs it, on small models made by hand and saved as checkpoints."""
 
 import math
 import re
@@ -33,12 +33,12 @@ from utils.spherical_harmonics import from_colour, to_colour
 WIDTH, HEIGHT, FRAMES = 40, 32, 4
 CAMERA = Camera(WIDTH, HEIGHT)
 EXAMPLE = Path(__file__).parents[1] / "examples" / "stretch.py"
-# Two ways to compute an image in float32, one with other sums than the other; a level of an 8-bit image is 4e-3.
+# Two ways to compute an image in float32, with sums in different order; a level of an 8-bit image is 4e-3.
 CLOSE = {"rtol": 0, "atol": 2e-4}
 
 
 def gaussians(centres, scale, colour, opacity=0.9, m=0.5, sigma=100.0, velocity=(0.0, 0.0)):
-    """Round Gaussians at ``centres`` (N, 2) with a path of degree 1; in all frames alike unless told otherwise."""
+    """Round Gaussians at ``centres`` (N, 2) with a path of degree 1; the same in all frames by default."""
     centres = torch.as_tensor(centres, dtype=torch.float32)
     n = len(centres)
 
@@ -99,7 +99,7 @@ def save(folder, params, frames=FRAMES, iteration=7, bits=8, size=(WIDTH, HEIGHT
 
 
 def as_published(folder, iteration=7):
-    """Takes from the checkpoint what other programs do not write."""
+    """Removes from the checkpoint what other programs do not write."""
     path = Path(folder) / f"chkpnt{iteration}.pth"
     state, number = torch.load(path, weights_only=True)
     del state["medgs"]
@@ -222,7 +222,7 @@ def test_files_keep_the_depth_of_the_frames(tmp_path, call, capsys, bits, extens
     full = {np.uint8: 255, np.uint16: 65535, np.float32: 1}[dtype]
     array = made["00000_0" + extension]
     assert array.dtype == dtype
-    # A rounded level is half a level away at most; JPEG adds its own error, about 3 levels of 255.
+    # A rounded level is off by at most half a level; JPEG adds its own error, about 3 levels of 255.
     tolerance = 0.04 if extension == ".jpg" else 0.5 / full + CLOSE["atol"]
     np.testing.assert_allclose(array / full, expected(folder, 0), rtol=0, atol=tolerance)
     assert ("JPEG holds 8 bits" in capsys.readouterr().out) == (extension == ".jpg" and bits == 16)
@@ -655,7 +655,7 @@ def source_volume(folder, affine, shape=(14, 11, 6)):
 
 
 class FromFrames:
-    """Instead of a model: the frames themselves, and between two of them their blend."""
+    """In place of a model: the frames themselves, and the blend of two between them."""
 
     def __init__(self, root):
         self.stacks = [
@@ -687,7 +687,7 @@ def model_of(folder, root):
 
 
 def ras_grid(image):
-    """(I, J, K, 3), where the voxels lie."""
+    """(I, J, K, 3), positions of the voxels."""
     return apply_affine(image.affine, np.stack(np.meshgrid(*map(np.arange, image.shape), indexing="ij"), -1))
 
 
@@ -764,7 +764,7 @@ def test_a_volume_of_smaller_renders_covers_the_same_field(tmp_path, call):
 
 
 def test_a_volume_of_uneven_frames_has_even_slices(tmp_path, call, capsys):
-    """Frames at 0, 2, 6 and 7 mm, two images each: slices every half millimetre, drawn where they lie."""
+    """Frames at 0, 2, 6 and 7 mm, two images each: slices every half millimetre, drawn at their positions."""
     folder, _ = nifti_case(
         tmp_path,
         slices=(0, 1, 3, 4),
@@ -834,7 +834,7 @@ def test_a_volume_that_cannot_be_written_leaves_the_earlier_one(tmp_path, call, 
 
 
 def shots_of(path):
-    """The images of an MP4 or GIF as arrays (H, W, 3), and their number a second."""
+    """The images of an MP4 or GIF as arrays (H, W, 3), and the frame rate."""
     if path.suffix == ".mp4":
         reader = pytest.importorskip("imageio_ffmpeg").read_frames(str(path))
         about = next(reader)
@@ -865,7 +865,7 @@ def test_a_video_shows_the_sequence_and_marks_the_input(model, call, capsys, kin
         margin = shot[side:].astype(int)
         orange = ((margin[:, :, 0] - margin[:, :, 2]) > 80).sum()
         assert (orange > 100) == (k % 3 == 0), "input frames are marked"
-        # The picture is the render, enlarged: the mean survives that, and coding takes little.
+        # The picture is the render, enlarged: the mean survives that, and coding changes it little.
         rendered = read_image(model / "render_img" / f"{k // 3:05d}_{k % 3}.png")
         assert shot[:side, :480].mean() == pytest.approx(rendered.mean(), abs=4)
 
@@ -908,7 +908,7 @@ def test_views_at_once_follow_the_chunks_and_the_memory():
     renderer = SimpleNamespace(
         camera=CAMERA, model=GaussianModel(random_gaussians(), torch.ones(4)), outputs=[0]
     )
-    assert render.views_at_once(renderer, 100, 1) == 64  # the most that the rasteriser draws in a call
+    assert render.views_at_once(renderer, 100, 1) == 64  # the most that the rasteriser draws per call
     assert [render.views_at_once(renderer, 100, chunks) for chunks in (3, 10, 30, 1000)] == [34, 10, 4, 1]
     renderer.outputs = [0, 1]
     assert render.views_at_once(renderer, 100, 1) == 32
@@ -918,7 +918,7 @@ def test_views_at_once_follow_the_chunks_and_the_memory():
     assert render.views_at_once(renderer, 100, 1) == 1
 
 
-# Not getrusage: its peak goes back to before this process's program, to the one that started it.
+# Not getrusage: its peak includes the process that started this one, before exec.
 PEAK = """
 import re, sys
 import render
@@ -958,7 +958,7 @@ def test_more_chunks_take_less_memory(tmp_path):
 def test_masks_between_frames_make_one_closed_surface(tmp_path, call):
     """A ball of 12 frames, each a disc that fades into its neighbours, rendered 8 times as densely and meshed."""
     frames, radius, centre = 12, 0.15, (0.03, -0.02)
-    spacing = 2 * radius / 8  # plane units a frame: the ball is 8 frames high
+    spacing = 2 * radius / 8  # plane units per frame: the ball is 8 frames high
     heights = (torch.arange(frames) - 5.5) * spacing
     inside = heights.abs() < radius
     discs = (radius**2 - heights[inside] ** 2).sqrt()

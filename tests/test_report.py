@@ -1,4 +1,4 @@
-"""Pages of one file: what they hold, what they warn of, and that they ask for nothing else."""
+"""Single-file pages: what they contain, what they warn of, and that they request nothing else."""
 
 import base64
 import gzip

@@ -1,4 +1,4 @@
-"""Runs that are stopped, killed, torn and resumed: nothing is lost, and the result is that of a run left alone."""
+"""Runs that are stopped, killed and resumed: nothing is lost, and the result is that of an undisturbed run."""
 
 import os
 import random
@@ -311,7 +311,7 @@ KILLED = ("--iterations", 60, "--checkpoint_interval", 4, "--keep_checkpoints", 
 
 
 def kill_often(server: Server, root: Path, out: Path, moments: int, seed: int) -> dict[str, int]:
-    """Runs with auto that are killed, every other one in the midst of a save; what was found then."""
+    """Runs with auto that are killed, every other one in the midst of a save; what was found afterwards."""
     chance, counts = random.Random(seed), {"killed": 0, "during a save": 0, "files read": 0}
     while counts["killed"] < moments:
         saving = counts["killed"] % 2
@@ -458,7 +458,7 @@ def test_keep_checkpoints_bounds_their_number(data, tmp_path):
 
 
 def intact(out: Path, iteration: int) -> None:
-    """Checkpoint ``iteration`` and all else can be read, and nothing half-written is there."""
+    """Checkpoint ``iteration`` and all others can be read, and nothing is half-written."""
     load_checkpoint(out / f"chkpnt{iteration}.pth")
     assert not [path for path in out.rglob(".*") if path.is_file()]
     for file in out.rglob("point_cloud.ply"):
@@ -554,7 +554,7 @@ def poison(monkeypatch, iteration, name, where, value=float("nan")):
 def test_what_is_not_finite_stops_the_run_within_the_interval(
     data, tmp_path, capsys, monkeypatch, where, value, name
 ):
-    """A Gaussian that is no number is not drawn: the loss alone would never show it."""
+    """A Gaussian that is not finite is not drawn: the loss alone would never show it."""
     flags = ("--iterations", 40, "--checkpoint_iterations", 9)
     poison(monkeypatch, 13, name, where, value)
     assert refused(data[0], tmp_path / "out", *flags) == 2
@@ -565,7 +565,7 @@ def test_what_is_not_finite_stops_the_run_within_the_interval(
 
 
 def test_a_checkpoint_that_is_not_finite_is_not_written(data, tmp_path, capsys, monkeypatch):
-    """Not even over an older one of its iteration, and not even between two looks."""
+    """Not even over an older one of the same iteration, and not even between two checks."""
     out = tmp_path / "out"
     train_at(data[0], out, "--iterations", 16, "--checkpoint_iterations", 13)
     good = (out / "chkpnt13.pth").read_bytes()

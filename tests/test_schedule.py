@@ -72,7 +72,7 @@ def test_sizes():
 
 
 def test_a_run_that_never_teaches_in_betweens_says_so(tmp_path, monkeypatch, capsys):
-    """Published numbers and few iterations: the bar looks well, and what is rendered in between does not."""
+    """Published numbers and few iterations: the bar looks good, but frames rendered in between do not."""
     root = write(tmp_path / "data", blobs())
 
     def said(out, *more):

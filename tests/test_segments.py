@@ -1,4 +1,4 @@
-"""Segmentations in: DICOM SEG, RTSTRUCT, layered NRRD, one layer per structure. Every voxel lies where it did."""
+"""Segmentations in: DICOM SEG, RTSTRUCT, layered NRRD, one layer per structure. Every voxel keeps its position."""
 
 import numpy as np
 import pytest
@@ -115,7 +115,7 @@ def _item(**tags):
 @pytest.mark.parametrize("order", [range(8), range(7, -1, -1), [3, 0, 5, 1, 4, 2, 7, 6]])
 @pytest.mark.parametrize("alone", [False, True])
 def test_any_order_of_frames_and_gaps_between_them(tmp_path, image, order, alone):
-    """With its image and without: an omitted slice is empty, and not the nearest one."""
+    """With its image and without: an omitted slice is empty, not the nearest one."""
     gappy = BALL.copy()
     gappy[:, :, 4] = False
     path = _write_seg(tmp_path / "s.dcm", {1: gappy, 3: CORNER}, list(order))

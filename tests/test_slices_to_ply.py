@@ -410,7 +410,7 @@ def test_grey_edges_are_smoothed_less(tmp_path, capsys):
 def test_millimetres_mean_millimetres_on_every_axis(tmp_path, capsys):
     """One block on three grids, smoothed by 2 mm, gives one surface: to a tenth of a millimetre on average.
 
-    All grids have voxel borders where the block ends, so nothing else than the smoothing could tell them apart. The
+    All grids have voxel borders where the block ends, so only the smoothing could make them differ. The
     third is the first, as 4 sub-frames of slices 4 mm apart.
     """
     meshes = []
@@ -547,7 +547,7 @@ def test_a_preview_of_each_mesh(tmp_path):
 
 
 def test_unevenly_spaced_slices_land_where_they_were_taken(tmp_path):
-    """Slices at 0, 2, 3, 7, 9 and 10 mm: a block of the three in the middle reaches half-way to its neighbours."""
+    """Slices at 0, 2, 3, 7, 9 and 10 mm: a block of the middle three reaches half-way to its neighbours."""
     positions = (0.0, 2.0, 3.0, 7.0, 9.0, 10.0)
     values = np.zeros((6, 8, 8))
     values[2:5, 2:6, 2:6] = 1
@@ -614,7 +614,7 @@ def test_whatever_a_case_dies_of_the_others_are_done(tmp_path, capsys, monkeypat
 
 
 def test_a_killed_process_costs_its_case_alone(tmp_path, monkeypatch):
-    """Process b is killed; its pool breaks, and cases that had not ended are done again alone."""
+    """Process b is killed; its pool breaks, and unfinished cases are redone one at a time."""
     for name in "abc":
         _write_frames(tmp_path / name, _round_frames())
     options = slices_to_ply.parser().parse_args(["-i", "x", "-o", str(tmp_path / "out"), "--jobs", "2"])
@@ -687,7 +687,7 @@ def test_a_model_without_renders(tmp_path):
 
 
 def _prepared(folder, shape=(12, 24, 24), radius=7.0, keep=()):
-    """OUT of prepare.py with the masks of a ball, 2 mm a slice, made without it."""
+    """OUT of prepare.py with the masks of a ball, 2 mm per slice, made without it."""
     z, y, x = np.mgrid[: shape[0], : shape[1], : shape[2]]
     ball = np.linalg.norm((2 * (z - 5.5), y - 11.5, x - 11.5), axis=0) < radius
     for number, frame in enumerate(ball):
@@ -795,7 +795,7 @@ def _cubes():
 
 @pytest.mark.parametrize("smoothing", [None, "none", "1.2"])
 def test_neighbours_share_their_surface(tmp_path, smoothing):
-    """No gap and no overlap: what two meshes have in common is the very same triangles, the other way round."""
+    """No gap and no overlap: two meshes share the very same triangles, with opposite orientation."""
     numbers = _cubes()
     case = _placed(tmp_path, numbers / 255, (1, 1, 2))
     arguments = ["-i", str(case), "-o", str(tmp_path / "out"), "--quiet", "--labels", "--format", "obj"]
@@ -822,7 +822,7 @@ def test_neighbours_share_their_surface(tmp_path, smoothing):
 
 
 def test_meshes_of_labels_have_their_names_and_colours(tmp_path, capsys):
-    """prepare.py's names go to the files, and all organs into one scene."""
+    """prepare.py's names become file names, and one scene holds all organs."""
     numbers = _cubes()
     affine = np.diag([-1.0, -1.0, 2.0, 1.0])
     for name, values in (("image", np.random.default_rng(0).random(numbers.shape)), ("label", numbers)):

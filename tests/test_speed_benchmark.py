@@ -1,4 +1,4 @@
-"""The speed benchmark as a person runs it: sizes are tiny, so only that it runs and what it writes is looked at."""
+"""The speed benchmark as a person runs it: sizes are tiny, so only its running and its output are checked."""
 
 import json
 import subprocess
@@ -65,7 +65,7 @@ sys.exit(run.main())
 
 @pytest.mark.slow
 def test_times_on_a_device_stand_beside_those_on_the_clock(tmp_path):
-    """A tenth and a hundredth of a second, in place of what a GPU's kernels would take."""
+    """A tenth and a hundredth of a second, in place of the times of a GPU's kernels."""
     out = tmp_path / "speed.json"
     program = f"""
 import sys

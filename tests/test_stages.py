@@ -1,4 +1,4 @@
-"""The stages that an iteration announces to whoever measures it."""
+"""The stages that an iteration announces for measurements."""
 
 from __future__ import annotations
 

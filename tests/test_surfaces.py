@@ -60,7 +60,7 @@ def test_scores_repeat_and_depend_on_the_seed():
 @settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1), triangles=st.integers(1, 60), reach=st.floats(0.01, 100))
 def test_distances_are_exact(seed, triangles, reach):
-    """Against every triangle asked one by one: triangles of all sizes, points near and far."""
+    """Against checking every triangle one by one: triangles of all sizes, points near and far."""
     rng = np.random.default_rng(seed)
     sizes = np.exp(rng.uniform(-4, 3, (triangles, 1, 1)))
     corners = rng.normal(size=(triangles, 1, 3)) * 5 + rng.normal(size=(triangles, 3, 3)) * sizes
@@ -75,7 +75,7 @@ def test_distances_are_exact(seed, triangles, reach):
 
 
 def test_points_far_away_and_a_giant_triangle_cost_no_memory():
-    """A cube of 12 triangles around 5000 small ones, asked from 300 mm away."""
+    """A cube of 12 triangles around 5000 small ones, queried from 300 mm away."""
     ball = trimesh.creation.icosphere(subdivisions=4, radius=10.0)
     mesh = trimesh.util.concatenate([ball, trimesh.creation.box(extents=(100, 100, 100))])
     points = np.random.default_rng(0).normal(size=(300, 3)) + np.array([300, 0, 0])

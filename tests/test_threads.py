@@ -1,4 +1,4 @@
-"""The programs make OpenMP's threads wait without spinning, before torch is loaded, unless the user chose."""
+"""The programs make OpenMP threads wait without spinning, before torch is loaded, unless the user chose."""
 
 import ast
 import os

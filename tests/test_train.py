@@ -327,8 +327,8 @@ def test_without_tensorboard_it_says_so_and_goes_on(tmp_path, monkeypatch, capsy
 
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
-    """Checkpoints 1..14 of a run in which density steps exchange all tensors, and change no Gaussian: each is what
-    its iteration rendered, and its update comes after."""
+    """Checkpoints 1..14 of a run in which density steps replace all tensors but change no Gaussian: each holds what
+    its iteration rendered, before the update."""
     folder = tmp_path_factory.mktemp("steps")
     still = ("--densify_grad_threshold", 1e9, "--prune_opacity", 0, "--use_dff", "--white_background")
     schedule = ("--densify_from_iter", 4, "--densification_interval", 3, "--densify_until_iter", 12)

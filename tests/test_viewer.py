@@ -1,4 +1,4 @@
-"""The viewer without a browser: what it draws, what it says of itself, what it refuses, and what it drops."""
+"""The viewer without a browser: what it draws, what it reports, what it refuses, and what it drops."""
 
 import asyncio
 import dataclasses
@@ -58,7 +58,7 @@ def test_arrays_survive_packing():
 def test_a_picture_holds_what_was_asked_for(case):
     header, arrays = unpacked(picture(case, 2.0, "linear", 50))
     assert arrays["image"].shape == (1, HEIGHT, WIDTH) and arrays["mask"].shape == (HEIGHT, WIDTH)
-    # At a frame, what lies between frames is that frame, and scored against it.
+    # At a frame, the interpolation is that frame, and is scored against it.
     assert np.array_equal(arrays["other"], case.inputs.images(2)[0].numpy())
     mse = np.mean((arrays["image"] - arrays["other"]) ** 2)
     assert header["scores"]["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)

@@ -1,4 +1,4 @@
-"""Volumes of every kind through prepare.py: the same volume gives the same frames at the same place."""
+"""Volumes of every kind through prepare.py: the same volume gives the same frames at the same position."""
 
 import itertools
 import sys

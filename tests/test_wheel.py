@@ -51,7 +51,7 @@ def test_no_package_of_a_common_name_is_installed(wheel):
 
 
 def test_its_commands_run(wheel, tmp_path):
-    """In an environment of its own, with this one's packages behind it."""
+    """In its own environment, with access to this one's packages."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path / "env")], check=True)
     python = tmp_path / "env" / "bin" / "python"
     (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
