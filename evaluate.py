@@ -4,8 +4,8 @@
     python evaluate.py masks output/case label.nii.gz
     python evaluate.py meshes meshes references --csv scores.csv --json scores.json
 
-PRED and REF are a case each, or folders of cases of the same names. Nothing is moved, scaled or turned to fit, unless
-`--align icp` asks for it, and then the scores say so.
+PRED and REF are one case each, or folders of cases with the same names. Nothing is moved, scaled or rotated to fit,
+unless `--align icp` asks for it; the scores then say so.
 """
 
 from __future__ import annotations
@@ -49,17 +49,24 @@ from utils.images import (
 from utils.lpips import lpips_distance
 from utils.metrics import Scores
 
-THRESHOLD = 0.5  # of masks, on the scale from 0 to 1
+THRESHOLD = 0.5  # of masks, in [0, 1]
 RENDERS = {"frames": ("render_img", "render"), "masks": ("render_mask", "render_img", "render")}
-INPUTS = {"frames": "img", "masks": "seg", "meshes": "seg"}  # of prepare.py's folder
-NOT_NAMES = ("original", "img", "seg", "render_img", "render_mask", "render")  # of folders within a case
+INPUTS = {"frames": "img", "masks": "seg", "meshes": "seg"}  # folders that prepare.py writes
+NOT_NAMES = (
+    "original",
+    "img",
+    "seg",
+    "render_img",
+    "render_mask",
+    "render",
+)  # folders that do not name a case
 
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A case: what is scored, and against what; None where a folder has no counterpart."""
+    """A case: prediction and reference; None where a folder has no counterpart."""
 
     name: str
     predicted: Path | None
@@ -114,7 +121,7 @@ def parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(prog="evaluate.py", description=(__doc__ or "").split("\n")[0])
     kinds = parser.add_subparsers(dest="what", required=True, metavar="{frames,masks,meshes}")
     for what, text in (
-        ("frames", "PSNR, SSIM and, where it is installed, LPIPS of images"),
+        ("frames", "PSNR, SSIM and, if installed, LPIPS of images"),
         ("masks", "Dice and IoU of masks, over all frames together"),
         ("meshes", "Chamfer, ASD, Hausdorff and HD95 of surfaces, in mm"),
     ):
@@ -126,7 +133,7 @@ def parser() -> argparse.ArgumentParser:
                 "--keep_every",
                 type=positive,
                 metavar="N",
-                help="renders k_i are of a model of every N-th frame (default: what frames.json says, else all)",
+                help="the model was trained on every N-th frame (default: as frames.json says, else all)",
             )
             kind.add_argument("--held_out", action="store_true", help="only frames that were not trained on")
         if what != "frames":
@@ -135,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
                 type=float,
                 nargs="+",
                 metavar="V",
-                help="labels that count, as one mask (default: all but 0)",
+                help="labels to merge into one mask (default: all but 0)",
             )
         if what == "masks":
             kind.add_argument(
@@ -147,7 +154,7 @@ def parser() -> argparse.ArgumentParser:
             kind.add_argument(
                 "--label_names", metavar="FILE", help="names of labels, as prepare.py reads them"
             )
-            kind.add_argument("--soft", action="store_true", help="inside is half of full scale and more")
+            kind.add_argument("--soft", action="store_true", help="inside from half of full scale")
             kind.add_argument(
                 "--surfaces", action="store_true", help="ASD and HD95 of the surfaces too, in mm"
             )
@@ -161,13 +168,13 @@ def parser() -> argparse.ArgumentParser:
                 type=positive,
                 default=SAMPLES,
                 metavar="N",
-                help="points a surface (default: %(default)s)",
+                help="points per surface (default: %(default)s)",
             )
-            kind.add_argument("--seed", type=int, default=0, help="of the points (default: 0)")
+            kind.add_argument("--seed", type=int, default=0, help="random seed of the points (default: 0)")
             kind.add_argument(
                 "--space",
                 choices=("lps", "ras"),
-                help="of meshes whose header does not say, which else is an error",
+                help="space of meshes whose header does not say (otherwise an error)",
             )
             kind.add_argument(
                 "--align",
@@ -182,14 +189,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], dict[str, str]]:
-    """What scores a pair, and how it does that in words."""
+    """The function that scores a pair, and its settings in words."""
     for path in (options.csv, options.json):
         if path is not None and Path(path).is_dir():
             raise UserError(f"{path} is a folder: name a file for the scores")
     if options.what == "meshes":
         settings = {
             "points": f"{options.samples} drawn by area on each surface, seed {options.seed}; exact distances",
-            "alignment": "icp: the prediction was turned and shifted, not scaled"
+            "alignment": "icp: the prediction was rotated and shifted, not scaled"
             if options.align == "icp"
             else "none: the prediction lies where it was",
             "scores": "chamfer = sum, asd = mean of the two directed mean distances; hd95 = the larger percentile",
@@ -197,8 +204,8 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
         return lambda predicted, reference: _score_meshes(predicted, reference, options), settings
     if options.what == "masks":
         settings = {
-            "inside": "what is not 0 of masks and label maps, half of full scale and more of soft masks",
-            "scores": "over the pixels of all frames together; of several labels the mean of theirs",
+            "inside": "nonzero in masks and label maps, half of full scale and above in soft masks",
+            "scores": "over the pixels of all frames together; the mean over labels if there are several",
         }
         return lambda predicted, reference: _score_masks(predicted, reference, options), settings
     perceptual, word = lpips_distance()
@@ -209,11 +216,11 @@ def _scorer(options: argparse.Namespace) -> tuple[Callable[[Path, Path], Row], d
     return lambda predicted, reference: _score_frames(predicted, reference, options, perceptual), settings
 
 
-# ---- which belongs to which ------------------------------------------------------------------------------------------
+# ---- pairs of cases --------------------------------------------------------------------------------------------------
 
 
 def _pairs(what: str, predicted: Path, reference: Path) -> list[Pair]:
-    """PRED and REF as one case, or case by case."""
+    """PRED and REF as one case, or matched case by case."""
     for path in (predicted, reference):
         if not path.exists():
             raise UserError(f"{path} does not exist")
@@ -248,7 +255,7 @@ def _is_case(what: str, path: Path) -> bool:
 
 
 def _named(what: str, folder: Path, accept: Callable[[str, Path], bool] | None = None) -> dict[str, Path]:
-    """Files and folders of a folder by case name; of REF those that could be references."""
+    """Files and folders in a folder by case name; in REF, those that could be references."""
 
     def is_reference(what: str, path: Path) -> bool:
         if path.is_dir():
@@ -283,7 +290,7 @@ def _frames_folder(what: str, folder: Path) -> Path | None:
 
 
 def _input_folder(what: str, folder: Path) -> Path | None:
-    """Where a reference has its frames: in the folder, in original/, or in img/ or seg/original/ of prepare.py."""
+    """Where a reference has its frames: the folder itself, original/, or img/ or seg/original/ of prepare.py."""
     if not folder.is_dir():
         return None
     for place in (folder, folder / "original", folder / INPUTS[what] / "original"):
@@ -293,10 +300,10 @@ def _input_folder(what: str, folder: Path) -> Path | None:
 
 
 def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int]]:
-    """Renders, and the source slice that each shows; those that show none are left out.
+    """Renders, each with the source slice that it shows; those that show none are left out.
 
-    Render k_i of n lies i / n of the way from frame k to the next. frames.json knows where slices lie in the sequence,
-    those left out too; without it, frame k is slice k times --keep_every.
+    Render k_i of n lies i / n of the way from frame k to the next. frames.json says where all slices lie in the
+    sequence, held-out ones too; without it, frame k is slice k times --keep_every.
     """
     paths = image_files(renders)
     named = sub_frames(paths) or {(frame_number(path), 0): path for path in paths}
@@ -328,13 +335,13 @@ def _matches(renders: Path, options: argparse.Namespace) -> list[tuple[Path, int
 def _frame_pairs(
     what: str, predicted: Path, reference: Path, options: argparse.Namespace
 ) -> list[tuple[Path, Path]]:
-    """Files of renders and of the frames that they should be."""
+    """Files of renders, each with the frame that it should equal."""
     renders, inputs = _frames_folder(what, predicted), _input_folder(what, reference)
     if renders is None or inputs is None:
         raise UserError(f"{predicted if renders is None else reference} has no images")
     frames = {frame_number(path): path for path in image_files(inputs)}
     geometry = case_geometry(inputs)
-    if geometry is not None and inputs.name == "original":  # numbered by frame; those left out by slice
+    if geometry is not None and inputs.name == "original":  # numbered by frame; held-out ones by slice
         frames = {geometry.slices[k]: path for k, path in frames.items() if k < len(geometry.slices)}
         left_out = inputs.with_name(HELDOUT)
         frames |= {frame_number(path): path for path in image_files(left_out)} if left_out.is_dir() else {}
@@ -387,17 +394,17 @@ def _size(image: np.ndarray) -> str:
 
 @dataclass(frozen=True)
 class Side:
-    """What is scored, or what is right: numbers as stored, and what they mean."""
+    """Prediction or reference: numbers as stored, and what they mean."""
 
     name: str
     frames: list[np.ndarray]
     """(row, column) each."""
     meaning: Meaning | None
-    """None where they may be labels, a soft mask or a picture; then `question` asks which."""
+    """None if they may be labels, a soft mask or a picture; `question` then asks which."""
     question: str = ""
     table: LabelTable = field(default_factory=LabelTable)
     affine: np.ndarray | None = None
-    """(column, row, frame) to RAS millimetres, of a volume."""
+    """(column, row, frame) to RAS millimetres, if known."""
     volume: bool = False
 
 
@@ -420,7 +427,7 @@ def _row(
     options: argparse.Namespace,
     notes: list[str],
 ) -> Row:
-    """Scores of masks (frame, row, column) by name, and of several the means of those that are defined."""
+    """Scores of masks (frame, row, column) by name; for several, also the means of the defined ones."""
     columns: dict[str, list[float]] = {"dice": [], "iou": []}
     by_label: Row = {}
     for name, masks, truth in parts:
@@ -442,7 +449,7 @@ def _row(
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Of those that are defined; NaN of none."""
+    """Mean of the defined values; NaN if there are none."""
     known = [value for value in values if not np.isnan(value)]
     return float(np.mean(known)) if known else float("nan")
 
@@ -454,7 +461,7 @@ def _surface_distances(
     affine = sides[1].affine if sides[1].affine is not None else sides[0].affine
     if affine is None:
         raise UserError(
-            "--surfaces: nobody knows where these frames lie: score volumes, or frames of prepare.py"
+            "--surfaces: it is unknown where these frames lie: score volumes, or frames of prepare.py"
         )
     if not (masks.any() and truth.any()):
         return {"asd": float("nan"), "hd95": float("nan")}
@@ -464,7 +471,7 @@ def _surface_distances(
 
 
 def _labels(sides: tuple[Side, Side], options: argparse.Namespace) -> LabelTable | None:
-    """The labels to score one by one: those asked for, or all of two label maps."""
+    """The labels to score one by one: those asked for, or all if both sides are label maps."""
     kinds = {side.meaning.kind for side in sides if side.meaning is not None}
     ids = sorted({i for side in sides if side.meaning is not None for i in side.meaning.ids})
     names = (
@@ -483,7 +490,7 @@ def _labels(sides: tuple[Side, Side], options: argparse.Namespace) -> LabelTable
         for word in options.labels:
             number = names.find(word)
             if number is None or number not in ids:
-                raise UserError(f"--labels {word}: there is no such label, but {names.of(ids).words()}")
+                raise UserError(f"--labels {word}: there is no such label; there are {names.of(ids).words()}")
             chosen.append(number)
         return names.of(chosen)
     several = kinds == {"labels"} and len(ids) > 1 and not options.label_value
@@ -491,7 +498,7 @@ def _labels(sides: tuple[Side, Side], options: argparse.Namespace) -> LabelTable
 
 
 def _inside(side: Side, wanted: Sequence[float] | None, notes: list[str]) -> np.ndarray:
-    """(frame, row, column) bool, of labels those of --label_value or all of them."""
+    """(frame, row, column) bool; of a label map, the labels of --label_value or all of them."""
     meaning = side.meaning
     assert meaning is not None  # _resolved saw to it
     chosen = bool(wanted) and meaning.kind != "soft" and (side.volume or meaning.kind == "labels")
@@ -508,14 +515,14 @@ def _inside(side: Side, wanted: Sequence[float] | None, notes: list[str]) -> np.
 
 
 def _resolved(first: Side, second: Side) -> tuple[Side, Side]:
-    """Both with a meaning: beside a mask, levels in between can only be a soft mask."""
+    """Both sides with a meaning: compared with a mask, intermediate levels can only be a soft mask."""
     sides = []
     for side, other in ((first, second), (second, first)):
         if side.meaning is None:
             if other.meaning is None or other.meaning.kind == "labels":
                 raise UserError(side.question)
             meaning = meaning_of(side.frames, side.name, soft=True)
-            note = f"{side.name} has levels in between, and {other.name} is a mask: inside from half of full scale"
+            note = f"{side.name} has intermediate levels, and {other.name} is a mask: inside from half of full scale"
             side = replace(side, meaning=replace(meaning, notes=(*meaning.notes, note)))
         sides.append(side)
     empty = [
@@ -529,10 +536,10 @@ def _resolved(first: Side, second: Side) -> tuple[Side, Side]:
 
 
 def _volume_side(volume: Volume, options: argparse.Namespace, frames: np.ndarray | None = None) -> Side:
-    """A label volume; frames: (frame, row, column) as it was cut, else volume[:, :, k].T."""
+    """A label volume. frames: (frame, row, column) as cut (default: volume[:, :, k].T)."""
     values = np.nan_to_num(volume.values)
     if values.ndim != 3:
-        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
+        raise UserError(f"{volume.name} holds colours: a label volume holds one number per voxel")
     frames = values.transpose(2, 1, 0) if frames is None else np.nan_to_num(frames)
     picture = volume.full_scale is not None
     meaning, question = _meaning(list(frames), volume.name, options, lossy=volume.lossy, picture=picture)
@@ -540,7 +547,7 @@ def _volume_side(volume: Volume, options: argparse.Namespace, frames: np.ndarray
 
 
 def _files_side(files: list[Path], options: argparse.Namespace) -> Side:
-    """Frames in files; renders are soft, unless frames.json says that they are label maps."""
+    """Frames in files; renders are soft masks unless frames.json says that they are label maps."""
     folder = files[0].parent
     geometry = case_geometry(folder if folder.name in INNER else folder.parent)
     table = LabelTable() if geometry is None or geometry.labels is None else geometry.labels
@@ -571,7 +578,7 @@ def _files_side(files: list[Path], options: argparse.Namespace) -> Side:
 def _meaning(
     frames: list[np.ndarray], name: Path | str, options: argparse.Namespace, **hints: Any
 ) -> tuple[Meaning | None, str]:
-    """What numbers mean; where they leave it open, what the options say; else None, and the question."""
+    """What the numbers mean, or what the options say where that is ambiguous; else None, and the question."""
     try:
         return meaning_of(frames, name, soft=options.soft, labels=bool(options.labels), **hints), ""
     except UserError as error:
@@ -583,7 +590,7 @@ def _meaning(
 
 
 def _mask_sides(predicted: Path, reference: Path, options: argparse.Namespace) -> tuple[Side, Side]:
-    """Prediction and reference, of the same frames."""
+    """Prediction and reference on the same frames."""
     if predicted.is_file():
         if not reference.is_file():
             raise UserError(f"{predicted} is a volume, so {reference} has to be one too")
@@ -607,7 +614,7 @@ def _mask_sides(predicted: Path, reference: Path, options: argparse.Namespace) -
     geometry = case_geometry(renders if renders.name in INNER else renders.parent)
     volume = read_volume(reference)
     if volume.values.ndim != 3:
-        raise UserError(f"{volume.name} holds colours: a label volume holds one number a voxel")
+        raise UserError(f"{volume.name} holds colours: a label volume holds one number per voxel")
     cut = _cut(volume.values, geometry)
     matched = _matches(renders, options)
     masks = _files_side([path for path, _ in matched], options)
@@ -623,7 +630,7 @@ def _mask_sides(predicted: Path, reference: Path, options: argparse.Namespace) -
 
 
 def _cut(volume: np.ndarray, geometry: Geometry | None) -> np.ndarray:
-    """A volume as upright frames (frame, row, column), as prepare.py cuts it; else volume[:, :, k].T."""
+    """A volume as upright frames (frame, row, column) as prepare.py cuts it; without geometry volume[:, :, k].T."""
     if geometry is None:
         return FrameCut((0, 1, 2), (False, False)).frames(volume)
     (left, top), (columns, rows) = geometry.offset, geometry.size
@@ -663,7 +670,7 @@ def _score_meshes(predicted: Path, reference: Path, options: argparse.Namespace)
 
 
 def _mesh(path: Path, options: argparse.Namespace) -> Trimesh:
-    """A mesh, the surface of a label volume, or that of a folder of masks; in RAS unless it is in voxels."""
+    """A mesh, or the surface of a label volume or of a folder of masks; in RAS unless it is in voxels."""
     if path.is_dir():
         folder = _input_folder("meshes", path)
         assert folder is not None  # _pairs saw images there
@@ -702,7 +709,7 @@ def _surface(
 
 
 def _summary(rows: list[Row]) -> list[Row]:
-    """Mean and standard deviation (n - 1) over the cases; the latter from two of them."""
+    """Mean and standard deviation (n - 1) over the cases; the latter if there are two or more."""
     if not rows:
         return []
     names = [name for name in _columns(rows) if any(isinstance(row.get(name), float) for row in rows)]
@@ -718,20 +725,20 @@ def _summary(rows: list[Row]) -> list[Row]:
 
 
 def _stated(row: Row) -> Row:
-    """A row for JSON, which has no NaN: what is undefined is null."""
+    """A row for JSON, which has no NaN: undefined scores become null."""
     return {
         name: None if isinstance(value, float) and np.isnan(value) else value for name, value in row.items()
     }
 
 
 def _columns(rows: list[Row]) -> list[str]:
-    """What tables have; matrices and notes are for JSON."""
+    """Columns of the table; matrices and notes go to JSON alone."""
     names = dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, list))
     return list(names) or ["case"]
 
 
 def _table(rows: list[Row]) -> str:
-    """Rows under their names, numbers to the right."""
+    """Rows under a header, numbers aligned right."""
 
     def shown(value: object) -> str:
         if isinstance(value, float):

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Fills in the frames of a volume, and of its label, without training: dense slices in minutes on a CPU.
+"""Fill in the frames of a volume, and of its label, without training: dense slices in minutes on a CPU.
 
     python interpolate.py -i volume.nii.gz -l label.nii.gz --interp 4 -o dense.nii.gz
 
-writes dense.nii.gz and dense_mask.nii.gz, in the source's space, with 3 slices between each two. Where -o is a folder,
+writes dense.nii.gz and dense_mask.nii.gz, in the source's space, with 3 slices between each two. If -o is a folder,
 it gets what `render.py --nifti` writes: render_img/00000_0.png, ..., render_img.nii.gz, the same of render_mask, and
 frames.json, so that `slices_to_ply.py -i FOLDER` meshes it. Nothing is made beyond the last slice.
 
--i takes what prepare.py takes, and so do its other options (--axis, --label_value, --series, --window, ...), which are
-passed on. Frames of prepare.py are given with -s instead. Slices that were held out (prepare.py --keep_every N, or
---keep_every N here) are compared with what is made in their place.
+-i takes what prepare.py takes, and all its other options (--axis, --label_value, --series, --window, ...) work here
+too. Frames of prepare.py are given with -s instead. Held-out slices (prepare.py --keep_every N, or --keep_every N
+here) are compared with what is made in their place.
 
-Methods: motion (optical flow and self super-resolution along the stack, what `train.py --ibfr_target motion` teaches
-its in-betweens), linear and cubic (pixel by pixel), sdf (masks through signed distances, images linearly).
+Methods: motion (optical flow and self super-resolution along the stack, what `train.py --ibfr_target motion` trains
+its in-betweens on), linear and cubic (pixel by pixel), sdf (masks through signed distances, images linearly).
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ from utils.metrics import Scores
 METHODS = ("motion", "linear", "cubic", "sdf")
 NIFTI = (".nii.gz", ".nii")
 RENDERS = {"img": "render_img", "seg": "render_mask"}
-AT_ONCE = 8_000_000  # pixels that are looked up together
+AT_ONCE = 8_000_000  # pixels looked up together
 CONTRAST = (0.005, 0.995)
 """Quantiles of a volume that are 0 and 1 to the prediction, as in prepare.py: its networks expect images whose tissue
-fills the range. What lies beyond is carried along the motion by itself, so that nothing is cut off."""
-MOTION = 0.9  # of the bar; the rest is for looking up and writing slices
+fills the range. Values beyond are carried along the motion separately, so that nothing is cut off."""
+MOTION = 0.9  # share of the progress bar; the rest is for looking up and writing slices
 
 Say = Callable[[str], None]
 Predict = Callable[[Sequence[float]], Tensor]
@@ -63,11 +63,11 @@ Predict = Callable[[Sequence[float]], Tensor]
 
 @dataclass(frozen=True)
 class Sequences:
-    """What is to be filled in.
+    """What to fill in.
 
-    frames: by kind, img or seg; K images, masks of all of them or of some. painted: the frames that have a mask.
-    heldout: those left out between the frames, and their positions (frame index plus fraction). window: what of the
-    images' [0, 1] is black and white to the prediction and in scores; the rest of the range is kept all the same.
+    frames: by kind, img or seg: K images, and masks of some or all of them. painted: the frames that have a mask.
+    heldout: those left out between the frames, and their positions (frame index plus fraction). window: which
+    of the images' [0, 1] is black and white to the prediction and in scores; values beyond it are kept.
     """
 
     frames: dict[str, Frames]
@@ -118,12 +118,12 @@ def parser() -> ArgumentParser:
     out = ArgumentParser(
         prog="interpolate.py",
         description=(__doc__ or "").splitlines()[0],
-        epilog="With -i, all further options are those of prepare.py: see prepare.py --help.",
+        epilog="With -i, all options of prepare.py work too: see prepare.py --help.",
     )
     out.add_argument("-i", "--input", help="volume, or folder of slices: whatever prepare.py reads")
     out.add_argument("-l", "--label", help="its label, of the same kinds")
     out.add_argument(
-        "-s", "--source_path", metavar="ROOT", help="frames of prepare.py instead: ROOT/original/"
+        "-s", "--source_path", metavar="ROOT", help="frames of prepare.py instead (ROOT/original/)"
     )
     out.add_argument("--seg_source_path", metavar="ROOT", help="masks of the same frames, or masks alone")
     out.add_argument(
@@ -147,7 +147,7 @@ def parser() -> ArgumentParser:
 
 
 def check(options: argparse.Namespace, others: Sequence[str]) -> None:
-    """What can be refused before anything is read."""
+    """Refuse wrong options before anything is read."""
     roots = options.source_path or options.seg_source_path
     if bool(options.input) == bool(roots):
         raise UserError("give -i VOLUME, or -s ROOT (a folder of prepare.py), and not both")
@@ -183,7 +183,7 @@ def is_volume(out: Path) -> bool:
 
 
 def volume_paths(out: Path) -> dict[str, Path]:
-    """Of images and of masks."""
+    """Paths of images and masks."""
     suffix = next(suffix for suffix in NIFTI if out.name.lower().endswith(suffix))
     return {"img": out, "seg": out.with_name(f"{out.name[: -len(suffix)]}_mask{out.name[-len(suffix) :]}")}
 
@@ -197,7 +197,7 @@ def from_volume(options: argparse.Namespace, others: Sequence[str], folder: Path
     command += ["-l", options.label] if options.label else []
     asked = prepare.parser().parse_args(command)
     if asked.bits is None:
-        asked.bits = 16  # finer than any source's steps
+        asked.bits = 16  # finer than the steps of any source
     # the whole range, unless a window is asked for
     prepare.read_case(asked, say, percentiles=(0.0, 100.0)).write(folder)
     sequences = from_frames(folder / "img", folder / "seg" if options.label else None, say)
@@ -207,7 +207,7 @@ def from_volume(options: argparse.Namespace, others: Sequence[str], folder: Path
 
 
 def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) -> Sequences:
-    """The frames of data roots."""
+    """The frames in data roots."""
     frames, heldout = {}, {}
     roots = {kind: Path(path) for kind, path in (("img", root), ("seg", seg_root)) if path}
     geometry = Geometry.find(next(iter(roots.values())))
@@ -232,15 +232,15 @@ def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) 
         index = {number: k for k, number in enumerate(first.numbers)}
         if set(other.numbers) - set(index) or (other.width, other.height) != (first.width, first.height):
             raise UserError(
-                f"{seg_root}: its {len(other)} masks of {other.width} x {other.height} pixels do not belong to the "
-                f"{len(first)} frames of {first.width} x {first.height} pixels of {root}: number and size them alike"
+                f"{seg_root}: its {len(other)} masks of {other.width} x {other.height} pixels do not match the "
+                f"{len(first)} frames of {first.width} x {first.height} pixels of {root}: use the same numbers and size"
             )
         painted = [index[number] for number in other.numbers]
         if len(painted) < len(first):
             say(f"masks of {len(painted)} of {len(first)} frames: the others are filled in too")
     if geometry is not None and geometry.labels is not None and "seg" in roots:
         raise UserError(
-            f"{roots['seg']} holds label maps, and one mask is filled in at a time: choose its label with prepare.py "
+            f"{roots['seg']} holds label maps, but only one mask can be filled in: choose its label with prepare.py "
             "--label_value"
         )
     if geometry is not None and len(geometry.slices) != len(first):
@@ -255,7 +255,7 @@ def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) 
 
 
 def predict(sequences: Sequences, method: str, device: torch.device, report: Report) -> dict[str, Predict]:
-    """By kind, what lies at any position."""
+    """By kind, a function that gives images at any position."""
     if method == "motion":
         return by_motion(sequences, device, lambda part, share: report(part, MOTION * share))
     return {kind: classically(sequences, kind, method) for kind in sequences.frames}
@@ -264,8 +264,8 @@ def predict(sequences: Sequences, method: str, device: torch.device, report: Rep
 def counted(
     predictions: dict[str, Predict], sequences: Sequences, slices: int, report: Report
 ) -> dict[str, Predict]:
-    """The same predictions, which report how many of all positions have been asked for. slices: to be written, of
-    each kind."""
+    """The same predictions, reporting what share of all positions is done. slices: how many of each kind will be
+    written."""
     todo = slices * len(predictions) + sum(len(positions) for _, positions in sequences.heldout.values())
     done = 0
 
@@ -319,13 +319,13 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
 
 
 def contrast(images: Frames) -> tuple[float, float]:
-    """The quantiles of CONTRAST, or 0 and 1 where those are one value."""
+    """The quantiles of CONTRAST, or 0 and 1 if those coincide."""
     low, high = np.quantile(images(range(len(images))).numpy(), CONTRAST).tolist()
     return (low, high) if high > low else (0.0, 1.0)
 
 
 def _with_frames(found: Tensor, frames: Tensor | None, positions: Sequence[float]) -> Tensor:
-    """What was found, with the frames themselves where they are asked for: no rounding, no filter."""
+    """Predictions, with the frames themselves at whole positions: no rounding, no filter."""
     assert frames is not None
     for number, position in enumerate(positions):
         if position == int(position):
@@ -345,10 +345,10 @@ def classically(sequences: Sequences, kind: str, method: str) -> Predict:
 
     def of(positions: Sequence[float]) -> Tensor:
         at = np.interp(positions, np.arange(len(everywhere)), everywhere)
-        at = at.clip(places[0], places[-1])  # before the first mask and after the last, these go on
+        at = at.clip(places[0], places[-1])  # beyond the first and the last mask, these are repeated
         if kind == "seg" and method in ("sdf", "cubic"):
             how = "cubic" if method == "cubic" else "linear"
-            # Neighbours tell everything to the linear one: distances of all would be made for each few positions.
+            # Linear needs neighbours alone: distances of all masks would be computed anew for every batch.
             first, last = _around(places, at) if how == "linear" else (0, len(places))
             inside = values[first:last].mean(1) >= 0.5
             filled = interpolate_masks(inside, places[first:last], at, (rows, columns), how)
@@ -360,7 +360,7 @@ def classically(sequences: Sequences, kind: str, method: str) -> Predict:
 
 
 def _around(places: np.ndarray, at: np.ndarray) -> tuple[int, int]:
-    """The first of the places around ``at``, and one past their last; two at least."""
+    """Index of the first of the places around ``at``, and one past the last; at least two places."""
     first = min(max(0, int(np.searchsorted(places, at.min(), "right")) - 1), len(places) - 2)
     return first, max(first + 2, int(np.searchsorted(places, at.max(), "left")) + 1)
 
@@ -369,7 +369,7 @@ def _around(places: np.ndarray, at: np.ndarray) -> tuple[int, int]:
 
 
 def score(sequences: Sequences, predictions: dict[str, Predict]) -> list[str]:
-    """A line for each kind that has held-out slices."""
+    """One line per kind that has held-out slices."""
     lines = []
     for kind, (truth, positions) in sequences.heldout.items():
         scores = Scores()
@@ -399,7 +399,7 @@ def batches(positions: Sequence[float], frames: Frames) -> Iterator[Sequence[flo
 
 
 def grid_of(sequences: Sequences, options: argparse.Namespace) -> Grid | None:
-    """Where the slices of a volume go. None for a folder of frames that have no place, or no one intensity."""
+    """Where the slices of a volume lie. None for a folder output whose frames have no place, or are in colour."""
     geometry = sequences.geometry
     wanted = is_volume(Path(options.output))
     coloured = "img" in sequences.frames and sequences.frames["img"].channels != 1
@@ -408,7 +408,7 @@ def grid_of(sequences: Sequences, options: argparse.Namespace) -> Grid | None:
             why = (
                 "a volume holds one intensity, and these frames are in colour"
                 if coloured
-                else "nobody knows where these frames lie in the patient"
+                else "it is unknown where these frames lie in the patient"
             )
             raise UserError(f"-o {options.output}: {why}; give a folder instead")
         return None
@@ -416,7 +416,7 @@ def grid_of(sequences: Sequences, options: argparse.Namespace) -> Grid | None:
 
 
 def image_names(count: int, interp: int) -> dict[float, str]:
-    """Files of a folder by position: as render.py names them, up to the last frame."""
+    """File names by position, as render.py names them, up to the last frame."""
     return {
         k + i / interp: f"{k:05d}_{i}.png"
         for k in range(count)
@@ -431,7 +431,7 @@ def write(
     names: dict[float, str],
     out: Path,
 ) -> list[str]:
-    """The volumes or the folder, complete or not there. Returns what to say."""
+    """Write the volumes or the folder, complete or not at all. Returns the lines to print."""
     volumes = {}
     if grid is not None:
         for kind, predict in predictions.items():
@@ -463,7 +463,7 @@ def write(
 
 
 def fill(volume: RenderedVolume, predict: Predict, frames: Frames) -> None:
-    """Puts every slice in its place."""
+    """Put every slice in its place."""
     slot = 0
     for some in batches(volume.grid.positions, frames):
         for image in predict(some).clamp(0, 1).cpu().numpy():

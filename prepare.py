@@ -5,10 +5,10 @@
 
 writes data/case/img/original/0000.png ..., data/case/seg/original/0000.png ... (0 and 255) and data/case/frames.json,
 which records where the frames lie (`patient.geometry.Geometry`), so that meshes come out in patient millimetres. With
---keep_every, the frames left out between the others go to img/heldout and seg/heldout, named by their source slice.
+--keep_every, the frames left out in between go to img/heldout and seg/heldout, named by their source slice.
 
-Frames show anatomy upright: columns and rows grow towards the patient's left, posterior or inferior. All is written
-beside OUT first and renamed at the end: OUT is complete or untouched.
+Frames show anatomy upright: columns and rows grow towards the patient's left, posterior or inferior. Output is
+written beside OUT and renamed at the end: OUT is complete or untouched.
 """
 
 from __future__ import annotations
@@ -37,19 +37,19 @@ from utils.images import MAX_PIXELS, limit_pixels, write_image, write_levels
 
 Say = Callable[[str], None]
 
-# Level and width in Hounsfield units, as customary: Radiopaedia, "Windowing (CT)", https://radiopaedia.org/articles/windowing-ct
+# Usual level and width in Hounsfield units: Radiopaedia, "Windowing (CT)", https://radiopaedia.org/articles/windowing-ct
 CT_WINDOWS = {
     "brain": (40, 80),
     "bone": (400, 1800),
     "lung": (-600, 1500),
     "soft_tissue": (50, 400),
 }
-PERCENTILES = (0.5, 99.5)  # of the volume: the window where none is chosen
-MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source knows none
+PERCENTILES = (0.5, 99.5)  # of the volume: the default window
+MARGIN = 10.0  # of --crop: millimetres, or pixels and slices where the source gives none
 KINDS = {
     "original": "slices",
     HELDOUT: "heldout_slices",
-}  # folders of frames, and the field that lists theirs
+}  # folders of frames, and the Geometry field that lists their slices
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @dataclass(frozen=True, eq=False)
 class PreparedCase:
-    """A volume and its label as frames, those between the kept ones included.
+    """A volume and its label as frames, including those between the kept ones.
 
-    frames: (slice, row, column[, channel]), as stored. full_scale: what 0 and 1 are, of pictures. masks: (slice, row,
-    column) label numbers, of the slices that ``label`` says are painted. geometry: which slices are kept, and how.
+    frames: (slice, row, column[, channel]), as stored. full_scale: for pictures, the values of 0 and 1. masks: (slice,
+    row, column) label numbers, valid on the slices that ``label`` calls painted. geometry: which slices are kept.
     """
 
     frames: np.ndarray
@@ -106,7 +106,7 @@ def read_case(
 ) -> PreparedCase:
     """The volume and the label that ``options`` (of `parser`) name.
 
-    say: gets a line for each thing that was read, and for what is unusual about it. percentiles: of the window where
+    say: gets a line for each thing that was read, and for anything unusual about it. percentiles: of the window if
     ``options`` choose none. Raises UserError.
     """
     choice = Choice(
@@ -181,7 +181,7 @@ def parser() -> argparse.ArgumentParser:
         "-l",
         "--label",
         nargs="+",
-        help="its label, of the same kinds, or a mask for each structure; another grid is resampled (nearest)",
+        help="its label, of the same kinds, or a mask for each structure; resampled (nearest) if on another grid",
     )
     parser.add_argument("--series", metavar="UID", help="which series of a DICOM folder that holds several")
     parser.add_argument(
@@ -207,10 +207,10 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         nargs="+",
         metavar="V",
-        help="labels that count, as one mask (default: all but 0)",
+        help="labels to merge into one mask (default: all but 0)",
     )
     parser.add_argument(
-        "--labels", nargs="+", metavar="ID", help="labels that are kept apart: numbers, names, or all"
+        "--labels", nargs="+", metavar="ID", help="labels to keep apart: numbers, names, or all"
     )
     parser.add_argument(
         "--label_names",
@@ -225,15 +225,15 @@ def parser() -> argparse.ArgumentParser:
         "--label_slices",
         default="auto",
         metavar="auto|all|LIST",
-        help="slices that somebody painted, such as 0,5,10 or 0:50:5; auto: all, but where no two neighbours are"
-        " labelled those that are",
+        help="slices that were annotated, such as 0,5,10 or 0:50:5; auto: all, or only the labelled ones if no two"
+        " neighbours are labelled",
     )
     parser.add_argument("-o", "--output", required=True, help="folder to write")
     parser.add_argument(
         "--axis",
         choices=("auto", "0", "1", "2"),
         default="auto",
-        help="array axis to cut across; auto: the one of the coarsest spacing, the last of equals",
+        help="array axis to cut across; auto: the one with the coarsest spacing, the last if several are equal",
     )
     window = parser.add_mutually_exclusive_group()
     window.add_argument(
@@ -250,14 +250,14 @@ def parser() -> argparse.ArgumentParser:
     window.add_argument(
         "--ct_window",
         choices=CT_WINDOWS,
-        help="a customary window of CT in Hounsfield units, as level and width: "
+        help="a standard CT window in Hounsfield units, as level and width: "
         + ", ".join(f"{name} {level} {width}" for name, (level, width) in CT_WINDOWS.items()),
     )
     parser.add_argument(
         "--bits",
         type=int,
         choices=(8, 16),
-        help="bits of a pixel (default: 16, or 8 where the source has no more)",
+        help="bits per pixel (default: 16, or 8 if the source has no more)",
     )
     parser.add_argument(
         "--keep_every",
@@ -273,7 +273,7 @@ def parser() -> argparse.ArgumentParser:
         const=MARGIN,
         metavar="MM",
         help="keep the box of the label, or else of what is not background, and this margin around it (default:"
-        f" {MARGIN:g} mm; pixels and slices where no millimetres are known)",
+        f" {MARGIN:g} mm; pixels and slices if millimetres are unknown)",
     )
     parser.add_argument("--frame", type=int, metavar="INDEX", help="which volume of a 4-D file, from 0")
     parser.add_argument(
@@ -322,18 +322,18 @@ def _axis(wanted: str, volume: Volume) -> int:
     spacing = np.array(voxel_sizes(volume.affine))
     return int(
         np.flatnonzero(spacing > spacing.max() * (1 - 1e-3))[-1]
-    )  # headers round: equal to a thousandth
+    )  # equal to a thousandth, because headers round
 
 
 def _measured(volume: Volume, say: Say) -> np.ndarray | None:
-    """Mask of the voxels that the window is made of, or None of all: finite, and not marked as padding."""
+    """Mask of the voxels that the window is computed from (finite, not padding); None for all of them."""
     inside = None
     if volume.padded is not None:
         inside = ~volume.padded
         share = np.count_nonzero(volume.padded) / inside.size
         if not inside.any():
             raise UserError(f"{volume.name} is padding everywhere: nothing was measured")
-        say(f"  note: {share:.1%} of the voxels are padding, and left out of percentiles")
+        say(f"  note: {share:.1%} of the voxels are padding, and are left out of percentiles")
     if volume.values.dtype.kind != "f":
         return inside
     finite = np.isfinite(volume.values)
@@ -365,10 +365,10 @@ def _window(
     if low < high:
         if largest <= low or smallest >= high:
             raise UserError(
-                f"the window {low:g} to {high:g} shows nothing: {volume.name} goes from {smallest:g} to {largest:g}"
+                f"the window {low:g} to {high:g} shows nothing: {volume.name} ranges from {smallest:g} to {largest:g}"
             )
         if options.ct_window is not None and smallest > -200:
-            say(f"  note: no value is under {smallest:g}: are these Hounsfield units, where air is -1000?")
+            say(f"  note: no value is below {smallest:g}: are these Hounsfield units, where air is -1000?")
         return low, high
     if options.percentiles is None and volume.full_scale is not None:
         return volume.full_scale
@@ -391,9 +391,9 @@ def _window(
 def _box(
     cut: FrameCut, volume: Volume, label: np.ndarray | None, window: tuple[float, float], margin: float
 ) -> tuple[slice, slice, slice]:
-    """Columns, rows and slices that hold the label, or else what is not background, and the margin around it.
+    """Columns, rows and slices that hold the label, or else what is not background, plus the margin.
 
-    Background is what is darker in the window than half of Otsu's threshold: the threshold itself would cut off dim
+    Background is darker than half of Otsu's threshold, within the window: the threshold itself would cut off dim
     borders.
     """
     if label is None:
@@ -426,7 +426,7 @@ def _write_frames(
             stored = stack[index, top : top + rows, left : left + columns].astype(np.float64)
             unit = np.where(np.isfinite(stored), (stored - low) / (high - low), 0.0)
             if unit.shape[2:] == (4,) and full_scale is not None:
-                unit[:, :, 3] = stored[:, :, 3] / full_scale[1]  # opacity is no intensity
+                unit[:, :, 3] = stored[:, :, 3] / full_scale[1]  # opacity is not an intensity
             name = number if folder == "original" else index
             write_image(root / folder / f"{name:04d}.png", unit, geometry.bits)
 
@@ -455,11 +455,11 @@ def _describe(volume: Volume) -> str:
 
 
 def _known_sizes(volume: Volume) -> str:
-    """What is known of millimetres without a place in a patient."""
+    """The known voxel sizes of a volume without an affine."""
     if volume.sizes is None or not any(volume.sizes):
-        return "no millimetres known"
+        return "unknown size in millimetres"
     sizes = ["?" if size is None else f"{size:.4g}" for size in volume.sizes]
-    return f"of {' x '.join(sizes)} mm, no place in a patient known"
+    return f"of {' x '.join(sizes)} mm, unknown place in the patient"
 
 
 def _summary(geometry: Geometry) -> str:

@@ -2,12 +2,12 @@
 
     python slices_to_ply.py -i output -o meshes
 
-makes meshes/<case>.ply of every folder output/<case>. Where the frames lie comes from, in this order: frames.json of
+makes meshes/<case>.ply from every folder output/<case>. Where the frames lie comes from, in this order: frames.json of
 prepare.py in the case folder or its parent, `<case>.nii.gz` in the folder given by -n, a NIfTI file in the case folder.
-A NIfTI file alone says that frame k is volume[:, :, k].T. With none of them the mesh is in voxels, and that is printed.
+A NIfTI file alone says that frame k is volume[:, :, k].T. With none of them the mesh is in voxels, with a notice.
 
-Several organs in one run: a case folder for each, or one stack of label maps: meshes/<case>_<label>.ply, whose
-neighbours share their surfaces, and meshes/<case>.glb of all in their colours.
+Several organs in one run: a case folder for each, or one stack of label maps, which gives meshes/<case>_<label>.ply,
+neighbours sharing their surfaces, and meshes/<case>.glb of all in their colours.
 """
 
 from __future__ import annotations
@@ -68,24 +68,24 @@ from utils.images import MAX_PIXELS, limit_pixels
 NOT_CASES = (
     "mirror",
     HELDOUT,
-)  # beside original/: flipped copies of training, frames that prepare.py left out
+)  # beside original/: flipped copies made by training, and held-out frames of prepare.py
 # The published smoothing: strong along the interpolated slices, 6 of which are 3/4 of a slice at --inter 8.
 TV_WEIGHT = 0.5
 SIGMA = (6.0, 1.3, 1.3)  # interpolated slices, rows, columns
-# The default one. Of shapes known exactly, cut at several spacings with and without frames in between, these factors
-# gave the surfaces nearest to the true ones: less leaves the steps of voxels, more blurs what is thin.
+# The default smoothing. On exactly known shapes, cut at several spacings with and without in-between frames, these
+# factors gave the surfaces nearest to the true ones: less leaves voxel steps, more blurs thin structures.
 OF_FINEST, OF_OWN = 0.7, 0.25
-# Of frames in between whose edges are grey, which say where the edge lies within a pixel: no step is there to smooth.
+# For in-between frames with grey edges, which say where the edge lies within a pixel: there are no steps to smooth.
 # The liver from every 2nd slice, predicted in between (mm, ASD and HD95): 0.316 and 1.04 without, 0.325 and 1.04 with
 # this, 0.412 and 1.21 with OF_FINEST; of signed distances 0.351, 0.371, 0.491 (ASD).
 OF_GREY = 0.35
-GREY_EDGES = 0.3  # grey pixels per step from inside to outside along a row, from which on edges count as grey
-MAX_LABELS = 200  # more kinds of value than this are grey levels
+GREY_EDGES = 0.3  # grey pixels per inside-outside step along a row, above which edges count as grey
+MAX_LABELS = 200  # more distinct values than this are grey levels
 
 
 @dataclass(frozen=True)
 class Case:
-    """The frames of one mesh, or of one for each label."""
+    """The frames of one mesh, or of one mesh per label."""
 
     name: str
     folder: Path
@@ -93,7 +93,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a case came to: lines to print, and why it failed if it did."""
+    """The result of a case: lines to print, and why it failed if it did."""
 
     case: Case
     lines: list[str]
@@ -143,19 +143,21 @@ def parser() -> argparse.ArgumentParser:
         "--labels",
         nargs="*",
         metavar="V",
-        help="frames are label maps: a mesh <case>_<name> for each of these values or names (default: all but 0), and"
+        help="frames are label maps: one mesh <case>_<name> per value or name (default: all but 0), and"
         " <case>.glb of all where frames.json has their names and colours",
     )
-    parser.add_argument("--scene", action="store_true", help="of label maps <case>.glb of all in any case")
+    parser.add_argument(
+        "--scene", action="store_true", help="always write <case>.glb of all labels of a label map"
+    )
     parser.add_argument(
         "--smoothing",
         metavar="MM|none|published",
         help=f"standard deviation in mm of a Gaussian; none; or published: total variation per frame, then a Gaussian"
-        f" of sigma {SIGMA} (slice, row, column) voxels. Default, on each axis: {OF_FINEST:g} of the finest spacing,"
-        f" at least {OF_OWN:g} of the axis' own; {OF_GREY:g} of the finest for grey frames in between."
-        " Except for none and published, the enclosed volume stays the mask's",
+        f" of sigma {SIGMA} (slice, row, column) voxels. Default per axis: {OF_FINEST:g} of the finest spacing,"
+        f" at least {OF_OWN:g} of the axis' own; {OF_GREY:g} of the finest for in-between frames with grey edges."
+        " Except with none and published, the mask's volume is preserved",
     )
-    parser.add_argument("--largest", action="store_true", help="keep the largest connected body alone")
+    parser.add_argument("--largest", action="store_true", help="keep only the largest connected body")
     parser.add_argument(
         "--open", action="store_true", help="no caps where the border of the stack cuts the object"
     )
@@ -164,25 +166,28 @@ def parser() -> argparse.ArgumentParser:
         type=float,
         default=0.0,
         metavar="FRACTION",
-        help="remove this fraction of the triangles, 0.9 leaves a tenth (needs fast-simplification)",
+        help="remove this fraction of the triangles: 0.9 leaves a tenth (needs fast-simplification)",
     )
-    parser.add_argument("--format", choices=FORMATS, default="ply", help="of the meshes (default: ply)")
+    parser.add_argument("--format", choices=FORMATS, default="ply", help="mesh format (default: ply)")
     parser.add_argument(
-        "--space", choices=("lps", "ras"), default="lps", help="of the vertices (default: lps)"
+        "--space", choices=("lps", "ras"), default="lps", help="space of the vertices (default: lps)"
     )
     parser.add_argument(
         "--preview", action="store_true", help="also a picture <case>.png: three views, axes in mm"
     )
     parser.add_argument(
-        "--jobs", type=positive, metavar="N", help="cases at once, each a process (default: one a processor)"
+        "--jobs",
+        type=positive,
+        metavar="N",
+        help="cases at once, one process each (default: one per processor)",
     )
-    parser.add_argument("--extension", default=".png", help="of the frames (default: .png)")
+    parser.add_argument("--extension", default=".png", help="file extension of the frames (default: .png)")
     parser.add_shared(MAX_PIXELS)
     return parser
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Everything about the options that is wrong whatever the cases are."""
+    """Refuse options that are wrong whatever the cases are."""
     if Path(options.output).exists() and not Path(options.output).is_dir():
         raise UserError(f"{options.output} is a file: give -o a folder")
     if options.nifti is not None and not Path(options.nifti).is_dir():
@@ -214,7 +219,8 @@ def _check(options: argparse.Namespace) -> None:
 def _cases(folder: Path, extension: str) -> list[Case]:
     """One case if the folder has renders; else its case folders; else one case of the frames in the folder itself.
 
-    A folder of prepare.py, or one within a case, is that case; one too high names where the cases are.
+    A folder of prepare.py, or one within a case, is that case. For a folder one level too high, the error names where
+    the cases are.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder: give -i a folder of case folders, or a case folder")
@@ -241,7 +247,7 @@ def _cases(folder: Path, extension: str) -> list[Case]:
 
 
 def _case(folder: Path, extension: str) -> Case | None:
-    """The case of a folder that has renders, or is one within a case; of prepare.py's, the masks."""
+    """The case of a folder that has renders, or lies within a case; in a folder of prepare.py, the masks."""
     if rendered_paths(folder, extension):
         return Case(case_name(folder), folder)
     for inner in ("original", "seg/original"):
@@ -251,11 +257,11 @@ def _case(folder: Path, extension: str) -> Case | None:
     return Case(case_name(folder), folder) if inside else None
 
 
-# ---- cases side by side ----------------------------------------------------------------------------------------------
+# ---- cases in parallel -----------------------------------------------------------------------------------------------
 
 
 def _outcomes(cases: list[Case], options: argparse.Namespace) -> Iterator[Outcome]:
-    """What each case came to, in their order, `--jobs` of them at once."""
+    """The result of each case in order, `--jobs` of them at once."""
     jobs = min(options.jobs or len(os.sched_getaffinity(0)), len(cases))
     if jobs == 1:
         yield from (_attempt(case, options) for case in cases)
@@ -265,11 +271,11 @@ def _outcomes(cases: list[Case], options: argparse.Namespace) -> Iterator[Outcom
         running = [pool.submit(_attempt, case, options) for case in cases]
         for case, future in zip(cases, running, strict=True):
             outcome = _result(case, future)
-            if outcome is None:  # one process died, and took the pool with it: this case may not be the one
+            if outcome is None:  # one process died and broke the pool: maybe not this case's
                 with ProcessPoolExecutor(1, context) as alone:
                     outcome = _result(case, alone.submit(_attempt, case, options))
             yield outcome or Outcome(
-                case, [], "its process was killed, for want of memory most likely: --jobs 1"
+                case, [], "its process was killed, most likely for lack of memory: try --jobs 1"
             )
 
 
@@ -293,9 +299,9 @@ def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
         return Outcome(case, lines, f"{error.strerror or error}{where}")
     except MemoryError:
         return Outcome(
-            case, lines, "out of memory: fewer at once (--jobs), fewer in-betweens, or smaller frames"
+            case, lines, "out of memory: take fewer at once (--jobs), fewer in-betweens, or smaller frames"
         )
-    except Exception as error:  # a bug of ours, which is shown, and does not cost the other cases
+    except Exception as error:  # a bug: shown, without costing the other cases
         return Outcome(case, lines, f"{type(error).__name__}: {error}", traceback.format_exc())
     return Outcome(case, lines)
 
@@ -304,7 +310,7 @@ def _attempt(case: Case, options: argparse.Namespace) -> Outcome:
 
 
 def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
-    """Read, smooth, mesh and write a case; what is worth knowing goes to `lines`."""
+    """Read, smooth, mesh and write a case; messages go to `lines`."""
     kind: Kind | None = None if options.labels is None else "labels"
     check_newest(case.folder, options.extension)
     stack = read_stack(case.folder, options.extension, options.nifti, options.inter, kind)
@@ -327,9 +333,9 @@ def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
 def _mesh_labels(
     case: Case, stack: Stack, labels: LabelTable, options: argparse.Namespace, lines: list[str]
 ) -> None:
-    """A mesh for each label, of which neighbours share their surface, and a scene of all."""
+    """One mesh per label, neighbours sharing their surfaces, and a scene of all."""
     numbers = stack.numbers
-    assert numbers is not None  # the caller has looked
+    assert numbers is not None  # checked by the caller
     if options.largest:
         kept = np.zeros_like(numbers)
         for number in np.unique(numbers[numbers > 0]).tolist():
@@ -351,13 +357,15 @@ def _mesh_labels(
     scene = {}
     for label in labels:
         if label.id not in meshes:
-            lines.append(f"  note: label {label.id} ({label.name}) is lost in smoothing: --smoothing none")
+            lines.append(
+                f"  note: label {label.id} ({label.name}) is lost in smoothing: try --smoothing none"
+            )
             continue
         mesh = meshes[label.id]
         if volumes and not options.open and abs(mesh.volume / volumes[label.id] - 1) > 0.01:
             lines.append(
-                f"  note: {label.name} encloses {mesh.volume:,.1f} for {volumes[label.id]:,.1f}, as happens to specks:"
-                " --smoothing none"
+                f"  note: {label.name} encloses {mesh.volume:,.1f} instead of {volumes[label.id]:,.1f}, which"
+                " happens to specks: try --smoothing none"
             )
         if options.decimate:
             try:
@@ -370,7 +378,7 @@ def _mesh_labels(
         _write(f"{case.name}_{name}", mesh, None, options, lines)
         scene[label] = mesh
     if options.decimate:
-        lines.append("  note: decimated meshes share their surfaces no longer")
+        lines.append("  note: decimated meshes no longer share their surfaces")
     if scene and (options.scene or stack.labels is not None):
         path = Path(options.output) / f"{case.name}.glb"
         write_scene(path, scene)
@@ -378,13 +386,13 @@ def _mesh_labels(
 
 
 def _labels(stack: Stack, wanted: list[str] | None) -> LabelTable:
-    """The labels to mesh, all of which are there."""
+    """The labels to mesh, all of which occur."""
     present = np.unique(stack.numbers).tolist() if stack.numbers is not None else []
     names = stack.labels or LabelTable()
     if len(present) > MAX_LABELS:
         raise UserError(
-            f"the frames hold {len(present)} different values, so they are no label maps: leave --labels out, and give"
-            " each organ a case folder of its own masks"
+            f"the frames hold {len(present)} different values, so they are not label maps: leave --labels out, and"
+            " give each organ a case folder of its own masks"
         )
     if present == [0]:
         raise UserError("no pixel has the value of a label: there are 0")
@@ -411,7 +419,7 @@ def _mesh_of(
 def _write(
     name: str, mesh: Trimesh, level: float | None, options: argparse.Namespace, lines: list[str]
 ) -> None:
-    """One mesh, and its picture."""
+    """Write one mesh, and its picture."""
     if mesh.metadata["space"]:
         mesh = in_space(mesh, options.space.upper())
     path = Path(options.output) / f"{name}.{options.format}"
@@ -438,15 +446,15 @@ def _surface(
 ) -> tuple[Trimesh, float]:
     """The mesh and its level. Raises ValueError where there is none.
 
-    --thresh tells the mask from the rest. Without smoothing it is the level of the surface. The published smoothing
-    has its level chosen, or applied, after it. The smoothing in millimetres takes the level that gives the volume of
-    the mask's voxels back.
+    --thresh tells the mask from the rest. Without smoothing it is the level of the surface. With the
+    published smoothing, the level is chosen, or applied, after it. With smoothing in millimetres, the level is the one
+    that preserves the volume of the mask's voxels.
     """
     published = options.smoothing == "published"
     if published:
         if stack.inter < SIGMA[0]:
             lines.append(
-                f"  note: the published smoothing is made for {PUBLISHED_INTER} sub-frames per slice; its sigma is"
+                f"  note: the published smoothing was made for {PUBLISHED_INTER} sub-frames per slice; its sigma is"
                 f" {SIGMA[0] / stack.inter:.2g} slices here. Render with --interp 8, or leave it out"
             )
         values = smooth(_denoise(values, options.quiet), SIGMA)
@@ -465,12 +473,13 @@ def _surface(
     lines.append(_smoothed(stack, millimetres))
     smoothed = smooth(values, (frame * stack.inter, row, column))
     mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
-    if options.largest:  # what hung by a thread may have come off
+    if options.largest:  # smoothing may have detached weakly connected parts
         smoothed = largest(smoothed, level)
         mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
     if not options.open and abs(mesh.volume - volume) > 0.01 * volume:
         lines.append(
-            f"  note: no level gives the mask's volume of {volume:,.1f} back, as happens to specks: --smoothing none"
+            f"  note: no level preserves the mask's volume of {volume:,.1f}, which happens to specks: try"
+            " --smoothing none"
         )
     return mesh, level
 
@@ -485,7 +494,7 @@ def _sigma(
 ) -> tuple[float, float, float]:
     """Standard deviations of the smoothing along column, row and slice in the unit of `spacing`.
 
-    grey: whether frames in between have grey edges, so that neither pixels nor slices make steps.
+    grey: whether in-between frames have grey edges, so that neither pixels nor slices make steps.
     """
     if wanted is not None:
         return wanted, wanted, wanted
@@ -508,9 +517,9 @@ def _denoise(values: np.ndarray, quiet: bool) -> np.ndarray:
     """The published total variation of each frame (frame, row, column)."""
 
     def denoise(frame: np.ndarray) -> np.ndarray:
-        return denoise_tv_chambolle(frame, weight=TV_WEIGHT) if np.ptp(frame) else frame  # empty ones stay
+        return denoise_tv_chambolle(frame, weight=TV_WEIGHT) if np.ptp(frame) else frame  # empty frames stay
 
-    alone = multiprocessing.parent_process() is None  # a worker of several leaves the other processors alone
+    alone = multiprocessing.parent_process() is None  # one of several workers uses one processor
     with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if alone else 1) as pool:
         frames = pool.map(denoise, values)
         progress = tqdm(frames, "smoothing", len(values), leave=False, disable=quiet or not alone or None)

@@ -1,1 +1,1 @@
-"""The scene: frames, cameras, Gaussians, their files and their growth."""
+"""The patient: volumes and labels in files, where frames lie, and meshes."""

@@ -24,13 +24,13 @@ FILE_NAME = "frames.json"
 HELDOUT = "heldout"
 """Folder beside original/: frames that prepare.py --keep_every left out, named by their slice."""
 _VERSION = 1
-_EVEN = 0.01  # of a gap: how far a frame may lie from where even spacing puts it, because headers round
+_EVEN = 0.01  # of a gap: how far a frame may lie from even spacing, because headers round
 
 Affine = tuple[tuple[float, float, float, float], ...]  # 4 rows
 
 
 def swap_ras_lps(points: np.ndarray) -> np.ndarray:
-    """Points (..., 3) in RAS millimetres to LPS, or back: x and y change sign. DICOM, ITK, Slicer's files are LPS."""
+    """Points (..., 3) in RAS millimetres to LPS, or back: x and y change sign. DICOM, ITK and Slicer files are LPS."""
     return points * np.array([-1.0, -1.0, 1.0])
 
 
@@ -39,7 +39,7 @@ class Geometry:
     """How a stack of frames was cut from its source, and where it lies. Written to `frames.json`.
 
     Frames show anatomy upright (radiological convention): columns and rows grow towards the patient's left, posterior
-    or inferior, whichever their axis runs along. That takes a transpose and flips, which are recorded here and are
+    or inferior, whichever their axis runs along. The transpose and flips that this takes are recorded here and are
     part of the affine, so nothing is lost. The order of frames is the order of the source's slices.
     """
 
@@ -52,12 +52,12 @@ class Geometry:
     affine: Affine | None
     """(column, row, frame) indices to RAS millimetres; None where the source does not say (a folder of images).
 
-    Columns need not be orthogonal: a gantry tilt is a shear. Where frames are unevenly spaced it is exact for the first
-    and the last of them, and `to_patient` for all."""
+    Columns need not be orthogonal: a gantry tilt is a shear. For unevenly spaced frames it is exact for the first
+    and the last; `to_patient` is exact for all."""
     slices: tuple[int, ...]
     """Source slice of each frame."""
     slice_count: int
-    """Slices of the source, those left out included."""
+    """Slices of the source, including those left out."""
     positions: tuple[float, ...]
     """Place of each frame along the frame axis, from the source's first slice: mm, or slices without an affine.
     Increasing."""
@@ -72,11 +72,11 @@ class Geometry:
     offset: tuple[int, int] = (0, 0)
     """Columns and rows that were cropped before the first one, pixels."""
     heldout_slices: tuple[int, ...] = ()
-    """Source slices between the frames that were left out of them (`--keep_every`)."""
+    """Source slices between the frames that were held out (`--keep_every`)."""
     heldout_positions: tuple[float, ...] = ()
-    """Their places, as `positions`."""
+    """Their places, in the unit of `positions`."""
     sizes: tuple[float | None, float | None, float | None] | None = None
-    """Without an affine: millimetres from one (column, row, frame) to the next, as far as the source says them."""
+    """Without an affine: millimetres from one (column, row, frame) to the next, as far as the source gives them."""
     labels: LabelTable | None = None
     """Names and colours of the label map that the masks are; None where they are masks of one structure."""
 
@@ -92,7 +92,7 @@ class Geometry:
 
     @property
     def spacing(self) -> tuple[float, float, float] | None:
-        """Millimetres from one (column, row, frame) to the next; the mean of frames that are unevenly spaced."""
+        """Millimetres from one (column, row, frame) to the next; the mean if frames are unevenly spaced."""
         return None if self.matrix is None else voxel_sizes(self.matrix)
 
     @property
@@ -101,14 +101,14 @@ class Geometry:
         return is_even(self.positions)
 
     def heldout_indices(self) -> list[float]:
-        """Where the frames left out lie in the sequence of frames: 0.5 is half-way from frame 0 to frame 1."""
+        """Where held-out frames lie in the sequence of frames: 0.5 is halfway from frame 0 to frame 1."""
         return np.interp(self.heldout_positions, self.positions, np.arange(len(self.positions))).tolist()
 
     def durations(self) -> list[float] | None:
-        """The frames' share of time, one each, of sum 1: frame k sits at the sum of the first k.
+        """Each frame's share of time; they sum to 1, and frame k sits at the sum of the first k.
 
-        Proportional to the gap behind each frame; behind the last one to the median gap. None when the frames are
-        evenly spaced, where each has 1 / K.
+        Proportional to the gap after each frame, and to the median gap for the last one. None if the frames are evenly
+        spaced, where each has 1 / K.
         """
         if self.evenly_spaced:
             return None
@@ -139,9 +139,9 @@ class Geometry:
     def for_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray | None:
         """The affine of (column, row, sub-frame) of renders: `sub_frames` per frame, `size` columns and rows.
 
-        Renders of a model that was trained at another resolution cover the same field of view. Raises UserError when
-        no single factor leads from the frames' size to `size`, because then they show something else, and when
-        frames are unevenly spaced, because then there is no such affine (see `to_patient`).
+        Renders of a model that was trained at another resolution cover the same field of view. Raises UserError if no
+        single factor leads from the frames' size to `size`, because they then show something else, or if frames are
+        unevenly spaced, because there is then no such affine (see `to_patient`).
         """
         if self.affine is None:
             return None
@@ -155,7 +155,7 @@ class Geometry:
         """Points (..., 3), as (column, row, sub-frame) of renders, in RAS millimetres; exact for uneven spacing too.
 
         size: columns and rows of a render (default: the frames'). Between two frames depth is linear, as render.py
-        spaces sub-frames; beyond the last one it goes on by the median gap. Raises UserError as `for_renders`.
+        spaces sub-frames; beyond the last one it continues by the median gap. Raises UserError as `for_renders`.
         """
         matrix = self.matrix
         if matrix is None:
@@ -183,7 +183,7 @@ class Geometry:
         return step
 
     def to_json(self) -> str:
-        """Every field, a line each, and what follows from them (axis, spacing, ...) for people and other programs."""
+        """Every field on a line of its own, and derived values (axis, spacing, ...) for people and other programs."""
         told = {"version": _VERSION, "axis": self.axis, "spacing": self.spacing, **asdict(self)}
         told["labels"] = None if self.labels is None else self.labels.to_json()
         told |= {"heldout_indices": self.heldout_indices(), "durations": self.durations()}
@@ -241,7 +241,7 @@ class Geometry:
 
 @dataclass(frozen=True)
 class FrameCut:
-    """Which way a volume is cut into frames."""
+    """How a volume is cut into frames."""
 
     axes: tuple[int, int, int]  # source axes of (column, row, frame)
     flips: tuple[bool, bool]  # whether (column, row) run against theirs
@@ -268,7 +268,7 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> FrameCut:
 
     Axial and coronal frames have left along the columns, sagittal ones posterior; the other direction goes down. Each
     source axis counts as the patient axis that it runs closest to, so oblique volumes are cut along their own grid.
-    Without an affine nothing is known about the patient: columns and rows are the remaining axes in their order.
+    Without an affine nothing is known about the patient: columns and rows are the remaining axes in order.
     """
     first, second = (other for other in range(3) if other != axis)
     if affine is None:
@@ -279,7 +279,7 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> FrameCut:
     column, row = sorted((first, second), key=lambda source: patient[source])
     flips = tuple(
         bool(affine[patient[source], source] > 0) for source in (column, row)
-    )  # R, A or S grow: turn round
+    )  # they grow towards R, A or S: flip
     return FrameCut((column, row, axis), (flips[0], flips[1]))
 
 
@@ -338,7 +338,7 @@ def voxel_sizes(affine: np.ndarray) -> tuple[float, float, float]:
 
 
 def check_affine(affine: np.ndarray) -> None:
-    """Raise ValueError unless the affine is (4, 4), finite and maps a voxel to a solid of some volume."""
+    """Raise ValueError unless the affine is (4, 4), finite and gives voxels a volume."""
     if affine.shape != (4, 4) or not np.isfinite(affine).all():
         raise ValueError("its affine is not a 4 x 4 matrix of numbers")
     sizes = np.prod(voxel_sizes(affine))
@@ -354,5 +354,5 @@ def _patient_axes(affine: np.ndarray) -> tuple[int, int, int]:
 
 
 def _tuples(value: Any) -> Any:
-    """Lists of JSON as the tuples they were."""
+    """JSON lists as the tuples that they were."""
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,10 +1,10 @@
-"""Surfaces of a label map, of which neighbours share theirs: one net of vertices between all labels.
+"""Surfaces of a label map, shared between neighbours: one net of vertices for all labels.
 
-A voxel has one label, so the surface between two of them is one surface. Marching cubes on each label alone leaves
-gaps along the lines where three labels meet. A surface net (Gibson 1998, Constrained Elastic Surface Nets) has a vertex
-in every cell of 2 x 2 x 2 voxels that holds several labels, and a quadrangle for every two neighbouring voxels of
-different labels; the mesh of a label is the quadrangles that it takes part in, facing out of it. So neighbours have the
-very same triangles, the other way round, and each mesh is closed.
+A voxel has one label, so two neighbouring labels have one surface between them. Marching cubes on each label alone
+leaves gaps along the lines where three labels meet. A surface net (Gibson 1998, Constrained Elastic Surface Nets) has a
+vertex in every cell of 2 x 2 x 2 voxels that holds several labels, and a quadrangle for every two neighbouring voxels
+of different labels; the mesh of a label is its quadrangles, facing out of it. So neighbours have exactly the same
+triangles, facing the opposite way, and each mesh is closed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ def label_surfaces(
     heights: np.ndarray | None = None,
     closed: bool = True,
 ) -> dict[int, Trimesh]:
-    """A mesh for each of `ids` in numbers (frame, row, column), 0 outside; of those that vanish there is none.
+    """A mesh for each of `ids` in numbers (frame, row, column), 0 outside; labels that vanish have none.
 
     sigma: standard deviation in voxels (frame, row, column) of the Gaussian that each label's share is smoothed by; a
-    voxel then belongs to the largest share. None smooths nothing. volumes: what each label shall enclose, in cubic
-    millimetres (voxels without an affine): shares are raised or lowered until it does, to 0.3 % where that can be.
-    affine, heights: as of `patient.meshes.surface`. closed: close what the border of the stack cuts.
+    voxel then belongs to the largest share. None smooths nothing. volumes: what each label should enclose, in cubic
+    millimetres (voxels without an affine): shares are raised or lowered until it does, to 0.3 % if possible.
+    affine, heights: as of `patient.meshes.surface`. closed: cap what the border of the stack cuts.
     """
     everything = sorted({int(number) for number in np.unique(numbers)} - {0})
     shares = {0: _Share.of(numbers, 0, sigma)} | {i: _Share.of(numbers, i, sigma) for i in everything}
@@ -54,7 +54,7 @@ def label_surfaces(
             best = worst, meshes
         if worst <= _TOLERANCE:
             break
-        slope = 2 / (np.sqrt(2 * np.pi) * np.mean(sigma))  # of the difference of two shares, a voxel
+        slope = 2 / (np.sqrt(2 * np.pi) * np.mean(sigma))  # of the difference of two shares, per voxel
         step = 1.0 if affine is None else abs(float(np.linalg.det(affine[:3, :3]))) ** (1 / 3)
         for i in everything:
             area = float(meshes[i].area) if i in meshes else 0.0
@@ -65,7 +65,7 @@ def label_surfaces(
 
 
 class _Share:
-    """How much of each voxel a label has, 0 to 1, where that is more than nothing."""
+    """How much of each voxel a label has, 0 to 1, within the box where it has any."""
 
     def __init__(self, box: tuple[slice, slice, slice], values: np.ndarray) -> None:
         self.box, self.values = box, values
@@ -100,7 +100,7 @@ def _exclusive(
         np.maximum(behind, np.minimum(values, ahead), out=behind)
         ahead[wins] = values[wins]
         owner[wins] = number
-    # Where one label alone is known, its neighbours' share is nothing.
+    # Where only one label has a share, the others' share is 0.
     return owners, np.clip(first - np.maximum(second, 0), 1e-4, None)
 
 
@@ -116,7 +116,7 @@ def _net(
     labels = np.pad(owners, 1, constant_values=_OUTSIDE)
     ahead = np.pad(
         margins, 1, mode="edge"
-    )  # the same on both sides: the cap lies half-way, on the outer faces
+    )  # the same on both sides: the cap lies halfway, on the outer faces
     shape = labels.shape
     cells = tuple(count - 1 for count in shape)
     total = np.zeros((*cells, 3), np.float64)
@@ -127,7 +127,7 @@ def _net(
     for axis in range(3):
         low = tuple(slice(None, -1) if a == axis else slice(None) for a in range(3))
         high = tuple(slice(1, None) if a == axis else slice(None) for a in range(3))
-        # Nothing is between the background and what lies beyond the stack.
+        # There is no surface between the background and what lies beyond the stack.
         a, b = labels[low], labels[high]
         crossing = np.argwhere((a != b) & ((a > 0) | (b > 0)))
         where = tuple(crossing.T)
@@ -141,13 +141,13 @@ def _net(
             cell[:, others[0]] += first
             cell[:, others[1]] += second
             around.append(cell)
-        for cell in around:  # borders of the padded stack hold no crossing, so every cell is there
+        for cell in around:  # borders of the padded stack hold no crossing, so every cell exists
             np.add.at(total, tuple(cell.T), points)
             np.add.at(count, tuple(cell.T), 1)
         corners = np.stack(
             [numbering[tuple(cell.T)] for cell in around], axis=1
         )  # (n, 4), a turn about +axis
-        if axis == 1:  # (frame, column) turns the other way round
+        if axis == 1:  # (frame, column) turns the opposite way
             corners = corners[:, ::-1]
         quads.append(corners)
         pairs.append(np.stack([a[where], b[where]], axis=1))
@@ -163,7 +163,7 @@ def _net(
     vertices = vertices[:, ::-1]  # (column, row, frame)
     if heights is not None:
         vertices[:, 2] = np.interp(vertices[:, 2], *frame_heights(heights))
-    # A turn about +axis in (frame, row, column) is one against it in (column, row, frame).
+    # A turn about +axis in (frame, row, column) is one about -axis in (column, row, frame).
     flip = affine is None or np.linalg.det(affine[:3, :3]) > 0
     if affine is not None:
         vertices = vertices @ affine[:3, :3].T + affine[:3, 3]

@@ -1,4 +1,4 @@
-"""A volume's labels on its grid: from one label map, one mask, or a mask for each structure."""
+"""A volume's labels on its grid: from one label map, one mask, or one mask per structure."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from patient.volumes import Volume
 from utils.errors import UserError
 from utils.images import frame_number, image_files
 
-_LAYERED = (".nrrd", ".nhdr", ".mha", ".mhd")  # several numbers a voxel are layers there, and not colours
+_LAYERED = (".nrrd", ".nhdr", ".mha", ".mhd")  # several numbers per voxel are layers there, not colours
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a user asks of a label."""
+    """What the user wants from a label."""
 
     values: Sequence[float] | None = None
-    """Values that count as one mask."""
+    """Values to merge into one mask."""
     labels: Sequence[str] | None = None
-    """Ids or names that are kept apart; ("all",) for every one."""
+    """Ids or names to keep apart; ("all",) for every one."""
     names: LabelTable | None = None
     soft: bool = False
     layer: int | None = None
@@ -43,11 +43,11 @@ class LabelVolume:
     """Labels on the grid of their image."""
 
     numbers: np.ndarray
-    """(I, J, K) uint16, 0 outside; of one mask 1 inside."""
+    """(I, J, K) uint16, 0 outside; for one mask, 1 inside."""
     table: LabelTable | None
-    """Names and colours; None of one mask."""
+    """Names and colours; None for one mask."""
     painted: np.ndarray
-    """(K,) bool, which slices of the last axis of `numbers` somebody painted; the others are not empty, but unknown."""
+    """(K,) bool, which slices along `axis` of `numbers` were annotated; the others are unknown, not empty."""
     axis: int = 2
 
     @property
@@ -60,7 +60,7 @@ def read_labels(
 ) -> LabelVolume:
     """The labels of files, or a folder of images, on the grid of `volume`. image: the path that it was read from.
 
-    axis: along which frames are cut. Of several files the first that claims a voxel has it. Raises UserError.
+    axis: along which frames are cut. Of several files, the first that claims a voxel gets it. Raises UserError.
     """
     if wanted.soft and wanted.labels:
         raise UserError("--labels and --soft exclude each other: a number is a label or a probability")
@@ -78,7 +78,7 @@ def read_labels(
         for label in table:
             present = np.flatnonzero((numbers == label.id).any(tuple({0, 1, 2} - {axis})))
             if found[label.id : label.id + 1].sum() and len(present) == 1:
-                say(f"  note: label {label.id} ({label.name}) is in slice {present[0]} alone")
+                say(f"  note: label {label.id} ({label.name}) is in slice {present[0]} only")
     painted = _painted(numbers, wanted.slices, seen, axis, say)
     return LabelVolume(numbers, table, painted, axis)
 
@@ -86,7 +86,7 @@ def read_labels(
 def _several(
     paths: Sequence[str], volume: Volume, image: str, wanted: Wanted, say: Callable[[str], None]
 ) -> tuple[np.ndarray, LabelTable]:
-    """A mask for each structure as one label map."""
+    """One mask per structure, as one label map."""
     numbers = np.zeros(volume.values.shape[:3], np.uint16)
     taken: dict[int, Label] = {}
     overlap = 0
@@ -103,7 +103,7 @@ def _several(
         numbers[inside & (numbers == 0)] = number
     table = LabelTable(tuple(taken[number] for number in sorted(taken)))
     if overlap:
-        say(f"  note: {overlap:,} voxels are in several files: the one named first has them")
+        say(f"  note: {overlap:,} voxels are in several files: the one named first gets them")
     if wanted.labels and tuple(wanted.labels) != ("all",):
         ids = _ids(wanted.labels, table, table.ids, "the files")
         numbers[~np.isin(numbers, ids)] = 0
@@ -114,7 +114,7 @@ def _several(
 def _one(
     path: str, volume: Volume, image: str, wanted: Wanted, say: Callable[[str], None]
 ) -> tuple[np.ndarray, LabelTable | None, np.ndarray | None]:
-    """Numbers on the volume's grid (I, J, K), the labels that are kept apart, and which slices have a file."""
+    """Numbers on the volume's grid (I, J, K), the labels kept apart, and which slices have a file."""
     segments = _segments(path, volume, wanted)
     if segments is not None:
         numbers, table = _of_segments(segments, volume, wanted, say)
@@ -167,7 +167,7 @@ def _segments(path: str, volume: Volume, wanted: Wanted) -> Segments | None:
 def _of_segments(
     segments: Segments, volume: Volume, wanted: Wanted, say: Callable[[str], None]
 ) -> tuple[np.ndarray, LabelTable | None]:
-    """Numbers on the volume's grid of the segments that are wanted, and their names where they are kept apart."""
+    """Numbers of the wanted segments on the volume's grid, and their names if they are kept apart."""
     path = segments.path
     for note in segments.notes:
         say(f"  note on {path}: {note}")
@@ -180,7 +180,7 @@ def _of_segments(
         labels = sorted((Label.of(s.number, s.name, s.colour) for s in chosen), key=lambda label: label.id)
         table = LabelTable(tuple(labels))
         if overlap:
-            say(f"  note: {overlap:,} voxels are in several segments: the one named first has them")
+            say(f"  note: {overlap:,} voxels are in several segments: the one named first gets them")
     else:
         numbers = (numbers != 0).astype(np.uint16)
         if len(chosen) > 1:
@@ -191,7 +191,7 @@ def _of_segments(
 
 
 def _read(path: str, volume: Volume, image: str, wanted: Wanted) -> tuple[Volume, Meaning, np.ndarray | None]:
-    """A label as one number a voxel, what they mean, and for a folder with fewer files than frames which it has."""
+    """A label as one number per voxel, what they mean, and for a folder with fewer files than frames, which it has."""
     place = Path(path)
     if place.is_dir() and (files := image_files(place)) and not Path(image).is_file():
         return _folder(place, files, volume, Path(image), wanted)
@@ -226,7 +226,7 @@ def _stem(path: Path) -> str:
 
 
 def _only_layer(path: str, wanted: Wanted) -> int | None:
-    """None; UserError for a 4-D label, which says how to choose."""
+    """None for a 3-D label. For a 4-D one, raises UserError that says how to choose."""
     first = read_volume(path, 0)
     if first.index is None:
         return None
@@ -246,7 +246,7 @@ def _layers(path: str, count: int) -> str:
 def _folder(
     place: Path, files: list[Path], volume: Volume, image: Path, wanted: Wanted
 ) -> tuple[Volume, Meaning, np.ndarray | None]:
-    """A folder of mask images, matched by number with the images of a folder where it has fewer."""
+    """A folder of mask images, matched by number with a folder of images if it has fewer."""
     named = wanted.labels is not None or wanted.values is not None
     known = wanted.names.ids if wanted.names else ()
     found = read_segmentation(
@@ -270,7 +270,7 @@ def _folder(
     seen = None
     if len(frames) == count and numbers != frames:
         if len(files) == count and np.array_equal(np.diff(numbers), np.diff(frames)):
-            pass  # numbered from another start
+            pass  # numbered from a different start
         elif set(numbers) <= set(frames):
             seen = np.isin(frames, numbers)
             every = np.zeros((*values.shape[:2], count), values.dtype)
@@ -288,7 +288,7 @@ def _folder(
 
 
 def _ids(words: Sequence[str], names: LabelTable, present: Iterable[int], where: str) -> tuple[int, ...]:
-    """The ids of numbers and names, all of which are there."""
+    """The ids of numbers and names, all of which occur."""
     present, ids = set(present), []
     for word in words:
         number = names.find(word)
@@ -307,14 +307,14 @@ def _ids(words: Sequence[str], names: LabelTable, present: Iterable[int], where:
 def _painted(
     numbers: np.ndarray, slices: str, seen: np.ndarray | None, axis: int, say: Callable[[str], None]
 ) -> np.ndarray:
-    """Which slices along `axis` somebody painted."""
+    """Which slices along `axis` were annotated."""
     count = numbers.shape[axis]
     filled = numbers.any(tuple({0, 1, 2} - {axis}))
     if slices == "all":
         painted = np.ones(count, bool)
     elif slices == "auto":
         there = np.flatnonzero(filled)
-        # A structure that is in a slice is in one of its neighbours too, unless nobody painted those.
+        # A structure in a slice is also in one of its neighbours, unless those were not annotated.
         apart = len(there) > 1 and np.diff(there).min() > 1
         painted = filled.copy() if apart and seen is None else np.ones(count, bool) if seen is None else seen
         if apart and seen is None:
@@ -339,7 +339,7 @@ def _painted(
                 painted[first] = True
         lost = int(np.count_nonzero(filled & ~painted))
         if lost:
-            say(f"  note: {lost} labelled slices are not in --label_slices, and left out")
+            say(f"  note: {lost} labelled slices are not in --label_slices, and are left out")
     if not painted.all():
         say(f"  masks on {int(painted.sum())} of {count} slices")
     if not (filled & painted).any():
@@ -350,20 +350,18 @@ def _painted(
 def _on_grid(
     path: str, label: Volume, numbers: np.ndarray, volume: Volume, say: Callable[[str], None]
 ) -> np.ndarray:
-    """The numbers on the volume's grid, by nearest neighbour where they lie on another."""
+    """The numbers on the volume's grid, by nearest neighbour if they lie on another."""
     shape = volume.values.shape[:3]
     if volume.affine is None or label.affine is None:
         if numbers.shape != shape:
-            raise UserError(
-                f"{path} has shape {numbers.shape}, but {volume.name} {shape}: they have to agree"
-            )
+            raise UserError(f"{path} has shape {numbers.shape}, but {volume.name} {shape}: they must agree")
         if not np.array_equal(_depths(volume), _depths(label)):
             raise UserError(
                 f"{path} and {volume.name} are numbered differently: a mask has the number of its frame"
             )
         if (volume.affine is None) != (label.affine is None):
             say(
-                f"  note: only one of them knows millimetres; [:, :, k] of {path} is taken as the mask of frame k"
+                f"  note: only one of them gives millimetres; [:, :, k] of {path} is taken as the mask of frame k"
             )
         return numbers
     if same_grid(volume, label):
@@ -373,9 +371,7 @@ def _on_grid(
         (volume, replace(label, affine=label.other_affine), "its own"),
     ):
         if same_grid(first, second):
-            say(
-                f"  note: {path} lies where {whose} other form, which is not used, puts it: the grids are one"
-            )
+            say(f"  note: {path} lies where {whose} other form, which is not used, puts it: the grids agree")
             return numbers
     to_label = np.linalg.inv(label.affine) @ volume.affine
     resampled = _resample(numbers, _depths(label), to_label, shape, _depths(volume))
@@ -407,7 +403,7 @@ def _depths(volume: Volume) -> np.ndarray:  # (K,)
 def _resample(
     numbers: np.ndarray, depths: np.ndarray, to_label: np.ndarray, shape: tuple[int, ...], targets: np.ndarray
 ) -> np.ndarray:
-    """Labels on a volume's grid of `shape`: each voxel takes the one that it lies in, if any.
+    """Labels on a volume's grid of `shape`: each voxel takes that of the label voxel it lies in, if any.
 
     numbers: (I, J, K), with slices at `depths`. to_label: indices of the volume to the label's. targets: where the
     volume's slices lie.
@@ -418,7 +414,7 @@ def _resample(
         at = plane @ to_label[:3, :2].T + (to_label[:3, 2] * depth + to_label[:3, 3])  # (I, J, 3)
         before, after = np.minimum(at[..., 2], 0), np.maximum(at[..., 2] - depths[-1], 0)
         at[..., 2] = np.interp(at[..., 2], depths, np.arange(len(depths))) + before + after  # to slices
-        nearest = np.floor(at + (0.5 + 1e-6)).astype(int)  # rounding errors do not cut off a border
+        nearest = np.floor(at + (0.5 + 1e-6)).astype(int)  # so that rounding errors do not cut off a border
         there = ((nearest >= 0) & (nearest < numbers.shape)).all(axis=-1)
         resampled[:, :, k][there] = numbers[tuple(nearest[there].T)]
     return resampled

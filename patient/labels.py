@@ -1,8 +1,8 @@
 """What a segmentation's numbers mean: the one rule of "inside", and the labels' names and colours.
 
-Masks come with 0 and 1, 0 and 255 or 0 and any other value, as label maps with a number for each organ, and as
-probabilities. `meaning_of` looks at the whole segmentation and says which it is; prepare, training, meshes and scores
-all ask it. What the numbers leave open is never guessed: the user is asked.
+Segmentations come as masks of 0 and any other value, as label maps with one number per organ, and as probabilities.
+`meaning_of` looks at the whole segmentation and says which it is; prepare, training, meshes and scores all use it.
+Ambiguous numbers are never guessed: the user is asked.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from utils.images import is_indexed, read_levels
 Kind = Literal["mask", "soft", "labels"]
 
 ROUNDING = 0.01
-"""How far a stored label may lie from a whole number: 2.9999 is what a scale factor in a header leaves of 3."""
+"""How far a stored label may lie from a whole number: a scale factor in a header may turn 3 into 2.9999."""
 MAX_ID = 65535
 """The largest label that a 16-bit frame holds."""
-_MOST_IDS = 1000  # different numbers of a volume; more are intensities
-_FEW = 16  # low numbers that are labels even where no region is large enough to have an inside
-_SATURATED = 0.95  # share of pixels inside from which on it is worth a line
-_SOLID = 0.1  # of the pixels of middle levels, share amid equal neighbours: regions have insides, soft borders have not
-_JPEG_BAND = 0.15  # of full scale about 0 and 1, where JPEG leaves a mask's levels
+_MOST_IDS = 1000  # distinct numbers in a volume; more are intensities
+_FEW = 16  # this many low numbers are labels even if no region is large enough to have an inside
+_SATURATED = 0.95  # share of pixels inside above which a note is due
+_SOLID = 0.1  # share of middle-level pixels amid equal neighbours: regions have insides, soft borders do not
+_JPEG_BAND = 0.15  # of full scale around 0 and 1: where JPEG leaves a mask's levels
 
-_MOST_COLOURS = 64  # of a label map; more are a picture
+_MOST_COLOURS = 64  # in a label map; more are a picture
 
 ASK = "say which: --labels for a label map, --soft for a mask that is inside from half of full scale"
 
@@ -44,37 +44,37 @@ ASK = "say which: --labels for a label map, --soft for a mask that is inside fro
 
 @dataclass(frozen=True)
 class Meaning:
-    """How the stored numbers of one segmentation are read."""
+    """How to read the stored numbers of one segmentation."""
 
     kind: Kind
     ids: tuple[int, ...] = ()
-    """The numbers other than 0 that occur, increasing; of a soft mask none."""
+    """The nonzero numbers that occur, increasing; empty for a soft mask."""
     scale: float = 1.0
-    """What 1 is of a soft mask."""
+    """The stored value of 1 in a soft mask."""
     notes: tuple[str, ...] = ()
-    """What a user should know about it, a line each."""
+    """What a user should know about it, one line each."""
 
     def inside(self, stored: np.ndarray) -> np.ndarray:
-        """Where it is inside, bool: not 0, or of a soft mask half of full scale and more."""
+        """Where it is inside, bool: not 0, or for a soft mask at least half of full scale."""
         if self.kind == "soft":
             return stored >= 0.5 * self.scale
         return whole(stored) != 0
 
     def shares(self, stored: np.ndarray) -> np.ndarray:
-        """How much of each pixel is inside, float32 in [0, 1]: of anything but a soft mask 0 or 1."""
+        """How much of each pixel is inside, float32 in [0, 1]; 0 or 1 except for a soft mask."""
         if self.kind == "soft":
             return np.clip(stored.astype(np.float32) / np.float32(self.scale), 0, 1)
         return self.inside(stored).astype(np.float32)
 
     def numbers(self, stored: np.ndarray) -> np.ndarray:
-        """Labels as whole numbers, int32; of a mask 0 and 1."""
+        """Labels as whole numbers, int32; for a mask, 0 and 1."""
         return (
             self.inside(stored).astype(np.int32) if self.kind != "labels" else whole(stored).astype(np.int32)
         )
 
 
 def whole(stored: np.ndarray) -> np.ndarray:
-    """Numbers that a writer scaled, rounded to what they were."""
+    """Stored numbers, rounded to whole ones if a scale factor moved them."""
     return np.rint(stored) if stored.dtype.kind == "f" else stored
 
 
@@ -92,13 +92,13 @@ def meaning_of(
 ) -> Meaning:
     """What the numbers of a whole segmentation mean, (rows, columns) each or (frames, rows, columns), finite.
 
-    Two values, one of them 0: a mask, whatever the other is. Else a label map where `labels` says so or the frames are
-    indices of a palette (`indexed`); a soft mask where `soft` says so, or fractions or a JPEG (`lossy`) leave nothing
-    else. Else the numbers decide: few, low, and in solid regions are labels; up to full scale with thin borders between
-    are a soft mask.
+    Two values, one of them 0: a mask, whatever the other is. Else a label map if `labels` says so or the frames are
+    indices of a palette (`indexed`); a soft mask if `soft` says so, or if fractions or a JPEG (`lossy`) leave no other
+    choice. Else the numbers decide: few low numbers in solid regions are labels; levels up to full scale with thin
+    borders in between are a soft mask.
 
-    picture: whether whole numbers have a full scale, as those of image files. known: ids that frames.json names; with
-    no others it is a label map. Raises UserError that names `name`, and says `ask`, where they might be either.
+    picture: whether whole numbers have a full scale, as in image files. known: ids that frames.json names; if no others
+    occur, it is a label map. Raises UserError that names `name` and ends with `ask` if the numbers are ambiguous.
     """
     if soft and labels:
         raise UserError("--labels and --soft exclude each other: a number is a label or a probability")
@@ -126,14 +126,14 @@ def meaning_of(
     notes = []
     if kind.kind == "f" and off > 1e-6:
         notes.append(
-            f"{name} holds numbers up to {off:.1g} off whole ones, as a scale factor leaves them: rounded"
+            f"{name} holds numbers up to {off:.1g} off whole ones, probably from a scale factor: rounded"
         )
     if known and not soft and set(ids) <= set(known):
         labels = True
     full = _full_scale(kind, levels, picture, soft)
     if soft:
         if levels[0] < 0 or full is None:
-            raise UserError(f"{name} holds {levels[0]} to {levels[-1]}, which are no probabilities")
+            raise UserError(f"{name} holds {levels[0]} to {levels[-1]}, which are not probabilities")
         return _checked(Meaning("soft", scale=full, notes=tuple(notes)), frames, name)
     if len(levels) == 1 or (len(levels) == 2 and levels.min() == 0):
         return _checked(
@@ -162,7 +162,7 @@ def meaning_of(
 def _sort(
     frames: Sequence[np.ndarray] | np.ndarray, levels: np.ndarray, full: float | None, picture: bool
 ) -> Kind | None:
-    """Label map or soft mask, of more than two levels; None where they may be either."""
+    """Label map or soft mask, given more than two levels; None if they may be either."""
     if levels[0] < 0:
         return None
     if full is None:
@@ -178,7 +178,7 @@ def _sort(
 
 
 def _solid_share(frames: Sequence[np.ndarray] | np.ndarray, levels: np.ndarray) -> float:
-    """Of the pixels that have one of `levels`, the share whose four neighbours have the same one."""
+    """Among the pixels with one of `levels`, the share whose four neighbours have the same level."""
     solid = count = 0
     for frame in frames:
         among = np.isin(frame, levels)
@@ -209,7 +209,7 @@ def _counts(frames: Sequence[np.ndarray] | np.ndarray) -> dict[int, int]:
 
 
 def _full_scale(kind: np.dtype, levels: np.ndarray, picture: bool, soft: bool) -> float | None:
-    """What 1 is of a mask of whole numbers; None where nothing says so. soft: whether a user says that it is one."""
+    """The value of 1 in a soft mask of whole numbers; None if unknown. soft: whether the user says that it is one."""
     if soft and kind != np.uint8 and not (kind == np.uint16 and picture):
         return next((top for top in (1.0, 255.0, 65535.0) if levels[-1] <= top), None)
     if kind.kind in "fb":
@@ -218,7 +218,7 @@ def _full_scale(kind: np.dtype, levels: np.ndarray, picture: bool, soft: bool) -
 
 
 def _of_jpeg(counts: Mapping[int, int], name: str | os.PathLike[str], ask: str) -> Meaning:
-    """The mask that a lossy picture was, if it was one: nearly all of its levels near black and white."""
+    """The mask that a lossy picture was, if it was one: nearly all of its levels are near black or white."""
     total = sum(counts.values())
     near = sum(n for level, n in counts.items() if not _JPEG_BAND * 255 < level < (1 - _JPEG_BAND) * 255)
     if near < 0.8 * total or max(counts) <= 127:
@@ -232,7 +232,7 @@ def _of_jpeg(counts: Mapping[int, int], name: str | os.PathLike[str], ask: str) 
 def _checked(
     meaning: Meaning, frames: Sequence[np.ndarray] | np.ndarray, name: str | os.PathLike[str]
 ) -> Meaning:
-    """The meaning, with a note where nothing, everything or nearly everything is inside."""
+    """The meaning, with a note if nothing, everything or nearly everything is inside."""
     count = sum(int(np.count_nonzero(meaning.inside(frame))) for frame in frames)
     share = count / max(sum(frame.size for frame in frames), 1)
     note = None
@@ -246,7 +246,7 @@ def _checked(
 
 
 def _listed(values: Sequence[int], most: int = 12) -> str:
-    """Some of many numbers, in words."""
+    """Numbers for a message, or their range if there are many."""
     if len(values) <= most:
         return ", ".join(map(str, values))
     return f"{len(values)} values from {values[0]} to {values[-1]}"
@@ -274,8 +274,8 @@ def read_segmentation(
 ) -> Segmentation:
     """Image files as one segmentation; its kind is that of all of them together. Raises UserError.
 
-    Of colours with opacity, opacity is left out, unless the colour is the same everywhere: then it is the mask. Palette
-    images are their indices. meaning: that of a sequence that these belong to.
+    Opacity is ignored, unless the colour is the same everywhere: then opacity is the mask. Palette images are read as
+    their indices. meaning: that of a sequence that these belong to.
     """
     return segmentation(files, [read_levels(file) for file in files], meaning, soft, labels, known, ask)
 
@@ -289,7 +289,7 @@ def segmentation(
     known: Iterable[int] = (),
     ask: str = ASK,
 ) -> Segmentation:
-    """`read_segmentation` of what was read from the files already."""
+    """`read_segmentation` of files that were already read."""
     where = files[0].parent
     frames, notes = plain_numbers(stored, where, ask)
     indexed = all(is_indexed(file) for file in files)
@@ -304,7 +304,7 @@ def segmentation(
 def plain_numbers(
     frames: Sequence[np.ndarray], name: str | os.PathLike[str], ask: str = ASK
 ) -> tuple[list[np.ndarray], list[str]]:
-    """One number for each pixel of (rows, columns[, 3 or 4]), and notes on how. Raises UserError for label colours."""
+    """One number per pixel of (rows, columns[, 3 or 4]), and notes on how. Raises UserError for label colours."""
     if all(frame.ndim == 2 for frame in frames):
         return _one_type(frames), []
     colours = [frame if frame.ndim == 3 else np.repeat(frame[:, :, None], 3, 2) for frame in frames]
@@ -327,13 +327,13 @@ def plain_numbers(
     if len(found) == 2 and (0, 0, 0) in found:
         return [np.asarray(frame.any(axis=2), np.uint8) for frame in colours], []
     raise UserError(
-        f"{name} holds {len(found)} colours: a mask holds one number for each pixel; write label numbers"
+        f"{name} holds {len(found)} colours: a mask holds one number per pixel; write label numbers"
         " (grey or palette images)"
     )
 
 
 def _one_type(frames: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Frames of the widest type among them; numbers stay."""
+    """Frames in the widest type among them, numbers unchanged."""
     kind = np.result_type(*{frame.dtype for frame in frames})
     return [frame.astype(kind, copy=False) for frame in frames]
 
@@ -363,13 +363,13 @@ class Label:
 
     @classmethod
     def of(cls, number: int, name: str | None = None, colour: Sequence[int] | None = None) -> Label:
-        """A label with what is known of it; the rest by its number."""
+        """A label with what is known of it; the rest is derived from its number."""
         red, green, blue = _colour(number) if colour is None else (int(level) for level in colour)
         return cls(int(number), name or str(number), (red, green, blue))
 
 
 def _colour(number: int) -> tuple[int, int, int]:
-    """A colour for a label that has none: hues a golden ratio apart, in three strengths."""
+    """A colour for a label that has none: hues a golden ratio apart, in three brightnesses."""
     hue, value = number * 0.618034 % 1, (0.95, 0.8, 0.65)[number % 3]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, 0.65, value))
     return red, green, blue
@@ -377,7 +377,7 @@ def _colour(number: int) -> tuple[int, int, int]:
 
 @dataclass(frozen=True)
 class LabelTable:
-    """The labels of a label map, by increasing id; what training, rendering and meshes share."""
+    """The labels of a label map by increasing id, shared by training, rendering and meshes."""
 
     labels: tuple[Label, ...] = ()
 
@@ -393,7 +393,7 @@ class LabelTable:
         return iter(self.labels)
 
     def __getitem__(self, number: int) -> Label:
-        """The label of an id, by its number alone where the table does not know it."""
+        """The label of an id; a label without a name of its own if the table lacks it."""
         return next((label for label in self.labels if label.id == number), None) or Label.of(number)
 
     @property
@@ -401,11 +401,11 @@ class LabelTable:
         return tuple(label.id for label in self.labels)
 
     def of(self, ids: Iterable[int]) -> LabelTable:
-        """The table of just these ids."""
+        """The table of these ids alone."""
         return LabelTable(tuple(self[number] for number in sorted(set(ids))))
 
     def find(self, word: str) -> int | None:
-        """The id that a user means by a number or a name; None where there is no such name."""
+        """The id that a user means by a number or a name; None if there is no such name."""
         if re.fullmatch(r"[+-]?\d+", word.strip()):
             return int(word)
         fold = _folded(word)
@@ -422,7 +422,7 @@ class LabelTable:
 
     @classmethod
     def from_json(cls, told: Any) -> LabelTable:
-        """What `to_json` gave. Raises ValueError for anything else."""
+        """The table that `to_json` wrote. Raises ValueError for anything else."""
         try:
             return cls(tuple(Label(i["id"], i["name"], tuple(i["colour"])) for i in told))
         except (TypeError, KeyError) as error:
@@ -433,8 +433,8 @@ class LabelTable:
         """Names and colours from a file. Raises UserError.
 
         JSON: a list of id, name and colour; id -> name; name -> id; nnU-Net's dataset.json; our frames.json. CSV with a
-        header: id (or Index, LabelValue, ...), name, colour (or Color_R, ...), as of TotalSegmentator and 3D Slicer.
-        Else lines of id, name, R G B A (3D Slicer's .ctbl, .txt), or of ITK-SNAP, which have the name last.
+        header: id (or Index, LabelValue, ...), name, colour (or Color_R, ...), as from TotalSegmentator and 3D Slicer.
+        Else lines of id, name, R G B A (3D Slicer's .ctbl, .txt), or ITK-SNAP's lines, which have the name last.
         """
         path = Path(path)
         try:
@@ -483,7 +483,7 @@ def _json_rows(told: Any) -> list[_Row]:
     rows: list[_Row] = []
     for key, value in told.items():
         if isinstance(value, list):  # nnU-Net's regions are made of several labels
-            raise ValueError(f"{key} is a region of labels {value}: a table names each label alone")
+            raise ValueError(f"{key} is a region of labels {value}: a table names single labels")
         number, name = (value, key) if not re.fullmatch(r"\d+", str(key)) else (key, value)
         rows.append((int(number), str(name), None))
     return rows
@@ -508,7 +508,7 @@ def _csv_rows(text: str) -> list[_Row]:
         for column, names in _COLUMNS.items()
     }
     if where["id"] is None or where["name"] is None or where["id"] == where["name"]:
-        raise ValueError("its first line has to name the columns id and name")
+        raise ValueError("its first line must name the columns id and name")
     rows: list[_Row] = []
     for cells in table:
         colour: Sequence[int] | None = None

@@ -1,7 +1,7 @@
 """Surfaces of voxel stacks, and meshes in files. A mesh is a `trimesh.Trimesh` that knows its unit and its space.
 
-`mesh.metadata["unit"]` is "mm", "voxels" or None, `mesh.metadata["space"]` is "RAS", "LPS" or None: None where a file
-does not say. Coordinates are RAS inside this project and leave it as LPS, unless a user asks otherwise.
+`mesh.metadata["unit"]` is "mm", "voxels" or None, `mesh.metadata["space"]` is "RAS", "LPS" or None: None if a file
+does not say. Coordinates are RAS inside this project and are written as LPS unless the user asks otherwise.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ FORMATS = ("ply", "stl", "obj", "glb")
 UNITS = {"mm": "units are millimetres", "voxels": "units are voxels"}
 """What the header of a mesh file says, beside SPACE=LPS or SPACE=RAS, which 3D Slicer reads."""
 
-# glTF is in metres with y up and the front of a thing towards +z: left, superior and anterior for a patient.
+# glTF is in metres with y up and the front of an object towards +z: left, superior and anterior for a patient.
 _TO_GLTF = (
     np.array([[1, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1000]]) / 1000
 )  # from LPS millimetres
-_HEADER = 1 << 16  # bytes in which the comments of a file stand
+_HEADER = 1 << 16  # bytes that hold the comments of a file
 
-_GREY_BAND = 8 / 255  # of values about a level that rounding to 8 bits may have put on either side
+_GREY_BAND = 8 / 255  # of values near a level that rounding to 8 bits may have put on either side
 _VOLUME_TOLERANCE = 1e-3
 _VOLUME_STEPS = 20
 
 
 def otsu(values: np.ndarray) -> float:
-    """The level that parts values best into two classes (Otsu 1979), on 256 bins. Raises ValueError if all are equal.
+    """The level that best separates values into two classes (Otsu 1979), on 256 bins. ValueError if all are equal.
 
-    Where a whole gap does equally well, as between the 0 and 1 of a mask, it is the middle of the gap, for which
-    scikit-image's takes the lower end.
+    If a whole gap does equally well, as between the 0 and 1 of a mask, it is the middle of the gap; scikit-image takes
+    the lower end.
     """
     low, high = float(values.min()), float(values.max())
     if not low < high:
@@ -75,19 +75,19 @@ def surface(
     heights: np.ndarray | None = None,
     closed: bool = True,
 ) -> Trimesh:
-    """The surface around values of `level` and more (marching cubes), triangles counter-clockwise from outside.
+    """The surface around values of at least `level` (marching cubes), triangles counter-clockwise from outside.
 
-    values: (frame, row, column) float32, at least two of each. affine: (column, row, frame) indices to the space of
-    the vertices, (4, 4), of either handedness; without one they are those indices, and the unit is voxels. heights:
-    the frame coordinate of each frame where they are not 0, 1, 2 ..., (frames,) increasing.
+    values: (frame, row, column) float32, at least two along each axis. affine: (column, row, frame) indices to the
+    space of the vertices, (4, 4), of either handedness; without one vertices are indices, in voxels. heights: the frame
+    coordinate of each frame if these are not 0, 1, 2 ..., (frames,) increasing.
 
     Where the border of the stack cuts the object, a flat cap closes the mesh half a voxel outside, on the outer faces
-    of the border voxels; with closed=False the mesh ends there, open. Raises ValueError where there is no surface.
+    of the border voxels; with closed=False the mesh ends there, open. Raises ValueError if there is no surface.
     """
     if values.max() < level:
         raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
     padded = np.pad(values, 1, mode="edge")
-    # Marching cubes leaves holes where values equal the level: they are moved off it, to the inside.
+    # Marching cubes leaves holes where values equal the level: move them off it, to the inside.
     margin = 1e-4 * max(float(np.ptp(values)), abs(level), 1e-3)
     padded[np.abs(padded - level) < margin] = level + margin
     if closed:
@@ -104,8 +104,8 @@ def surface(
             for inwards, face in ((normal, -0.5), (-normal, normal @ values.shape[::-1] - 0.5)):
                 vertices, triangles, _ = slice_faces_plane(vertices, triangles, inwards, face * normal)
 
-    # scikit-image's triangles face inwards in (frame, row, column), so outwards in (column, row, frame): what is left
-    # is whether the affine mirrors. The volume's sign would tell too, but open meshes have none.
+    # scikit-image's triangles face inwards in (frame, row, column), so outwards in (column, row, frame), unless the
+    # affine mirrors. The sign of the volume would also tell, but open meshes have none.
     outwards = affine is None or np.linalg.det(affine[:3, :3]) > 0
     if heights is not None:
         vertices[:, 2] = np.interp(vertices[:, 2], *frame_heights(heights))
@@ -118,21 +118,21 @@ def surface(
 
 
 def frame_heights(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Indices and heights of frames, with one more at either end for the caps."""
+    """Indices and heights of frames, with one more at each end for the caps."""
     steps = np.diff(heights)
     longer = np.concatenate(([heights[0] - steps[0]], heights, [heights[-1] + steps[-1]]))
     return np.arange(-1, len(heights) + 1), longer
 
 
 def smooth(values: np.ndarray, sigma: tuple[float, float, float]) -> np.ndarray:
-    """values (frame, row, column) through a Gaussian of `sigma` voxels per axis; the border's go on beyond it."""
+    """values (frame, row, column) smoothed by a Gaussian of `sigma` voxels per axis; border values are repeated."""
     return gaussian_filter(values, sigma, mode="nearest", truncate=4.0)
 
 
 def inside_shares(values: np.ndarray, level: float) -> np.ndarray:
-    """How much of each voxel is inside at `level`, 0 to 1 (float32): none or all of it, but for values near the level.
+    """How much of each voxel is inside at `level`, 0 to 1 (float32): all or none except near the level.
 
-    Frames half-way between two are full of values that equal it. Counted as inside, they would swell the object.
+    Frames halfway between two are full of values that equal it. Counted as inside, they would swell the object.
     """
     width = min(_GREY_BAND, 2 * (float(values.max()) - level), 2 * (level - float(values.min())))
     if width <= 0:
@@ -147,10 +147,10 @@ def surface_of_volume(
     heights: np.ndarray | None = None,
     closed: bool = True,
 ) -> tuple[Trimesh, float]:
-    """`surface` at the level where it encloses `volume`, and that level: smoothing shrinks what is convex and thin.
+    """`surface` at the level where it encloses `volume`, and that level: smoothing shrinks convex and thin shapes.
 
-    volume: in voxels, or in cubic millimetres with an affine. The volume is met to 0.1 % where some level meets it:
-    single voxels that grow together across diagonals make it jump. Raises ValueError where all values are equal.
+    volume: in voxels, or in cubic millimetres with an affine. The volume is met to 0.1 % if some level meets it:
+    single voxels that merge across diagonals make it jump. Raises ValueError if all values are equal.
     """
     low, high = float(values.min()), float(values.max())
     if not low < high:
@@ -159,7 +159,7 @@ def surface_of_volume(
     voxel = 1.0 if affine is None else abs(float(np.linalg.det(affine[:3, :3])))
     rank = volume / voxel  # of the level among the values: a smooth surface encloses about as many voxels
     level = float(np.interp(rank - 0.5, np.arange(len(falling)), falling))
-    # From there by false position (Illinois), between the levels where all and nothing is inside.
+    # Then false position (Illinois), between the levels where everything and nothing is inside.
     ends = [[low, values.size * voxel - volume], [high, -volume]]  # level and excess volume
     best, least, last = level, np.inf, -1
     for _ in range(_VOLUME_STEPS):
@@ -179,18 +179,18 @@ def surface_of_volume(
 
 
 def is_closed(mesh: Trimesh) -> bool:
-    """Whether every edge has its twin that runs the other way, so that the mesh has an inside and faces out of it.
+    """Whether every edge has a twin in the opposite direction, so that the mesh has an inside and faces out of it.
 
-    trimesh's `is_watertight` asks for more: where voxels touch along an edge, four triangles share it, and it says no.
+    trimesh's `is_watertight` is stricter: it fails where voxels touch along an edge, which four triangles then share.
     """
     ways = np.array([len(mesh.vertices), 1])
     return np.array_equal(np.sort(mesh.edges @ ways), np.sort(mesh.edges @ ways[::-1]))
 
 
 def largest(values: np.ndarray, level: float) -> np.ndarray:
-    """A copy with the largest body of voxels that reach `level` (neighbours share faces), and nothing of the others.
+    """A copy with the largest body of voxels that reach `level` (neighbours share faces), and none of the others.
 
-    What lies outside all bodies belongs to the nearest, so the grey rim of another goes with it.
+    Voxels outside all bodies belong to the nearest one, so the grey rim of a body is removed with it.
     """
     bodies = label(values >= level, connectivity=1)
     sizes = np.bincount(bodies.ravel())[1:]
@@ -203,7 +203,7 @@ def largest(values: np.ndarray, level: float) -> np.ndarray:
 def decimate(mesh: Trimesh, fraction: float) -> Trimesh:
     """The mesh with `fraction` (0 to 1) of its triangles removed where that changes it least (quadric errors).
 
-    Raises UserError where fast-simplification is not installed, ValueError where the mesh was closed and would not be.
+    Raises UserError if fast-simplification is not installed, ValueError if a closed mesh would be opened.
     """
     try:
         simple = mesh.simplify_quadric_decimation(percent=fraction)
@@ -225,22 +225,22 @@ def in_space(mesh: Trimesh, space: str) -> Trimesh:
 
 
 def write_mesh(path: str | os.PathLike[str], mesh: Trimesh) -> None:
-    """Write a mesh in the format that the suffix of `path` says (see `mesh_bytes`)."""
+    """Write a mesh in the format given by the suffix of `path` (see `mesh_bytes`)."""
     data = mesh_bytes(mesh, Path(path).suffix.lower().removeprefix("."))
     with atomic_write(path) as temporary:
         temporary.write_bytes(data)
 
 
 def mesh_bytes(mesh: Trimesh, kind: str) -> bytes:
-    """A mesh as a file of a `kind` of FORMATS, binary where the format has it, unit and space in its header.
+    """A mesh as a file of a `kind` in FORMATS, binary if the format allows it, with unit and space in its header.
 
-    GLB is in metres with y up, as its standard says; a mesh in voxels counts one as a millimetre there.
+    GLB is in metres with y up, as its standard requires; there, a voxel counts as a millimetre.
     """
     comments = [f"SPACE={mesh.metadata['space']}"] if mesh.metadata["space"] else []
     comments += [UNITS[mesh.metadata["unit"]]] if mesh.metadata["unit"] else []
     if kind == "ply":
         data = export_ply(mesh, vertex_normal=False)
-        start = data.index(b"comment ")  # trimesh writes one comment, its address, and takes no others
+        start = data.index(b"comment ")  # trimesh writes one comment, its URL, and accepts no others
         lines = "".join(f"comment {comment}\n" for comment in comments).encode()
         data = data[:start] + lines + data[data.index(b"\n", start) + 1 :]
     elif kind == "stl":
@@ -261,7 +261,7 @@ def mesh_bytes(mesh: Trimesh, kind: str) -> bytes:
 
 
 def write_scene(path: str | os.PathLike[str], meshes: Mapping[Label, Trimesh]) -> None:
-    """Meshes of labels as one GLB, each by its name in its colour."""
+    """Write meshes of labels as one GLB, each with its name and colour."""
     scene = trimesh.Scene()
     for part_of, mesh in meshes.items():
         lps = in_space(mesh, "LPS") if mesh.metadata["space"] else mesh
@@ -280,11 +280,11 @@ def read_mesh(path: str | os.PathLike[str]) -> Trimesh:
     if not path.is_file():
         raise UserError(f"{path} does not exist")
     if kind not in FORMATS:
-        raise UserError(f"{path} is not a kind of mesh that is read: {', '.join(FORMATS)}")
+        raise UserError(f"{path} is not a mesh format that can be read: {', '.join(FORMATS)}")
     try:
         mesh = trimesh.load_mesh(path, process=False)
         vertices, triangles = np.array(mesh.vertices, np.float64), np.array(mesh.faces)
-    except Exception as error:  # trimesh's readers have exceptions of their own for damaged bytes
+    except Exception as error:  # trimesh's readers raise all kinds of exceptions for damaged bytes
         raise UserError(f"{path} is not a {kind.upper()} file of triangles: {error}") from error
     if not len(triangles) or triangles.max() >= len(vertices) or not np.isfinite(vertices).all():
         raise UserError(f"{path} is not a {kind.upper()} file of triangles: it has none, or they are damaged")

@@ -21,9 +21,9 @@ _MOST = 32767  # entries along an axis
 class Grid:
     """Slices between the first frame and the last, evenly spaced, and where they lie in the patient.
 
-    Where frames are evenly spaced, these are the frames and the ``sub_frames`` - 1 images between each two of them.
-    Where they are not, no NIfTI could hold those: slices are then as far apart as the sub-frames of the closest two
-    frames, and drawn where they lie.
+    For evenly spaced frames, these are the frames and the ``sub_frames`` - 1 images between each two. For unevenly
+    spaced ones, which NIfTI cannot hold, slices are as far apart as the sub-frames of the closest two frames, and are
+    rendered where they lie.
 
     size: columns and rows of a render.
     """
@@ -35,7 +35,7 @@ class Grid:
     def __post_init__(self) -> None:
         if self.geometry.affine is None:
             raise UserError(
-                f"--nifti: {self.geometry.source} had no affine, so nobody knows where these frames lie; leave it out"
+                f"--nifti: {self.geometry.source} had no affine, so it is unknown where these frames lie; leave it out"
             )
         if len(self.positions) > _MOST:
             raise UserError(
@@ -45,7 +45,7 @@ class Grid:
 
     @cached_property
     def positions(self) -> list[float]:
-        """(D,) of the slices, frame index plus fraction."""
+        """(D,) positions of the slices, frame index plus fraction."""
         last = len(self.geometry.positions) - 1
         if self.geometry.evenly_spaced:
             return [k + i / self.sub_frames for k in range(last) for i in range(self.sub_frames)] + [
@@ -83,10 +83,10 @@ class Grid:
 
 @dataclass
 class RenderedVolume:
-    """Collects slices, two bytes a voxel (one of a mask), and writes them.
+    """Collects slices, two bytes per voxel (one for a mask), and writes them.
 
     mask: hold 1 where a value is 0.5 or more, else 0. Otherwise values in [0, 1] become intensities of the geometry's
-    window, in steps of a 65535th of it.
+    window, in steps of 1/65535 of it.
     """
 
     grid: Grid
@@ -116,16 +116,16 @@ class RenderedVolume:
         image.header.set_xyzt_units("mm")
         image.set_sform(self.grid.affine, "scanner")
         image.set_qform(self.grid.affine, "scanner")
-        if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is no rotation
+        if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is not a rotation
             image.set_qform(None, "unknown")
-        if not self.mask:  # levels as they are, and what they mean in the header: half the size of floats
+        if not self.mask:  # stored levels, with their scale in the header: half the size of floats
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
         return image
 
     def write(self, path: str | os.PathLike[str]) -> None:
-        """The NIfTI file, complete or not there."""
-        # Little is left to gain above the first level of compression. The same volume is the same file: no time in it.
+        """Write the NIfTI file, complete or not at all."""
+        # Compression levels above 1 gain little. Without a time stamp, the same volume gives the same file.
         with (
             atomic_write(path) as temporary,
             gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,

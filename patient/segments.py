@@ -1,4 +1,4 @@
-"""Segments: structures of one source, each with a name and a mask of its own; they may overlap."""
+"""Segments: structures of one source, each with its own name and mask; they may overlap."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ class Segment:
     """One structure."""
 
     number: int
-    """What the source calls it by, from 1."""
+    """Its number in the source, from 1."""
     name: str
     layer: int
-    """The layer that holds its mask,"""
+    """The layer that holds its mask."""
     value: int
-    """and the number that its voxels have there."""
+    """The number that its voxels have in that layer."""
     colour: tuple[int, int, int] | None = None
-    """Red, green, blue, 0 to 255, where the source says them."""
+    """Red, green, blue, 0 to 255, if the source gives them."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Segments:
         return self.layers[segment.layer] == segment.value
 
     def find(self, words: Sequence[str | float] | None) -> tuple[Segment, ...]:
-        """Segments by number or name; all where `words` is None or ("all",). Raises UserError, which lists them."""
+        """Segments by number or name; all if `words` is None or ("all",). Raises UserError, which lists them."""
         if words is None or [str(word) for word in words] == ["all"]:
             return self.segments
         chosen = []
@@ -68,7 +68,7 @@ class Segments:
         return tuple(dict.fromkeys(chosen))
 
     def label_map(self, chosen: Sequence[Segment]) -> tuple[np.ndarray, int]:
-        """(I, J, K) uint16 of the segments' numbers, and how many voxels are in several: the first one has those."""
+        """(I, J, K) uint16 of the segments' numbers, and how many voxels are in several: the first gets those."""
         numbers = np.zeros(self.layers[0].shape if self.layers else (0, 0, 0), np.uint16)
         overlap = 0
         for segment in chosen:
@@ -86,7 +86,7 @@ class Segments:
 def layered(
     masks: Sequence[tuple[int, np.ndarray]], shape: tuple[int, ...]
 ) -> tuple[list[np.ndarray], list[int]]:
-    """Masks, each with its number, as few label maps as hold them without overlap, and the layer of each mask."""
+    """Numbered masks as few label maps without overlap (first fit), and the layer of each mask."""
     layers: list[np.ndarray] = []
     where = []
     for number, mask in masks:

@@ -1,4 +1,4 @@
-"""Stacks of frames on the disk, with their place in the patient: what meshes are made of and compared with."""
+"""Stacks of frames on disk with their place in the patient: what meshes are made from and compared with."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from utils.images import frame_number, image_files, read_image, read_levels, to_
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 INNER = ("original", HELDOUT)  # folders of a data root
-GENERIC = (*FRAME_FOLDERS, *INNER, "img", "seg", "mirror")  # folders within a case, which are no name
-_SAME_TIME = 5.0  # seconds between folders that were written one after the other
+GENERIC = (*FRAME_FOLDERS, *INNER, "img", "seg", "mirror")  # folders within a case, which do not name it
+_SAME_TIME = 5.0  # seconds between folders written one after the other
 NIFTI = (".nii.gz", ".nii")
 PUBLISHED_INTER = 8
 
@@ -30,23 +30,23 @@ class Stack:
     """Frames and where they lie."""
 
     values: np.ndarray
-    """(frame, row, column) float32 in [0, 1], of masks 0 and 1; with in-betweens `inter` of them per slice."""
+    """(frame, row, column) float32 in [0, 1], 0 or 1 for masks; with in-betweens, `inter` frames per slice."""
     affine: np.ndarray | None
-    """(column, row, frame) to RAS millimetres (4, 4), of evenly spaced frames; None where nobody knows."""
+    """(column, row, frame) to RAS millimetres (4, 4), as for evenly spaced frames; None if unknown."""
     heights: np.ndarray | None
-    """The frame coordinate of each frame, (frames,), where slices are unevenly spaced; else None."""
+    """The frame coordinate of each frame, (frames,), if slices are unevenly spaced; else None."""
     inter: int
     """Frames per slice."""
     meaning: Meaning | None
-    """What the files' numbers mean; None of grey levels, such as renders of images."""
+    """What the files' numbers mean; None for grey levels, such as renders of images."""
     numbers: np.ndarray | None
-    """(frame, row, column) int32 labels, of a label map."""
+    """(frame, row, column) int32 labels, if it is a label map."""
     labels: LabelTable | None
     """Names and colours that frames.json gives the labels."""
     found: int
-    """Frames in the folder, with those beyond the last slice, which are left out."""
+    """Frames in the folder, including those beyond the last slice, which are left out."""
     place: str
-    """Who says where the frames lie, in words."""
+    """Where their place comes from, in words."""
 
     @property
     def spacing(self) -> tuple[float, float, float]:
@@ -55,14 +55,14 @@ class Stack:
         return column, row, frame * self.inter
 
     def volume(self, shares: np.ndarray) -> float:
-        """Volume of voxels of which these shares (frame, row, column), 0 to 1, are inside: mm^3, or voxels."""
+        """Volume, given the share of each voxel that is inside (frame, row, column), 0 to 1: mm^3, or voxels."""
         thickness = np.ones(len(shares)) if self.heights is None else np.gradient(self.heights)
         voxel = 1.0 if self.affine is None else abs(float(np.linalg.det(self.affine[:3, :3])))
         return float(shares.sum(axis=(1, 2), dtype=np.float64) @ thickness) * voxel
 
 
 def frame_paths(folder: Path, extension: str = ".png") -> list[Path]:
-    """The frames of a case folder in their order: those of render_mask/, render_img/, render/ or the folder itself."""
+    """The frames of a case folder in order: those of render_mask/, render_img/, render/ or the folder itself."""
     return rendered_paths(folder, extension) or loose_paths(folder, extension)
 
 
@@ -75,10 +75,10 @@ def rendered_paths(folder: Path, extension: str = ".png") -> list[Path]:
 
 
 def check_newest(folder: Path, extension: str = ".png") -> None:
-    """Raise UserError where the renders that `rendered_paths` takes are older than those of another folder beside them.
+    """Raise UserError if the renders that `rendered_paths` takes are older than those of another folder beside them.
 
-    A model that was trained on has new images then, and masks of before. Where its checkpoint is older than both, they
-    were rendered one after the other, and belong together.
+    A model that was trained further then has new images but old masks. If its checkpoint is older than both, they were
+    rendered one after the other, and belong together.
     """
     dates = {
         name: [path.stat().st_mtime for path in loose_paths(folder / name, extension)]
@@ -93,13 +93,13 @@ def check_newest(folder: Path, extension: str = ".png") -> None:
     for other in others:
         if max(dates[first]) + _SAME_TIME < min(dates[other]) and min(dates[first]) < trained:
             raise UserError(
-                f"{folder / first} is older than {folder / other}: render both anew"
+                f"{folder / first} is older than {folder / other}: render both again"
                 f" (python render.py -m {shlex.quote(str(folder))} --pipeline both), or remove the older one"
             )
 
 
 def case_name(folder: Path) -> str:
-    """A case's name: that of its folder, or of the one that has the folders in which programs put frames."""
+    """A case's name: that of its folder, or of the parent of folders in which programs put frames."""
     place = folder.resolve()
     while place.name in GENERIC and place.parent != place:
         place = place.parent
@@ -107,7 +107,7 @@ def case_name(folder: Path) -> str:
 
 
 def loose_paths(folder: Path, extension: str = ".png") -> list[Path]:
-    """The frames that lie in the folder itself."""
+    """The frames in the folder itself."""
     return image_files(folder, [extension if extension.startswith(".") else f".{extension}"])
 
 
@@ -122,7 +122,7 @@ def read_stack(
 
     Their place comes from frames.json in the folder or its parent; else from `<case>.nii.gz` in the folder `nifti`,
     or a NIfTI file in the case folder, which say that frame k is volume[:, :, k].T. inter: frames per slice, needed
-    only where neither names nor geometry tell. kind: "labels" or "soft" where a user says so. Raises UserError.
+    only if neither names nor geometry tell. kind: "labels" or "soft" if the user says so. Raises UserError.
     """
     paths = frame_paths(folder, extension)
     if not paths:
@@ -145,7 +145,7 @@ def read_stack(
         if slices is None and len(paths) != inter * (len(geometry.slices) - 1) + 1:
             raise UserError(
                 f"{found} frames are not {len(geometry.slices)} slices times {inter}, which {place} and"
-                " --inter ask for"
+                " --inter require"
             )
         places = np.arange(len(values)) if slices is None else np.array(slices)
         affine, heights = _placed(geometry, (values.shape[2], values.shape[1]), places, inter)
@@ -153,7 +153,7 @@ def read_stack(
 
 
 def _painted_slices(paths: list[Path], geometry: Geometry) -> list[int] | None:
-    """The frames that masks on some of them belong to, by their numbers; None where every frame has its mask."""
+    """By number, the frames that have a mask, if only some do; None if every frame has one."""
     if sub_frames(paths) is not None or len(paths) >= len(geometry.slices):
         return None
     if paths[0].parent.name in FRAME_FOLDERS:
@@ -163,7 +163,7 @@ def _painted_slices(paths: list[Path], geometry: Geometry) -> list[int] | None:
 
 
 def _to_the_last_slice(paths: list[Path], geometry: Geometry | None, inter: int) -> list[Path]:
-    """The frames without those behind the last slice, where there was nothing to see."""
+    """The frames without those beyond the last slice, where nothing was observed."""
     found = sub_frames(paths)
     if found is not None:
         last = max(frame for frame, _ in found)
@@ -178,8 +178,8 @@ def read_frames(
 ) -> tuple[np.ndarray, np.ndarray | None, Meaning | None]:
     """Values (frame, row, column) float32 in [0, 1], labels of a label map, and what the numbers mean.
 
-    Renders, of masks too, are levels in between, and so is what may be labels, a soft mask or a picture: then there is
-    no meaning, and a threshold parts inside from outside. known: ids that frames.json names. Raises UserError.
+    Renders, even of masks, have intermediate levels; they, and ambiguous files, get no meaning: a threshold separates
+    inside from outside. known: ids that frames.json names. Raises UserError.
     """
     stored = [read_levels(path) for path in paths]
     for path, frame in zip(paths, stored, strict=True):
@@ -211,7 +211,7 @@ def case_geometry(folder: Path) -> Geometry | None:
 
 
 def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geometry | None, str]:
-    """Where the frames lie, and who says so."""
+    """Where the frames lie, and what says so."""
     name = case_name(folder)
     geometry = case_geometry(folder)
     if geometry is not None and geometry.affine is not None:
@@ -230,7 +230,7 @@ def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geome
 
 
 def sub_frames(paths: list[Path]) -> dict[tuple[int, int], Path] | None:
-    """Renders by (frame, sub-frame), from names such as 00003_1.png; None where any has another kind of name."""
+    """Renders by (frame, sub-frame), from names such as 00003_1.png; None if any is named otherwise."""
     numbers = [re.fullmatch(r"(\d+)_(\d+)", path.stem) for path in paths]
     if not all(numbers):
         return None
@@ -238,7 +238,7 @@ def sub_frames(paths: list[Path]) -> dict[tuple[int, int], Path] | None:
 
 
 def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> int:
-    """Frames per slice, which have to be all there for the spacing to be right."""
+    """Frames per slice. Raises UserError if any is missing, which would make the spacing wrong."""
     found = sub_frames(paths)
     if found is None:  # plain numbers: other programs' renders, or frames and masks, one per slice
         renders = paths[0].parent.name in FRAME_FOLDERS
@@ -263,7 +263,7 @@ def _inter(paths: list[Path], geometry: Geometry | None, wanted: int | None) -> 
 def _placed(
     geometry: Geometry, size: tuple[int, int], places: np.ndarray, inter: int
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """The affine of (column, row, frame) that is right for the first frame and the last, and heights for the others.
+    """The affine of (column, row, frame) that is exact for the first and the last frame, and heights for the others.
 
     places: of the frames, in sub-frames, increasing.
     """
@@ -273,7 +273,7 @@ def _placed(
     indices[frames:, 2] = places[0]
     indices[frames:, :2] = np.eye(2)
     points = geometry.to_patient(indices, size, inter)
-    assert points is not None  # the caller has asked for the affine
+    assert points is not None  # the caller has checked that there is an affine
     affine = np.eye(4)
     affine[:3, 3] = points[0]
     affine[:3, :2] = (points[frames:] - points[0]).T

@@ -1,4 +1,4 @@
-"""How far two surfaces are apart: exact distances from points on one to the triangles of the other, in their unit."""
+"""How far apart two surfaces are: exact distances from points on one to the triangles of the other, in their unit."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from scipy.spatial import cKDTree
 from trimesh import Trimesh
 
 SAMPLES = 100_000
-"""Points that are drawn on each surface."""
-_AT_ONCE = 20_000  # points times candidates of one query: some 100 MB
+"""Points drawn on each surface."""
+_AT_ONCE = 20_000  # points times candidates per query: about 100 MB
 _ICP_SAMPLES, _ICP_STEPS = 5000, 100
 
 
@@ -31,24 +31,22 @@ class SurfaceScores:
     hd95: float
     """The larger of the 95th percentiles of p and of r."""
     to_reference: float
-    """mean(p): what is there and should not be."""
+    """mean(p): what is there but should not be."""
     to_prediction: float
-    """mean(r): what should be there and is not."""
+    """mean(r): what should be there but is not."""
 
 
 def surface_scores(
     predicted: Trimesh, reference: Trimesh, samples: int = SAMPLES, seed: int = 0
 ) -> SurfaceScores:
-    """Scores of `predicted` where it lies: nothing is moved, turned or scaled. Both in one space and unit."""
+    """Scores of `predicted` as it lies: nothing is moved, rotated or scaled. Both in the same space and unit."""
     means, percentiles, farthest = [], [], []
     for number, (one, other) in enumerate(((predicted, reference), (reference, predicted))):
         points, _ = trimesh.sample.sample_surface(one, samples, seed=seed + number)
         distances = point_distances(points, other)
         means.append(float(distances.mean()))
         percentiles.append(float(np.percentile(distances, 95)))
-        corners = point_distances(
-            np.asarray(one.vertices), other
-        )  # the farthest point is a corner most often
+        corners = point_distances(np.asarray(one.vertices), other)  # the farthest point is usually a corner
         farthest.append(float(max(distances.max(), corners.max())))
     return SurfaceScores(sum(means), sum(means) / 2, max(farthest), max(percentiles), *means)
 
@@ -56,8 +54,8 @@ def surface_scores(
 def point_distances(points: np.ndarray, mesh: Trimesh) -> np.ndarray:
     """Exact distances from points (n, 3) to the triangles of a mesh, (n,).
 
-    No triangle reaches farther from its centre than the largest does. So the nearest is among those whose centres are
-    nearest, as soon as the next centre is farther than the best distance and that reach together.
+    No triangle reaches farther from its centre than the largest one. So the nearest triangle is among those with the
+    nearest centres, as soon as the next centre is farther than the best distance plus that reach.
     """
     mesh = _without_giants(mesh)
     corners = np.asarray(mesh.triangles)  # (T, 3, 3)
@@ -82,7 +80,7 @@ def point_distances(points: np.ndarray, mesh: Trimesh) -> np.ndarray:
 
 
 def _without_giants(mesh: Trimesh) -> Trimesh:
-    """The same surface, triangles much larger than most divided: one giant would make all of them candidates."""
+    """The same surface with giant triangles divided: a single one would make all triangles candidates."""
     longest = np.linalg.norm(np.diff(mesh.triangles[:, [0, 1, 2, 0]], axis=1), axis=2).max(axis=1)
     limit = max(4 * float(np.median(longest)), float(longest.max()) / 64)
     if longest.max() <= limit:
@@ -92,7 +90,7 @@ def _without_giants(mesh: Trimesh) -> Trimesh:
 
 
 def rigid_alignment(predicted: Trimesh, reference: Trimesh, seed: int = 0) -> np.ndarray:
-    """The turn and shift (4, 4) that lays `predicted` on `reference`, by iterative closest points; no scale."""
+    """The rigid transform (4, 4) of `predicted` onto `reference`, by iterative closest points; no scaling."""
     moving, _ = trimesh.sample.sample_surface(predicted, _ICP_SAMPLES, seed=seed)
     fixed, _ = trimesh.sample.sample_surface(reference, 20 * _ICP_SAMPLES, seed=seed + 1)
     matrix, _, _ = trimesh.registration.icp(

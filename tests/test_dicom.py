@@ -449,9 +449,9 @@ def test_trees_dicomdirs_and_files_without_suffix_or_preamble(tmp_path):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        (uid.BasicTextSRStorage, "of DICOM's kind Basic Text SR, and has no image"),
-        (uid.RTPlanStorage, "of DICOM's kind RT Plan, and has no image"),
-        (uid.EncapsulatedPDFStorage, "of DICOM's kind Encapsulated PDF, and has no image"),
+        (uid.BasicTextSRStorage, "of DICOM kind Basic Text SR, and holds no image"),
+        (uid.RTPlanStorage, "of DICOM kind RT Plan, and holds no image"),
+        (uid.EncapsulatedPDFStorage, "of DICOM kind Encapsulated PDF, and holds no image"),
         (uid.RTStructureSetStorage, "a structure set .RTSTRUCT., not an image: give it as the label"),
     ],
 )

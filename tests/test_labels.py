@@ -283,7 +283,7 @@ def test_a_mask_for_each_structure(tmp_path, capsys):
     files = [str(tmp_path / "liver.nii.gz"), str(tmp_path / "kidney_left.nii.gz")]
     prepare.main(["-i", str(image), "-l", *files, "-o", str(tmp_path / "out")])
     said = capsys.readouterr().out
-    assert f"{(first & second).sum():,} voxels are in several files: the one named first has them" in said
+    assert f"{(first & second).sum():,} voxels are in several files: the one named first gets them" in said
     expected = np.where(first, 1, np.where(second, 2, 0))
     assert np.array_equal(kept(tmp_path / "out" / "seg" / "original"), expected)
     labels = Geometry.load(tmp_path / "out" / "frames.json").labels

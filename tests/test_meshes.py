@@ -226,7 +226,7 @@ def test_what_is_no_mesh_is_refused(tmp_path):
     whole = (tmp_path / "a.ply").read_bytes()
     with pytest.raises(UserError, match="does not exist"):
         read_mesh(tmp_path / "b.ply")
-    with pytest.raises(UserError, match="not a kind of mesh"):
+    with pytest.raises(UserError, match="not a mesh format"):
         (tmp_path / "b.vtk").touch()
         read_mesh(tmp_path / "b.vtk")
     claimed = whole.replace(

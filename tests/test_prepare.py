@@ -185,7 +185,7 @@ def test_a_label_with_millimetres_for_frames_without(tmp_path, capsys):
     labels[1, 2, 3] = 1
     label = _save(tmp_path / "label.nii", labels)
     main(["-i", str(tmp_path / "in"), "-l", label, "-o", str(tmp_path / "out")])
-    assert "only one of them knows millimetres" in capsys.readouterr().out
+    assert "only one of them gives millimetres" in capsys.readouterr().out
     assert np.argwhere(_frames(tmp_path / "out" / "seg" / "original")).tolist() == [[3, 2, 1]]
 
 
@@ -307,7 +307,7 @@ def _bad_inputs(folder):
         "missing": (["-i", str(folder / "none.nii.gz")], "does not exist"),
         "not a NIfTI": (["-i", str(folder / "text.nii")], "not a NIfTI file"),
         "not even gzip": (["-i", str(folder / "text.nii.gz")], "not a NIfTI file"),
-        "another kind": (["-i", str(folder / "text.doc")], "is not a kind that is read"),
+        "another kind": (["-i", str(folder / "text.doc")], "is not a kind of file that can be read"),
         "truncated": (["-i", str(folder / "short.nii.gz")], "damaged"),
         "truncated gzip": (["-i", str(folder / "cut.nii.gz")], "damaged"),
         "2-D": (["-i", _save(folder / "2d.nii", cube[0])], "2-D"),

@@ -212,7 +212,7 @@ def test_an_unknown_unit_is_said(tmp_path):
     pytest.importorskip("SimpleITK")
     units = ['space units: "inches" "inches" "inches"', "space directions: (1,0,0) (0,1,0) (0,0,1)"]
     volume = read_volume(_nrrd(tmp_path / "a.nrrd", "space: left-posterior-superior", *units))
-    assert "not one that is known" in said(volume)
+    assert "is unknown: taken as millimetres" in said(volume)
 
 
 def test_missing_spacing_is_said_and_no_millimetre_is_invented(tmp_path):

@@ -147,7 +147,7 @@ def test_a_segmentation_of_another_patient_is_refused(tmp_path):
         FrameOfReferenceUID="1.2.3",
         ReferencedSeriesSequence=[series],
     )
-    assert "made of other images" in " ".join(read_segments(path, image).notes)
+    assert "made from other images" in " ".join(read_segments(path, image).notes)
 
 
 def test_colours_of_segments(tmp_path, image):

@@ -358,7 +358,7 @@ def test_a_volume_that_no_level_gives_back_is_told(tmp_path, capsys):
     _placed(tmp_path / "in", _round_frames(), (1, 1, 1), name="whole")
     assert main(["-i", str(tmp_path / "in"), "-o", str(tmp_path), "--jobs", "1"]) == 0
     specks, whole = capsys.readouterr().out.split("whole:")
-    assert "note: no level gives the mask's volume of 8.0 back" in specks and "note:" not in whole
+    assert "note: no level preserves the mask's volume of 8.0" in specks and "note:" not in whole
 
 
 def test_the_default_smoothing_takes_steps_away(tmp_path):
@@ -527,7 +527,7 @@ def test_label_maps(tmp_path, capsys):
     assert "no pixel has the value 7: there are 0, 3, 200" in capsys.readouterr().err
     _write_frames(tmp_path / "grey", np.linspace(0, 1, 8 * 24 * 24).reshape(8, 24, 24))
     assert main(["-i", str(tmp_path / "grey"), "-o", str(tmp_path / "no"), "--labels"]) == 1
-    assert "different values, so they are no label maps" in capsys.readouterr().err
+    assert "different values, so they are not label maps" in capsys.readouterr().err
     assert not (tmp_path / "no").exists()
 
 

@@ -136,7 +136,7 @@ def test_missing_slices_are_named_and_keep_their_times(tmp_path, capsys):
     )
     frames, _, geometry = _prepare(tmp_path / "out", "-i", tmp_path / "d")
     said = capsys.readouterr().out
-    assert "2 slices are missing (2 behind slice014.dcm)" in said and "2.5 to 7.5 mm apart" in said
+    assert "2 slices are missing (2 after slice014.dcm)" in said and "2.5 to 7.5 mm apart" in said
     assert "2 instance numbers are missing (4, 5)" in said
     assert geometry.positions == pytest.approx((0, 2.5, 5, 12.5), abs=1e-6)
     assert geometry.durations() == pytest.approx(np.array([1, 1, 3, 1]) / 6)
@@ -221,7 +221,7 @@ def test_enhanced_dicom(tmp_path, order):
     assert np.array_equal(volume.values, VALUES[:, :, sorted(order)] * 2.0 - 5)
     assert np.abs(volume.affine - _affine()).max() < 1e-6
     if len(order) < 6:
-        assert volume.depths.tolist() == pytest.approx([0, 1, 4, 5]) and "2 behind frame 1" in volume.notes[0]
+        assert volume.depths.tolist() == pytest.approx([0, 1, 4, 5]) and "2 after frame 1" in volume.notes[0]
     else:
         assert volume.depths is None and not volume.notes
 
@@ -550,7 +550,7 @@ def _refusals(folder):
     return {
         "duplicate positions": (["-i", folder / "twice"], "6 slices lie where another one does"),
         "a localizer": (["-i", folder / "localizer"], "differ in orientation or pixel size"),
-        "a slice astray": (["-i", folder / "astray"], "beside the line of the others"),
+        "a slice astray": (["-i", folder / "astray"], "off the line of the others"),
         "DICOM and images": (["-i", folder / "both"], "holds DICOM files and images"),
         "a truncated slice": (["-i", folder / "short"], "slice014.dcm is damaged"),
         "slices of two sizes": (["-i", folder / "sizes"], "slices have one size"),

@@ -1,7 +1,7 @@
-"""Readers: one module per kind of file, each giving the voxels as stored and where they lie (`Volume`).
+"""Readers: one module per kind of file, each returning the voxels as stored and where they lie (`Volume`).
 
-They turn the LPS millimetres of ITK and DICOM to RAS; nothing behind them knows of another space. A new kind of file
-is a module with a function `read(path, choice)` and a line in `READERS`.
+They convert the LPS millimetres of ITK and DICOM to RAS; callers see no other space. A new kind of file is a module
+with a function `read(path, choice)` and a line in `READERS`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ READERS: dict[str, Callable[[Path, Choice], Volume]] = {
     ".gif": pictures.read,
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), video.read),
 }
-"""File name endings and who reads them."""
-_OTHER_KINDS = {  # what people try, and what to do about it
+"""Readers by file name ending."""
+_OTHER_KINDS = {  # what people try, and what to do instead
     ".png": "one picture: give the folder of its frames",
     ".jpg": "one picture: give the folder of its frames",
     ".jpeg": "one picture: give the folder of its frames",
@@ -51,8 +51,8 @@ def read_volume(
 ) -> Volume:
     """A volume from a file by its suffix (`READERS`), or from a folder of images or DICOM slices.
 
-    choice: which volume of a source that holds several; `index` and `series` are short for its first two fields. Raises
-    UserError that names the file and what is wrong with it.
+    choice: which volume of a source that holds several; `index` and `series` are shorthand for its first two fields.
+    Raises UserError that names the file and what is wrong with it.
     """
     path = Path(path)
     choice = choice or Choice(frame=index, series=series)
@@ -67,13 +67,13 @@ def read_volume(
             kind = "a folder of DICOM files" if option == "--series" else "DICOM"
             raise UserError(f"{path} is a file: {option} chooses from {kind}")
     if read is None:
-        kind = _OTHER_KINDS.get(path.suffix.lower(), "not a kind that is read")
+        kind = _OTHER_KINDS.get(path.suffix.lower(), "not a kind of file that can be read")
         raise UserError(f"{path} is {kind} ({', '.join(READERS)}, or a folder of images or DICOM files)")
     return read(path, choice)
 
 
 def reader_of(path: Path) -> Callable[[Path, Choice], Volume] | None:
-    """Who reads a file: by its suffix, and without a known one by whether it is DICOM."""
+    """The reader of a file, by its suffix; without a known suffix, DICOM's if it is DICOM."""
     for suffix, read in READERS.items():
         if path.name.lower().endswith(suffix):
             return read

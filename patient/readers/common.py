@@ -20,16 +20,16 @@ from patient.volumes import Volume
 from utils.errors import UserError
 
 DEFLATE = 1032
-"""Bytes that one byte of a deflate stream can become at most; other codecs of medical images reach less."""
-_SMALL_CLAIM = 64 << 20  # bytes that any file may ask for
+"""Most bytes that one byte of a deflate stream can become; other codecs of medical images reach less."""
+_SMALL_CLAIM = 64 << 20  # bytes that any file may claim
 NO_ORIENTATION = (
-    "nothing in it says which way is left or up: axes are taken as left, posterior, superior, as they come"
+    "nothing in it says which way is left or up: axes are taken in order as left, posterior, superior"
 )
 
 
 @contextlib.contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the libraries' own lines off stderr, those of C++ included; with --debug they are let through."""
+    """Keep the libraries' own messages, even those of C++, off stderr; with --debug let them through."""
     if "--debug" in sys.argv:
         yield
         return
@@ -37,7 +37,7 @@ def quiet_libraries() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         kept = os.dup(2)
-    except OSError:  # no stderr: nothing to keep silent
+    except OSError:  # no stderr: nothing to silence
         kept = -1
     if kept >= 0:
         with open(os.devnull, "wb") as nowhere:
@@ -55,7 +55,7 @@ def quiet_libraries() -> Iterator[None]:
 
 @contextlib.contextmanager
 def damage(path: Path, what: str = "is damaged") -> Iterator[None]:
-    """Around calls of a library that decodes bytes: damaged ones raise whatever they meet, here as a UserError."""
+    """Around calls of a library that decodes bytes: whatever damaged ones raise becomes a UserError."""
     try:
         yield
     except (UserError, MemoryError):
@@ -67,7 +67,7 @@ def damage(path: Path, what: str = "is damaged") -> Iterator[None]:
 def check_claim(path: Path, claimed: int, stored: int | None = None, ratio: float = DEFLATE) -> None:
     """Refuse a header that asks for more memory than its file's bytes can fill, before anything is allocated.
 
-    claimed: bytes of voxels. stored: bytes that hold them (default: the file's). ratio: what a stored byte can become.
+    claimed: bytes of voxels. stored: bytes that hold them (default: the file's). ratio: most bytes per stored byte.
     """
     stored = path.stat().st_size if stored is None else stored
     if claimed > stored * ratio and (claimed > _SMALL_CLAIM or ratio == 1):
@@ -85,7 +85,7 @@ def _bytes(count: int) -> str:
 
 
 def check_path_is_text(path: Path, library: str) -> None:
-    """Refuse a path that is not UTF-8, for libraries that end the process over it."""
+    """Refuse a path that is not UTF-8, for libraries that crash on it."""
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:
@@ -107,7 +107,7 @@ def stacked(stack: np.ndarray, name: str, notes: list[str], **others: Any) -> Vo
     if values.dtype == np.uint16 and 255 < (largest := int(values.max())) < 4096:
         bits = 10 if largest < 1024 else 12
         notes.append(
-            f"no pixel is over {largest}: {bits} bits in 16-bit pictures, which show dark; --window 0"
+            f"no pixel is above {largest}: {bits} bits in 16-bit pictures, which show dark; --window 0"
             f" {2**bits - 1} brightens them"
         )
     bits = 8 if values.dtype.itemsize == 1 else 16
@@ -115,14 +115,14 @@ def stacked(stack: np.ndarray, name: str, notes: list[str], **others: Any) -> Vo
 
 
 def grey(frames: np.ndarray) -> np.ndarray:
-    """Decoded colours (frame, row, column, 3) uint8, or their one channel where all are grey."""
-    # Two levels apart is rounding between the colour spaces, not colour.
+    """Decoded colours (frame, row, column, 3) uint8, or one channel if all are grey."""
+    # A difference of two levels is rounding between colour spaces, not colour.
     apart = max(int(np.ptp(frame.astype(np.int16), axis=-1).max()) for frame in frames)
     return np.ascontiguousarray(frames[..., 1]) if apart <= 2 else frames
 
 
 def from_lps(columns: np.ndarray, origin: Iterable[float], path: Path) -> np.ndarray:
-    """The RAS affine of index steps (3, 3), one a column, and an origin in LPS."""
+    """The RAS affine of index steps (3, 3), one per column, and an origin in LPS."""
     affine = np.eye(4)
     affine[:3, :3] = swap_ras_lps(columns.T).T
     affine[:3, 3] = swap_ras_lps(np.array(tuple(origin)))
@@ -135,12 +135,12 @@ def from_lps(columns: np.ndarray, origin: Iterable[float], path: Path) -> np.nda
 
 def simple_itk(purpose: str) -> Any:
     sitk = optional("SimpleITK", "SimpleITK", purpose)
-    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # warnings go to stderr, past us: what matters is noted
+    sitk.ProcessObject.SetGlobalWarningDisplay(False)  # warnings would go to stderr; we note what matters
     return sitk
 
 
 def chosen_volume(path: Path, count: int, index: int | None) -> int | None:
-    """Which of `count` volumes; None where there is no choice."""
+    """Which of `count` volumes; None if there is only one."""
     if count == 1:
         return None
     if index is None:
@@ -151,7 +151,7 @@ def chosen_volume(path: Path, count: int, index: int | None) -> int | None:
 
 
 def optional(module: str, package: str, purpose: str) -> Any:
-    """A module that is asked for where it is needed."""
+    """Import an optional module, or raise UserError that says how to install it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -159,7 +159,7 @@ def optional(module: str, package: str, purpose: str) -> Any:
 
 
 def reason(error: Exception) -> str:
-    """The last line of what a library says, which is the one that says it, without its addresses."""
+    """The last line of a library's message, which holds the reason, without memory addresses."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return re.sub(r"^ITK ERROR: |\w+\(0x[0-9a-f]+\): ", "", lines[-1]) if lines else type(error).__name__
 

@@ -15,7 +15,7 @@ from utils.images import image_files, read_image
 
 
 def read(path: Path, choice: Choice) -> Volume:
-    """Images by their numbers, as (column, row, frame[, channel]); nothing is known of millimetres."""
+    """Images ordered by number, as (column, row, frame[, channel]), without millimetres."""
     notes: list[str] = []
     files = _in_order(path, image_files(path), notes)
     images = []
@@ -38,7 +38,7 @@ def _number(file: Path) -> int | None:
 
 
 def _in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
-    """Files by the last number in their names, by name where some have none. Raises UserError where two are equal."""
+    """Files by the last number in their names, by name if some have none. Raises UserError if two are equal."""
     negative = [file for file in files if re.search(r"(^|[^0-9A-Za-z])-[0-9]+[^0-9]*$", file.stem)]
     if negative:
         raise UserError(
@@ -55,14 +55,14 @@ def _in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
         if number in by_number:
             raise UserError(
                 f"{by_number[number]} and {file.name} have the same number, {number}, which says which frame it is:"
-                " take one out, or rename it"
+                " remove one, or rename it"
             )
         by_number[number] = file
     return [by_number[number] for number in sorted(by_number)]  # type: ignore[type-var]
 
 
 def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
-    """Depths by the last numbers in the names, where some are missing: a gap in the numbers is a gap in time."""
+    """Depths by the last numbers in the names, if some are missing: a gap in the numbers is a gap in time."""
     found = [_number(file) for file in files]
     numbers = np.array([-1 if number is None else number for number in found], np.float64)
     steps = np.diff(numbers)

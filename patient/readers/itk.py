@@ -1,4 +1,4 @@
-"""NRRD and MetaImage: voxels by SimpleITK, what their header says of place and kind by its own words."""
+"""NRRD and MetaImage: voxels read by SimpleITK, place and kind from the text of the header."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def _read(path: Path, choice: Choice) -> Volume:
     if header.poses:
         if choice.resample is None:
             raise UserError(
-                f"{path} is a tracked sequence: each of its frames has a pose of its own"
-                f" ({header.poses[0].split('_', 2)[-1]}), so it is no even volume. Reconstruct it (PLUS"
+                f"{path} is a tracked sequence: each of its frames has its own pose"
+                f" ({header.poses[0].split('_', 2)[-1]}), so it is not an even volume. Reconstruct it (PLUS"
                 " VolumeReconstructor, or SlicerIGT), or give --resample MM"
             )
         return resampled(path, header, choice.resample)
@@ -86,7 +86,7 @@ def read_layers(path: Path, header: TextHeader, sitk: Any, choice: Choice) -> tu
 
 
 def volume_count(path: Path) -> int:
-    """How many volumes a file holds, by its header; 1 of colours."""
+    """How many volumes a file holds, by its header; 1 for colours."""
     header = read_text_header(path)
     if header.poses:
         return 1
@@ -96,11 +96,11 @@ def volume_count(path: Path) -> int:
 
 
 def _spatial_first(array: np.ndarray, header: TextHeader, image: Any) -> tuple[np.ndarray, str | None]:
-    """Values (x, y, z) or (x, y, z, n), and what the last axis is; None of colours, or where there is none."""
+    """Values (x, y, z) or (x, y, z, n), and what the last axis is; None for colours, or if there is none."""
     components = image.GetNumberOfComponentsPerPixel()
     dimension = image.GetDimension()
     if components > 1 and dimension == 4:
-        raise UserError(f"it is 5-D: time and {components} components a voxel; a volume has one number")
+        raise UserError(f"it is 5-D: time and {components} components per voxel; a volume has one number")
     if components > 1:  # (z, y, x, component)
         values = array.transpose(2, 1, 0, 3)
         kinds = [kind for kind in header.kinds if kind not in ("domain", "space")]
@@ -116,7 +116,7 @@ def _spatial_first(array: np.ndarray, header: TextHeader, image: Any) -> tuple[n
 def _place(
     path: Path, header: TextHeader, image: Any, dimension: int
 ) -> tuple[np.ndarray | None, Sizes | None, list[str]]:
-    """Affine, or what sizes are known without one, and what to say about it."""
+    """Affine, or the known sizes without one, and notes on it."""
     notes: list[str] = []
     directions = np.array(image.GetDirection()).reshape(dimension, dimension)[:3, :3]
     spacing, origin = np.array(image.GetSpacing()[:3]), np.array(image.GetOrigin()[:3])
@@ -160,9 +160,7 @@ def _unit(header: TextHeader, notes: list[str]) -> float:
         return 1.0
     known = {_UNITS.get(name.lower()) for name in spatial}
     if len(known) > 1 or None in known:
-        notes.append(
-            f"its unit of length ({', '.join(spatial)}) is not one that is known: taken as millimetres"
-        )
+        notes.append(f"its unit of length ({', '.join(spatial)}) is unknown: taken as millimetres")
         return 1.0
     notes.append(f"its lengths are in {spatial[0]}: converted to millimetres")
     return float(known.pop() or 1.0)

@@ -1,4 +1,4 @@
-"""NRRD and MetaImage files: their header's text, and their voxels by SimpleITK once the header's claims are checked."""
+"""NRRD and MetaImage files: the text of the header, and voxels by SimpleITK once its claims are checked."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class TextHeader:
     nrrd: bool
     fields: dict[str, str] = field(default_factory=dict)
     pairs: dict[str, str] = field(default_factory=dict)
-    """NRRD's own key:=value lines, and MetaImage's fields that are not of the format, by their key as written."""
+    """NRRD's own key:=value lines, and all of MetaImage's fields, by their key as written."""
 
     @property
     def kinds(self) -> list[str]:
@@ -30,12 +30,12 @@ class TextHeader:
 
     @property
     def poses(self) -> list[str]:
-        """Keys of transforms that each frame of a tracked sequence has."""
+        """Keys of the transforms of each frame of a tracked sequence."""
         return [key for key in self.pairs if re.fullmatch(r"Seq_Frame\d+_\w*Transform", key)]
 
 
 def read_text_header(path: Path) -> TextHeader:
-    """The header's text. Raises UserError where the file does not begin with one."""
+    """The header's text. Raises UserError if the file does not begin with one."""
     with path.open("rb") as stream:
         start = stream.read(_LONGEST)
     nrrd = path.suffix.lower() in (".nrrd", ".nhdr")
@@ -95,7 +95,7 @@ def _bytes_of(kind: str) -> int:
 
 
 def _stored(path: Path, header: TextHeader) -> int:
-    """Bytes of the files that hold the voxels, which have to be there."""
+    """Bytes of the files that hold the voxels. Raises UserError if one is missing."""
     named = header.fields.get("data file" if header.nrrd else "elementdatafile", "") or header.fields.get(
         "datafile", ""
     )

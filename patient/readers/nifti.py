@@ -17,7 +17,7 @@ from patient.readers.common import DEFLATE, check_claim, chosen_volume, damage, 
 from patient.volumes import Choice, Volume
 from utils.errors import UserError
 
-_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # NIfTI's codes of units of length; 0 is none given
+_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}  # by NIfTI's code of the unit of length; 0 is unknown
 _HEADERS = {
     348: (nibabel.Nifti1Header, nibabel.Nifti1Image),
     540: (nibabel.Nifti2Header, nibabel.Nifti2Image),
@@ -31,7 +31,7 @@ class _Place:
 
     affine: np.ndarray
     other: np.ndarray | None
-    """The form that is not used, where it differs."""
+    """The form that is not used, if it differs."""
     notes: list[str]
 
 
@@ -67,7 +67,7 @@ def volume_count(path: Path) -> int:
 
 
 def nifti_grid(path: str | os.PathLike[str]) -> tuple[tuple[int, ...], np.ndarray]:
-    """Shape and affine (RAS millimetres) of a NIfTI file, of which only the header is read."""
+    """Shape and affine (RAS millimetres) of a NIfTI file; only the header is read."""
     with quiet_libraries():
         image = _open(Path(path))
         return image.shape[:3], _place(Path(path), image, None).affine
@@ -99,7 +99,7 @@ def _open(path: Path) -> nibabel.Nifti1Pair:
     check_claim(data_path, claimed + (0 if packed_data else offset), stored, DEFLATE if packed_data else 1)
     with damage(path, "is not a NIfTI file, or it is damaged"):
         if single:
-            # By its bytes and not by its name: .nii.gz that is not packed, .nii that is.
+            # By content, not by name: .nii.gz may be unpacked, and .nii packed.
             stream = gzip.open(path, "rb") if packed else path.open("rb")  # noqa: SIM115 - read lazily
             image = image_class.from_file_map({"image": nibabel.FileHolder(fileobj=stream)})
         else:
@@ -145,7 +145,7 @@ def _kind(path: Path, start: bytes) -> tuple[str, int]:
 
 
 def _check_header(path: Path, header: Any) -> bool:
-    """Refuse a header whose numbers cannot be; whether header and voxels are in one file."""
+    """Refuse a header with impossible numbers. Returns whether header and voxels are in one file."""
     count = int(header["dim"][0])
     sizes = [int(size) for size in header["dim"][1 : max(count, 0) + 1]]
     while len(sizes) > 3 and sizes[-1] == 1:  # (x, y, z, 1, 1)
@@ -162,7 +162,7 @@ def _check_header(path: Path, header: Any) -> bool:
     code, unit = int(header["datatype"]), int(header["xyzt_units"]) & 7
     try:
         header.get_data_dtype()
-    except Exception as error:  # nibabel's HeaderDataError is an Exception alone
+    except Exception as error:  # nibabel's HeaderDataError derives from Exception directly
         raise UserError(
             f"{path} is damaged: its header's data type, code {code}, is none of NIfTI's"
         ) from error
@@ -178,7 +178,7 @@ def _check_header(path: Path, header: Any) -> bool:
 
 
 def _place(path: Path, image: nibabel.Nifti1Pair, form: str | None) -> _Place:
-    """The affine by the form that is asked for, else by the sform, else by the qform."""
+    """The affine by the form asked for, else the sform, else the qform."""
     header = image.header
     notes: list[str] = []
     scale = np.diag([*[_MILLIMETRES[int(header["xyzt_units"]) & 7]] * 3, 1.0])

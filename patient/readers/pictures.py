@@ -1,4 +1,4 @@
-"""Files of several pictures that Pillow reads."""
+"""Files of several pictures, read by Pillow."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def read(path: Path, choice: Choice) -> Volume:
             frames.append(np.array(frame if known else frame.convert("RGB")))
             times.append(times[-1] + float(frame.info.get("duration") or 0))
     if len({frame.shape for frame in frames}) > 1:
-        raise UserError(f"{path} holds pictures of several sizes: frames have one")
+        raise UserError(f"{path} holds pictures of several sizes: frames have one size")
     stack = np.stack(frames)
     notes: list[str] = []
     depths, starts = None, np.array(times[:-1])
     if len(starts) > 2 and (np.diff(starts) > 0).all() and not is_even(starts):
         depths = starts / float(np.median(np.diff(starts)))
-        notes.append("its pictures are shown for unequal times, and keep them")
+        notes.append("its pictures are shown for unequal times, which are kept")
     return stacked(grey(stack) if stack.ndim == 4 else stack, path.name, notes, depths=depths)

@@ -20,7 +20,7 @@ from utils.errors import UserError
 
 
 def read_segments(path: str | os.PathLike[str], reference: Volume | None = None) -> Segments | None:
-    """The segments of a file that knows them, or of a folder with one such DICOM file; None of any other.
+    """The segments of a file that names them, or of a folder with one such DICOM file; None for any other.
 
     reference: the image that they belong to, which contours need and which DICOM's references are checked against.
     Raises UserError.
@@ -40,9 +40,9 @@ def read_segments(path: str | os.PathLike[str], reference: Volume | None = None)
 
 
 def layers_as_segments(path: str | os.PathLike[str]) -> Segments | None:
-    """A 4-D volume of masks, one layer per structure, as segments numbered from 1; None where it is no such volume.
+    """A 4-D volume of masks, one layer per structure, as segments numbered from 1; None if it is not one.
 
-    Where layer 0 is all that no other layer holds, it is the background and no segment.
+    If layer 0 is exactly what no other layer holds, it is the background and not a segment.
     """
     path = Path(path)
     count = _layer_count(path)
@@ -117,7 +117,7 @@ def _of_nrrd(path: Path) -> Segments | None:
         value = int(pair["LabelValue"]) if pair["LabelValue"].isdecimal() else 1
         if layer >= len(layers):
             raise UserError(f"{path} is damaged: segment {n} is in layer {layer}, of {len(layers)}")
-        # In one layer, labels are numbers that tell segments apart; in several they start again in each.
+        # In one layer, label values tell segments apart; with several layers, they restart in each.
         number = value if single and value not in taken and value > 0 else order + 1
         taken.add(number)
         found.append(Segment(number, pair["Name"] or f"segment {n}", layer, value, _colour(pair["Color"])))

@@ -28,7 +28,7 @@ from patient.volumes import Choice, Sizes, Volume
 from utils.errors import UserError
 from utils.images import check_pixels
 
-_MOST_TAGS = 1000  # of a page: writers use some twenty
+_MOST_TAGS = 1000  # per page: writers use about twenty
 _UNITS = {
     "nm": 1e-6, "nanometer": 1e-6, "um": 1e-3, "micron": 1e-3, "microns": 1e-3, "micrometer": 1e-3, "mm": 1.0,
     "millimeter": 1.0, "cm": 10.0, "centimeter": 10.0, "m": 1000.0, "meter": 1000.0, "inch": 25.4, "in": 25.4,
@@ -57,7 +57,7 @@ def read(path: Path, choice: Choice) -> Volume:
                 None,
                 1 if plain else DEFLATE,
             )
-            for each in file.pages:  # a frame of a series has counts alone
+            for each in file.pages:  # a frame of a series has only counts
                 check_claim(path, max(each.databytecounts, default=0), None, 1)
             array, axes = pages.asarray(), pages.axes
             sizes = _voxel_sizes(file, page)
@@ -69,7 +69,7 @@ def read(path: Path, choice: Choice) -> Volume:
         raise
     except Exception as error:  # damaged bytes raise whatever they meet
         if "imagecodecs" in str(error):
-            return pictures.read(path, choice)  # LZW, JPEG and fax codes, which Pillow brings along
+            return pictures.read(path, choice)  # LZW, JPEG and fax codes, which Pillow decodes
         raise UserError(f"{path} cannot be read: {reason(error)}") from error
     if "S" in axes and array.ndim == len(axes):
         array, axes = np.moveaxis(array, axes.index("S"), -1), axes.replace("S", "") + "S"
@@ -98,9 +98,9 @@ def read(path: Path, choice: Choice) -> Volume:
 
 
 def _check_directories(path: Path) -> None:
-    """Refuse a file whose directories, each of which names the next, go in a circle or out of the file.
+    """Refuse a file whose chain of directories loops or leaves the file.
 
-    A damaged count makes a directory of what is none, and following its millions of entries takes minutes.
+    A damaged count can make a directory of millions of entries, which take minutes to follow.
     """
     with path.open("rb") as file:
         start = file.read(16)
@@ -122,7 +122,7 @@ def _check_directories(path: Path) -> None:
             end = offset + count_size + tags * entry
             if offset in seen or not 0 < tags <= _MOST_TAGS or end > size:
                 raise UserError(
-                    f"{path} cannot be read: the list of its pages is damaged behind page {len(seen)}"
+                    f"{path} cannot be read: the list of its pages is damaged after page {len(seen)}"
                 )
             seen.add(offset)
             file.seek(end)
@@ -155,7 +155,7 @@ def _voxel_sizes(file: tifffile.TiffFile, page: Any) -> Sizes | None:
 
 
 def _length(value: object, unit: str) -> float | None:
-    """A positive length in millimetres; None where it is none, or its unit is no length."""
+    """A positive length in millimetres; None if it is not one, or its unit is not of length."""
     name = unit.replace("\\u00B5", "u").replace("\u00b5", "u").replace("\u03bc", "u").strip().lower()
     try:
         length = float(value) * _UNITS[name]  # type: ignore[arg-type]

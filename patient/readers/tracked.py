@@ -1,7 +1,7 @@
-"""Tracked sequences (PLUS, SlicerIGT), whose frames have a pose each, resampled to one even volume.
+"""Tracked sequences (PLUS, SlicerIGT), whose frames each have a pose, resampled to one even volume.
 
-The poses of consecutive frames are interpolated linearly where they lie further apart than half a voxel, and so are
-their pixels: what lies between two frames is filled from both. Each voxel is the mean of the pixels that fall into it.
+Poses and pixels of consecutive frames that lie more than half a voxel apart are interpolated linearly: the space
+between two frames is filled from both. Each voxel is the mean of the pixels that fall into it.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _PREFERRED = ("ImageToReference", "ImageToTracker", "ImageToWorld", "ProbeToRefe
 
 
 def resampled(path: Path, header: TextHeader, spacing: float) -> Volume:
-    """The volume that the frames sweep, with voxels of `spacing` mm; voxels that they do not are 0, and `padded`."""
+    """The volume that the frames sweep, with voxels of `spacing` mm; voxels outside are 0 and `padded`."""
     if spacing <= 0:
-        raise UserError(f"--resample {spacing:g}: give a size of voxels in millimetres")
+        raise UserError(f"--resample {spacing:g}: give a voxel size in millimetres")
     array, image = pixels(path, header, simple_itk(f"reading {path}"))
     if array.ndim != 3:
         raise UserError(
@@ -42,7 +42,7 @@ def resampled(path: Path, header: TextHeader, spacing: float) -> Volume:
         for a, b in itertools.pairwise(poses)
     ]
     measured = np.zeros(shape, bool)
-    # In the plane too, a pixel is as many samples as it takes to leave no hole.
+    # Within the plane too, each pixel gives as many samples as needed to leave no hole.
     size = max(np.linalg.norm(poses[0][:3, 0]), np.linalg.norm(poses[0][:3, 1]))
     factor = max(int(np.ceil(2 * size / spacing)), 1)
     along, down = ((np.arange(n * factor) + 0.5) / factor - 0.5 for n in (columns, rows))
@@ -122,7 +122,7 @@ def _poses(
         kept.append(k)
         poses.append(matrix @ pixels_to)
     if lost:
-        notes.append(f"{lost} of {count} frames have no valid pose, and are left out")
+        notes.append(f"{lost} of {count} frames have no valid pose and are left out")
     if len(kept) < 2:
         raise UserError(f"{path} has {len(kept)} frames with a valid pose: at least 2 are needed")
     return kept, poses
@@ -149,7 +149,7 @@ def _apart(first: np.ndarray, second: np.ndarray, size: tuple[int, int]) -> floa
 def _grid(
     path: Path, poses: list[np.ndarray], size: tuple[int, int], spacing: float
 ) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int]]:
-    """Directions of the volume's axes (3, 3), one a column, the smallest place along each, and its shape."""
+    """Directions of the volume's axes (3, 3), one per column, the smallest place along each, and its shape."""
     across, down = (
         np.mean([pose[:3, axis] / np.linalg.norm(pose[:3, axis]) for pose in poses], axis=0)
         for axis in (0, 1)

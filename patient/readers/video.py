@@ -1,4 +1,4 @@
-"""Videos, decoded by ffmpeg in a process of its own."""
+"""Videos, decoded by ffmpeg in a separate process."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from utils.errors import UserError
 from utils.images import check_pixels
 
 _MAX_VIDEO = 4 << 30
-"""Bytes of decoded frames: a quarter of an hour of ultrasound; a film would fill the memory."""
+"""Most bytes of decoded frames: a quarter of an hour of ultrasound; a film would fill the memory."""
 _MAX_SMALL = 256 << 20
-"""The same of a file under 1 MB."""
+"""The same for a file under 1 MB."""
 
 
 def read(path: Path, choice: Choice) -> Volume:
-    """The frames of a video, 8-bit, at their times; grey where no pixel has colour."""
+    """The frames of a video, 8-bit, at their times; grey if no pixel has colour."""
     with quiet_libraries():
         frames, times = decode(path, str(path))
     notes: list[str] = []
@@ -37,7 +37,7 @@ def read(path: Path, choice: Choice) -> Volume:
 
 
 def decode(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Frames (frame, row, column[, 3]) uint8, none doubled or dropped, and their seconds where the file has them."""
+    """Frames (frame, row, column[, 3]) uint8, none doubled or dropped, and their times (s) if the file has them."""
     check_path_is_text(path, "ffmpeg")
     ffmpeg = optional("imageio_ffmpeg", "imageio-ffmpeg", f"reading {name}")
     limit = _MAX_SMALL if path.stat().st_size < 1 << 20 else _MAX_VIDEO
@@ -51,7 +51,7 @@ def decode(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None]:
             if len(frames) * len(data) > limit:
                 decoder.close()
                 raise UserError(
-                    f"{name} is longer than {len(frames) - 1} frames of {width} x {height}, which is what fits: cut out"
+                    f"{name} is longer than the {len(frames) - 1} frames of {width} x {height} that fit: cut out"
                     " the part that you need (ffmpeg -ss START -t SECONDS -i ...)"
                 )
     except (OSError, RuntimeError, KeyError, ValueError, IndexError) as error:
@@ -62,7 +62,7 @@ def decode(path: Path, name: str) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def _times(ffmpeg: str, path: Path, count: int) -> np.ndarray | None:
-    """Seconds of each decoded frame; None where they do not increase, or not all frames have one."""
+    """Time of each decoded frame in seconds; None if they do not increase, or a frame has none."""
     command = [ffmpeg, "-v", "error", "-i", os.fspath(path), "-map", "0:v:0", "-fps_mode", "passthrough"]
     done = subprocess.run([*command, "-f", "framecrc", "-"], capture_output=True, text=True, errors="replace")
     base = re.search(r"^#tb 0: (\d+)/(\d+)", done.stdout, re.M)

@@ -1,6 +1,6 @@
 """DICOM: series of slices, files of many frames, and videos; segmentations are in `patient.readers.dicom.segments`.
 
-Tags are read here and by name (pydicom), so that no place, spacing or scale is a library's default.
+Tags are read by name (pydicom), so that no place, spacing or scale is a library's default.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def read_file(path: Path, choice: Choice) -> Volume:
 
 
 def read_folder(path: Path, choice: Choice) -> Volume:
-    """One series of a folder, or of the folders in it where none lies in the folder itself."""
+    """One series of a folder, or of its subfolders if the folder itself holds none."""
     files = find(path, deep=False) or find(path, deep=True)
     with quiet_libraries():
         return _read(path, files, choice)
@@ -60,7 +60,7 @@ def _not_an_image(header: Header) -> UserError:
         return UserError(
             f"{header.path} is {SEGMENTATIONS[header.kind]}, not an image: give it as the label, -l"
         )
-    return UserError(f"{header.path} is of DICOM's kind {name}, and has no image in it")
+    return UserError(f"{header.path} is of DICOM kind {name}, and holds no image")
 
 
 def _refuse_mosaic(header: Header) -> None:
@@ -83,7 +83,7 @@ def _read(path: Path, files: list[Path], choice: Choice) -> Volume:
         for header in headers
         if header.kind in SEGMENTATIONS
     ]
-    notes = [f"left out, because there is no image in it: {listed(left_out)}"] if left_out else []
+    notes = [f"left out, because they hold no image: {listed(left_out)}"] if left_out else []
     found: dict[str, list[Header]] = defaultdict(list)
     for header in images:
         found[header.series].append(header)
@@ -98,7 +98,7 @@ def _read(path: Path, files: list[Path], choice: Choice) -> Volume:
 
 
 def _without_copies(headers: list[Header], notes: list[str]) -> list[Header]:
-    """Files of which another has the same instance UID and the same pixels are dropped, with a count."""
+    """Drop files that have the instance UID and pixels of another, with a note of how many."""
     kept: dict[str, Header] = {}
     others, dropped = [], 0
     for header in headers:
@@ -165,8 +165,8 @@ def _volume(path: Path, headers: list[Header], choice: Choice, notes: list[str])
 def _cine(
     header: Header, frames: list[Frame], notes: list[str]
 ) -> tuple[list[Frame], np.ndarray | None, Sizes | None]:
-    """Frames of a file that have no place: in their order, and at their times where those are uneven."""
-    notes.append("its frames do not say where they lie in the patient: they are taken in their order")
+    """Frames of a file that have no place: in file order, and at their times if those are uneven."""
+    notes.append("its frames do not say where they lie in the patient: they are taken in file order")
     times, depths = frame_times(header), None
     if times is not None and not is_even(times):
         depths = times / float(np.median(np.diff(times)))
@@ -230,11 +230,11 @@ def _with_pixels(
         bits = max(bits, 8 if stored.dtype.itemsize == 1 or high - low < 256 else 16)
         lossy |= header.text("LossyImageCompression") == "01" or pixels.is_video(header)
     if len({part.shape[2:] for part in parts}) > 1:
-        raise UserError(f"{path} mixes grey and colour slices: they have to be of one kind")
+        raise UserError(f"{path} mixes grey and colour slices: they must be of one kind")
     if turned:
-        notes.append("MONOCHROME1, which shows small numbers white: black and white are turned")
+        notes.append("MONOCHROME1, which shows small numbers white: black and white are swapped")
     if pixels.has_modality_lut(first):
-        notes.append("its modality LUT is not applied: numbers are as stored")
+        notes.append("its modality LUT is not applied: values are as stored")
     if first.text("DoseUnits"):
         notes.append(f"numbers are dose in {first.text('DoseUnits').capitalize()}, scaled by DoseGridScaling")
     values = np.stack(parts)
@@ -257,7 +257,7 @@ def _with_pixels(
 
 
 def _series(found: dict[str, list[Header]]) -> str:
-    """Every series with the number of its slices and what it says of itself."""
+    """Every series with its number of files and its description."""
     lines = []
     for uid, headers in found.items():
         about = " ".join(filter(None, (headers[0].text("Modality"), headers[0].text("SeriesDescription"))))

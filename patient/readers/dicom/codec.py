@@ -1,7 +1,7 @@
-"""Compressed pixels, decoded in a process of its own: codecs in C++ end the process over a damaged stream.
+"""Compressed pixels, decoded in a separate process: codecs in C++ may crash on a damaged stream.
 
-This file is that process's program too. It reads one path per line, as JSON, and answers with a line of JSON and,
-where it decoded, the array's bytes.
+This file is also the program of that process. It reads one path per line, as JSON, and answers with a line of JSON
+and, on success, the array's bytes.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ class Decoder:
             line = b""
         if not line:
             self._process.wait()
-            raise RuntimeError("its compressed pixels are none")
+            raise RuntimeError("its compressed pixels cannot be decoded")
         answer = json.loads(line)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         array = np.empty(answer["shape"], answer["dtype"])
         if stdout.readinto(array.reshape(-1).view(np.uint8)) != array.nbytes:  # type: ignore[attr-defined]
-            raise RuntimeError("its compressed pixels are none")
+            raise RuntimeError("its compressed pixels cannot be decoded")
         return array
 
 
@@ -69,7 +69,7 @@ def _answer(path: str, out: IO[bytes]) -> None:
 
 def main() -> None:
     out = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # keep what libraries print out of the answers
     for line in sys.stdin.buffer:
         _answer(json.loads(line), out)
 

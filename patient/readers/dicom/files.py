@@ -1,4 +1,4 @@
-"""DICOM files: found, their headers read, and what kind of object each is."""
+"""DICOM files: finding them, reading their headers, and what kind of object each is."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _WHOLE = 32 << 20  # bytes up to which a file is read at once
 
 @dataclass(frozen=True)
 class Header:
-    """One DICOM file without its pixels, the tags that decide converted."""
+    """One DICOM file without its pixels, with the deciding tags converted."""
 
     path: Path
     dataset: Any
@@ -52,7 +52,7 @@ class Header:
 
 
 def numbers(dataset: Any, keyword: str, count: int | None = None) -> np.ndarray | None:
-    """The finite values of a tag, or None where it is absent, empty, no numbers, or not `count` of them."""
+    """The finite values of a tag, or None if it is absent, empty, not numeric, or not `count` values."""
     try:
         value = dataset.get(keyword)
         if value is None or (isinstance(value, (str, bytes)) and not str(value).strip()):
@@ -66,7 +66,7 @@ def numbers(dataset: Any, keyword: str, count: int | None = None) -> np.ndarray 
 
 
 def text(dataset: Any, keyword: str) -> str:
-    """A tag in words; empty where it is absent or damaged."""
+    """A tag as text; empty if it is absent or damaged."""
     try:
         value = dataset.get(keyword)
     except Exception:  # as above
@@ -80,7 +80,7 @@ def number(dataset: Any, keyword: str) -> float | None:
 
 
 def items(dataset: Any, keyword: str) -> list[Any]:
-    """The items of a sequence, none where it is absent."""
+    """The items of a sequence; none if it is absent."""
     try:
         return list(dataset.get(keyword) or [])
     except Exception:
@@ -102,7 +102,7 @@ def load(path: Path) -> Any:
 def read_header(path: Path) -> Header:
     """The header of one file. Raises UserError that says what else it is."""
     pydicom = pydicom_for(path)
-    with damage(path, "is no DICOM file, or its header is damaged"):
+    with damage(path, "is not a DICOM file, or its header is damaged"):
         dataset = load(path)
         meta = getattr(dataset, "file_meta", None)
         kind = str(dataset.get("SOPClassUID") or (meta.get("MediaStorageSOPClassUID") if meta else "") or "")
@@ -111,12 +111,12 @@ def read_header(path: Path) -> Header:
         for word in ("PixelData", "FloatPixelData", "DoubleFloatPixelData"):
             if word in dataset:
                 has_pixels = True
-                del dataset[word]  # they are read again when they are needed
+                del dataset[word]  # read again when needed
         rows, columns = number(dataset, "Rows"), number(dataset, "Columns")
         frames = number(dataset, "NumberOfFrames")
         series, instance = (str(dataset.get(f"{what}InstanceUID") or "") for what in ("Series", "SOP"))
     if not len(dataset) or not (kind or (has_pixels and rows)):
-        raise UserError(f"{path} is no DICOM file, or its header is damaged: it names no kind of object")
+        raise UserError(f"{path} is not a DICOM file, or its header is damaged: it names no kind of object")
     return Header(
         path,
         dataset,
@@ -144,7 +144,7 @@ def is_dicom(file: Path) -> bool:
             start = stream.read(132)
     except OSError:
         return False
-    # Part 10 has DICM behind 128 bytes; older files begin with a tag of group 2 or 8, and its VR or a short length.
+    # Part 10 has DICM after 128 bytes; older files begin with a tag of group 2 or 8, and its VR or a short length.
     if start[128:] == b"DICM":
         return True
     plain = start[:2] in (b"\x08\x00", b"\x02\x00") and start[3:4] == b"\x00"
@@ -161,7 +161,7 @@ def _files(folder: Path, deep: bool) -> Iterator[Path]:
 
 
 def read_headers(path: Path, files: Iterable[Path]) -> tuple[list[Header], list[str]]:
-    """The headers of images, and words on files that hold none. Raises UserError where none is an image."""
+    """The headers of images, and descriptions of the files without one. Raises UserError where none is an image."""
     headers: list[Header] = []
     left_out: list[str] = []
     for file in files:
@@ -178,7 +178,7 @@ def read_headers(path: Path, files: Iterable[Path]) -> tuple[list[Header], list[
 
 
 def pixel_spacing(dataset: Any) -> tuple[tuple[float, float], str] | None:
-    """Millimetres between columns and between rows, and the tag that says so; None where none does."""
+    """Millimetres between columns and between rows, and the tag that says so; None if none does."""
     for keyword in ("PixelSpacing", "ImagerPixelSpacing", "NominalScannedPixelSpacing"):
         found = numbers(dataset, keyword, 2)
         if found is not None and (found > 0).all():

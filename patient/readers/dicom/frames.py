@@ -1,4 +1,4 @@
-"""Frames of DICOM files: where each one lies, how its numbers are scaled, and what tells it from others."""
+"""Frames of DICOM files: where each lies, how its values are scaled, and what distinguishes it from others."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Frame:
     scale: tuple[float, float] = (1.0, 0.0)
     """Slope and intercept."""
     keys: dict[str, float | str] = field(default_factory=dict)
-    """What may tell it from another image of the same place: acquisition, echo, time, and other."""
+    """What may distinguish it from another image of the same place: acquisition, echo, time, and more."""
     number: float | None = None
     """Instance number of its file, or its number in the stack."""
     location: float | None = None
@@ -56,13 +56,13 @@ class Frame:
 
 
 def frames_of(header: Header, notes: list[str]) -> list[Frame]:
-    """Every frame of a file; what is unusual is noted."""
+    """Every frame of a file; anything unusual is noted."""
     with damage(header.path):
         per_frame = items(header.dataset, "PerFrameFunctionalGroupsSequence")
         count = header.size[2]
         if per_frame and len(per_frame) < count:
             notes.append(
-                f"{header.path.name} describes {len(per_frame)} of its {count} frames: the description is left aside"
+                f"{header.path.name} describes {len(per_frame)} of its {count} frames: the description is ignored"
             )
             per_frame = []
         if per_frame:
@@ -76,7 +76,7 @@ def frames_of(header: Header, notes: list[str]) -> list[Frame]:
 
 
 def _unit(cosines: np.ndarray | None) -> np.ndarray | None:
-    """Six direction cosines as (3, 2) unit vectors; None where they are no two directions at a right angle."""
+    """Six direction cosines as (3, 2) unit vectors; None if they are not two directions at a right angle."""
     if cosines is None:
         return None
     steps = cosines.reshape(2, 3).T
@@ -100,7 +100,7 @@ def _dose(header: Header) -> tuple[float, float] | None:
 
 
 def _time(told: str) -> float | str:
-    """A DICOM time, HHMMSS.F, as seconds; a word where it is none."""
+    """A DICOM time, HHMMSS.F, as seconds; the text itself if it is none."""
     whole, _, part = told.partition(".")
     if len(whole) == 6 and whole.isdecimal():
         return int(whole[:2]) * 3600 + int(whole[2:4]) * 60 + int(whole[4:]) + float(f"0.{part or 0}")
@@ -108,7 +108,7 @@ def _time(told: str) -> float | str:
 
 
 def _keys(header: Header) -> dict[str, float | str]:
-    """What tells images of one place apart, as far as a single-frame file says it."""
+    """What distinguishes images of one place, as far as a single-frame file says."""
     keys: dict[str, float | str] = {}
     for name, keywords in (
         ("acquisition", ("AcquisitionNumber",)),
@@ -281,7 +281,7 @@ def _of_vectors(header: Header, notes: list[str]) -> list[Frame]:
 
 
 def frame_times(header: Header) -> np.ndarray | None:
-    """Milliseconds of each frame of a cine from the first one, where it says them; None otherwise."""
+    """Milliseconds from the first frame of a cine to each, if the file gives them; else None."""
     count = header.size[2]
     steps = header.numbers("FrameTimeVector", count)
     if steps is not None and count > 1 and (steps[1:] > 0).all():

@@ -1,4 +1,4 @@
-"""Pixels of DICOM files: decoded, and turned from stored numbers into what they measure."""
+"""Pixels of DICOM files: decoded, and converted from stored numbers to measured values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from patient.readers.dicom.files import Header, items, load, pydicom_for
 from utils.errors import UserError
 from utils.images import check_pixels
 
-_MPEG = "1.2.840.10008.1.2.4.10"  # and a digit: MPEG-2, MPEG-4 and HEVC inside DICOM
+_MPEG = "1.2.840.10008.1.2.4.10"  # followed by a digit: MPEG-2, MPEG-4 and HEVC inside DICOM
 
 
 def is_video(header: Header) -> bool:
@@ -66,12 +66,12 @@ def decode(header: Header) -> np.ndarray:
 
 
 def _samples_stored(header: Header, samples: int) -> float:
-    """Numbers that a pixel takes in the file: of colours at half the width, two."""
+    """Numbers per pixel in the file; two for 4:2:2 colours."""
     return 2 if header.text("PhotometricInterpretation").endswith("422") else samples
 
 
 def _decompress(header: Header, syntax: str) -> np.ndarray:
-    """Compressed pixels by pydicom's decoders, of which some have to be installed."""
+    """Compressed pixels by pydicom's decoders, some of which must be installed."""
     try:
         return decoder.decode(str(header.path.resolve()))
     except RuntimeError as error:
@@ -113,7 +113,7 @@ def has_modality_lut(header: Header) -> bool:
 
 
 def turn_monochrome1(stored: np.ndarray, header: Header) -> np.ndarray:
-    """Values of which small ones show white, as ones of which small ones show black."""
+    """Invert MONOCHROME1 values, whose small ones show white, so that small ones show black."""
     low, high = stored_range(header)
     if stored.dtype.kind == "f":
         return stored.max() + stored.min() - stored
@@ -121,13 +121,13 @@ def turn_monochrome1(stored: np.ndarray, header: Header) -> np.ndarray:
 
 
 def padding(stored: np.ndarray, header: Header) -> np.ndarray | None:
-    """Where stored values are padding (PixelPaddingValue, up to PixelPaddingRangeLimit), or None where none is."""
+    """Where stored values are padding (PixelPaddingValue, up to PixelPaddingRangeLimit), or None if none is."""
     value = header.number("PixelPaddingValue")
     if value is None or stored.ndim != 3 or stored.dtype.kind == "f":
         return None
     limit = header.number("PixelPaddingRangeLimit")
     ends = [value, value if limit is None else limit]
-    if header.number("PixelRepresentation"):  # written as unsigned by some, for what is signed
+    if header.number("PixelRepresentation"):  # some write signed values as unsigned
         bits = int(header.number("BitsAllocated") or 16)
         ends = [end - (1 << bits) if end >= 1 << (bits - 1) else end for end in ends]
     padded = (stored >= min(ends)) & (stored <= max(ends))
@@ -135,7 +135,7 @@ def padding(stored: np.ndarray, header: Header) -> np.ndarray | None:
 
 
 def rescaled(stored: np.ndarray, scales: list[tuple[float, float]], header: Header) -> np.ndarray:
-    """Frames times their slope plus their intercept, in the smallest type of numbers that holds what they can be.
+    """Frames times their slope plus their intercept, in the smallest number type that holds the result.
 
     stored: (frame, row, column). scales: slope and intercept of each frame.
     """

@@ -16,7 +16,7 @@ from patient.volumes import Choice, Sizes
 from utils.errors import UserError
 
 _SAME = 1e-3  # direction cosines of parallel slices agree to this; headers write 6 digits
-_TILT = 0.1  # degrees off the slices' normal, under which rounding explains it
+_TILT = 0.1  # degrees off the slices' normal, below which rounding explains it
 _OPTIONS = {"acquisition": "--acquisition", "echo": "--echo", "time": "--time"}
 _TELL_APART = (  # beyond the options, in the order in which volumes at one place are sorted
     "echo time",
@@ -38,9 +38,9 @@ _TELL_APART = (  # beyond the options, in the order in which volumes at one plac
 def one_volume(
     path: Path, frames: list[Frame], choice: Choice, notes: list[str]
 ) -> tuple[list[Frame], int | None]:
-    """The frames of the volume that `choice` names, and its index where the series is 4-D.
+    """The frames of the volume that `choice` names, and its index if the series is 4-D.
 
-    Raises UserError that lists the acquisitions, echoes, times or volumes where several are left.
+    Raises UserError that lists the acquisitions, echoes, times or volumes if several are left.
     """
     frames = _number_echoes(frames)
     for key, option in _OPTIONS.items():
@@ -70,7 +70,7 @@ def _plural(key: str) -> str:
 
 
 def _number_echoes(frames: list[Frame]) -> list[Frame]:
-    """Echoes without numbers are numbered from 1 by their echo time, where that tells images of one place apart."""
+    """Number echoes without numbers from 1 by echo time, if that distinguishes images of one place."""
     times = sorted({frame.keys["echo time"] for frame in frames if "echo time" in frame.keys}, key=float)
     numbers = {frame.keys.get("echo") for frame in frames}
     if len(times) < 2 or len(numbers) > 1:
@@ -82,7 +82,7 @@ def _number_echoes(frames: list[Frame]) -> list[Frame]:
 
 
 def _groups(frames: Sequence[Frame], key: str) -> dict[float, list[Frame]]:
-    """Frames by the value of a key, in its order; none unless all have it."""
+    """Frames by the value of a key, in increasing order; empty unless all have it."""
     groups: dict[float, list[Frame]] = defaultdict(list)
     for frame in frames:
         value = frame.keys.get(key)
@@ -97,7 +97,7 @@ def _counts(groups: dict[float, list[Frame]]) -> str:
 
 
 def _are_volumes(groups: dict[float, list[Frame]]) -> bool:
-    """Whether groups of frames are volumes each, and not parts that make one: end to end and evenly spaced."""
+    """Whether each group of frames is a volume, not a part of one: parts lie end to end, evenly spaced."""
     if all(len(of) == 1 for of in groups.values()):
         places = _heights([of[0] for of in groups.values()])
         return places is not None and len(np.unique(np.round(places, 3))) < len(places)
@@ -133,7 +133,7 @@ def _nth(path: Path, groups: dict[float, list[Frame]], index: int) -> tuple[list
 
 
 def _told_apart(path: Path, frames: list[Frame], choice: Choice) -> tuple[list[Frame], int | None]:
-    """Of several frames at each place, those of one volume: the volumes are sorted by what tells them apart."""
+    """Of several frames at each place, those of one volume; volumes are sorted by what distinguishes them."""
     if not all(frame.placed for frame in frames):
         return frames, None
     places: dict[tuple[float, ...], list[Frame]] = defaultdict(list)
@@ -146,7 +146,7 @@ def _told_apart(path: Path, frames: list[Frame], choice: Choice) -> tuple[list[F
     if len(counts) > 1:
         most, least = max(counts), min(counts)
         raise UserError(
-            f"{path} has {least} to {most} images at a place: its volumes are incomplete, or several are mixed; put"
+            f"{path} has {least} to {most} images per place: its volumes are incomplete, or several are mixed; put"
             " the files of one into a folder"
         )
     count = counts.pop()
@@ -181,13 +181,13 @@ def _told_apart(path: Path, frames: list[Frame], choice: Choice) -> tuple[list[F
 
 
 def in_order(path: Path, frames: list[Frame], notes: list[str]) -> list[Frame]:
-    """Frames that no place orders: by slice location, else by distinct instance numbers. Raises UserError."""
+    """Frames without places, ordered by slice location, else by distinct instance numbers. Raises UserError."""
     lacking = [frame for frame in frames if not frame.placed]
     if lacking and len(lacking) < len(frames):
         what = "position" if lacking[0].position is None else "orientation"
         raise UserError(
             f"{path}: no {what} in the patient for {listed(frame.name for frame in lacking)}, but for the other"
-            f" {len(frames) - len(lacking)}: take what has none out"
+            f" {len(frames) - len(lacking)}: remove those without"
         )
     locations = [frame.location for frame in frames]
     if None not in locations and len(set(locations)) == len(frames):
@@ -227,9 +227,9 @@ def place_by_location(
 def place(
     path: Path, frames: list[Frame], notes: list[str]
 ) -> tuple[list[Frame], np.ndarray | None, np.ndarray | None, Sizes | None]:
-    """Frames in the order of their normal, affine, depths where they are uneven, and sizes without an affine.
+    """Frames in order along their normal, the affine, depths if they are uneven, and sizes without an affine.
 
-    What is unusual is noted.
+    Anything unusual is noted.
     """
     steps = np.array(frames[0].orientation)
     scaled = steps if frames[0].spacing is None else steps * frames[0].spacing
@@ -263,21 +263,21 @@ def place(
     astray = np.linalg.norm(positions - positions[0] - np.outer(heights - heights[0], line), axis=1)
     if astray.max() > 0.1 * np.linalg.norm(scaled, axis=0).min():
         raise UserError(
-            f"{path}: {frames[int(astray.argmax())].name} lies {astray.max():.3g} mm beside the line of the others:"
+            f"{path}: {frames[int(astray.argmax())].name} lies {astray.max():.3g} mm off the line of the others:"
             " slices of a volume are stacked along one direction"
         )
     tilt = float(np.degrees(np.arccos(min(1.0, 1 / np.linalg.norm(line)))))
     if tilt > _TILT:
         notes.append(
-            f"gantry tilt of {tilt:.1f} degrees: slices are shifted against each other, and the affine is sheared as"
-            " they are; nothing is resampled"
+            f"gantry tilt of {tilt:.1f} degrees: slices are shifted against each other, and the affine is sheared"
+            " accordingly; nothing is resampled"
         )
     if len({frame.header.path for frame in frames}) == len(frames):
         numbers = sorted(frame.number for frame in frames if frame.number is not None)
         missing = (
             sorted(set(range(int(numbers[0]), int(numbers[-1]) + 1)) - set(numbers)) if _few(numbers) else []
         )
-        # Every second number of an even stack, say, is how some archives count.
+        # Some archives number evenly spaced slices by twos, say.
         if missing and len(np.unique(np.diff(numbers))) > 1 and not is_even(heights):
             notes.append(missing_words(map(str, missing), "instance number"))
     depths, step = _depths(heights, [frame.name for frame in frames], notes)
@@ -292,14 +292,14 @@ def _few(numbers: Sequence[float]) -> bool:
 
 
 def _depths(heights: np.ndarray, names: list[str], notes: list[str]) -> tuple[np.ndarray | None, float]:
-    """Depths in steps of the increasing heights, None where they are even, and the step; gaps are noted."""
+    """Depths in steps of the increasing heights, None if they are even, and the step; gaps are noted."""
     gaps = np.diff(heights)
     even = is_even(heights)
     step = float(gaps.mean() if even else np.median(gaps))
     if even:
         return None, step
     absent = np.rint(gaps / step).astype(int) - 1
-    places = [f"{absent[k]} behind {names[k]}" for k in np.flatnonzero(absent)]
+    places = [f"{absent[k]} after {names[k]}" for k in np.flatnonzero(absent)]
     if places and np.abs(gaps / step - absent - 1).max() < 0.05:
         count = int(absent.sum())
         what = f"{count} slice{'s are' if count > 1 else ' is'} missing ({listed(places)})"

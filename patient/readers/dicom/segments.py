@@ -19,11 +19,11 @@ from patient.volumes import Volume
 from utils.errors import UserError
 
 LABEL_MAP = "1.2.840.10008.5.1.4.1.1.66.7"
-_MOST = 65535  # the largest number of a segment
+_MOST = 65535  # the largest segment number
 
 
 def read(header: Header, reference: Volume | None) -> Segments:
-    """The segments of a SEG file, on the reference's slices where it lies on them, else on its own even grid."""
+    """The segments of a SEG file, on the reference's slices if it lies on them, else on its own even grid."""
     path = header.path
     notes: list[str] = []
     named = _named(header)
@@ -32,7 +32,7 @@ def read(header: Header, reference: Volume | None) -> Segments:
     with damage(path):
         stored = pixels.decode(header)
     if stored.ndim != 3:
-        raise UserError(f"{path} holds colours: a segmentation has one number for each pixel")
+        raise UserError(f"{path} holds colours: a segmentation has one number per pixel")
     if header.kind == LABEL_MAP or header.text("SegmentationType") == "LABELMAP":
         present = np.unique(stored)
         parts = [
@@ -94,7 +94,7 @@ def _colour(item: Any) -> tuple[int, int, int] | None:
 
 
 def _referenced(header: Header) -> set[str]:
-    """Instance UIDs of the images that a segmentation was made of."""
+    """Instance UIDs of the images that a segmentation was made from."""
     found = set()
     for series in items(header.dataset, "ReferencedSeriesSequence"):
         for keyword in ("ReferencedInstanceSequence", "ReferencedImageSequence"):
@@ -103,18 +103,18 @@ def _referenced(header: Header) -> set[str]:
 
 
 def check_reference(header: Header, reference: Volume | None, referenced: set[str], notes: list[str]) -> None:
-    """Refuse a segmentation of another frame of reference than its image; note one that was made of other images."""
+    """Refuse a segmentation in another frame of reference than its image; note one made from other images."""
     if reference is None or not reference.instances:
         return
     theirs, ours = header.text("FrameOfReferenceUID"), reference.frame_of_reference
     same_images = bool(referenced & set(reference.instances))
     if theirs and ours and theirs != ours and not same_images:
         raise UserError(
-            f"{header.path} was made of other images than {reference.name}, in another frame of reference: nothing says"
-            " where it lies on them"
+            f"{header.path} was made from other images than {reference.name}, in another frame of reference: it is"
+            " unknown where it lies on them"
         )
     if referenced and not same_images:
-        notes.append(f"it was made of other images than {reference.name}, in the same frame of reference")
+        notes.append(f"it was made from other images than {reference.name}, in the same frame of reference")
 
 
 class _Grid:
@@ -143,7 +143,9 @@ class _Grid:
         if any(
             np.abs(np.array(f.orientation) - orientation).max() > 1e-3 or f.spacing != spacing for f in frames
         ):
-            raise UserError(f"{path}: its frames differ in orientation or pixel size: they make no volume")
+            raise UserError(
+                f"{path}: its frames differ in orientation or pixel size: they do not form a volume"
+            )
         if reference is not None and reference.affine is not None:
             slots = _on_slices_of(reference, frames, (columns, rows))
             if slots is not None:
@@ -173,14 +175,14 @@ class _Grid:
         steps = np.column_stack((orientation * spacing, normal * step))
         affine = from_lps(steps, first.position, path)  # type: ignore[arg-type]
         slots = {f.index: int(np.rint((h - levels[0]) / step)) for f, h in zip(frames, heights, strict=True)}
-        # A slice of nothing at either end: what lies beyond the first and the last frame is outside.
+        # An empty slice at each end: beyond the first and the last frame is outside.
         affine[:3, 3] -= affine[:3, 2]
         count = int(np.rint(places[-1])) + 3
         return cls((columns, rows, count), affine, None, {index: slot + 1 for index, slot in slots.items()})
 
     @classmethod
     def _by_instance(cls, path: Path, frames: list[Frame], reference: Volume | None) -> _Grid:
-        """Frames without places, which name the image that each was made of."""
+        """Frames without places, which each name the image that they were made from."""
         where = {uid: k for k, uid in enumerate(reference.instances)} if reference is not None else {}
         slots = {}
         for frame in frames:
@@ -215,13 +217,13 @@ def _between_slices(frame: Frame) -> float | None:
 
 
 def _distinct(heights: np.ndarray) -> np.ndarray:
-    """Increasing heights, those within a thousandth of a millimetre as one."""
+    """Increasing heights, merging those within a thousandth of a millimetre."""
     levels = np.sort(heights)
     return levels[np.concatenate(([True], np.diff(levels) > 1e-3))]
 
 
 def _on_slices_of(reference: Volume, frames: list[Frame], size: tuple[int, int]) -> dict[int, int] | None:
-    """The reference's slice of each frame, where every frame lies pixel for pixel on one; else None."""
+    """The reference's slice of each frame, if every frame lies pixel for pixel on one; else None."""
     assert reference.affine is not None
     if reference.values.shape[:2] != size:
         return None

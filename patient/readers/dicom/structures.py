@@ -1,8 +1,8 @@
 """DICOM structure sets (RTSTRUCT): closed contours as masks on the slices of their image.
 
-The rule: a pixel is inside a structure where its centre lies inside an odd number of the structure's contours on that
-slice. An inner contour is a hole, then, and so is the inner loop of one contour that goes in and out by the same way. A
-contour belongs to the nearest slice within half a gap of it.
+The rule: a pixel is inside a structure if its centre lies inside an odd number of the structure's contours on that
+slice. So an inner contour is a hole, and so is the inner loop of a keyhole contour. A contour belongs to the nearest
+slice within half a gap.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SAME_PLANE = 0.01  # of a slice
 
 
 def read(header: Header, reference: Volume | None) -> Segments:
-    """The structures of a set on the grid of `reference`, which has to know its place."""
+    """The structures of a set on the grid of `reference`, which must have an affine."""
     path = header.path
     if reference is None or reference.affine is None:
         raise UserError(
