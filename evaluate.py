@@ -126,8 +126,10 @@ def parser() -> argparse.ArgumentParser:
         ("meshes", "Chamfer, ASD, Hausdorff and HD95 of surfaces, in mm"),
     ):
         kind = kinds.add_parser(what, help=text, description=text)
-        kind.add_argument("prediction", metavar="PRED", help="what is scored: a case, or a folder of cases")
-        kind.add_argument("reference", metavar="REF", help="what is right: a case, or a folder of cases")
+        kind.add_argument(
+            "prediction", metavar="PRED", help="prediction to score: a case, or a folder of cases"
+        )
+        kind.add_argument("reference", metavar="REF", help="reference: a case, or a folder of cases")
         if what != "meshes":
             kind.add_argument(
                 "--keep_every",
