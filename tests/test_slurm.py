@@ -56,7 +56,11 @@ def test_a_cancelled_job_resumes_and_a_broken_case_is_named(tmp_path, cluster):
     table = write_table(tmp_path / "in")  # a, b (broken), c
     table.write_text(table.read_text().replace("--train.iterations 5", ""))
     out = tmp_path / "out"
-    words = ["--cases", table, "-o", out, *OPTIONS, "--jobs", 3, "--profile", PROFILE]
+    profile = tmp_path / "profile"
+    profile.mkdir()
+    quick = "slurm-init-seconds-before-status-checks: 2\nseconds-between-status-checks: 2\n"  # not 40 and 10
+    (profile / "config.yaml").write_text(quick + (PROFILE / "config.yaml").read_text())
+    words = ["--cases", table, "-o", out, *OPTIONS, "--jobs", 3, "--profile", profile]
     line = [sys.executable, str(ROOT / "medgs.py"), *map(str, words)]
     with (tmp_path / "first.log").open("wb") as log:
         first = subprocess.Popen(line, env=cluster, stdout=log, stderr=log)
