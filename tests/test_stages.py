@@ -48,5 +48,5 @@ def test_one_watch_at_a_time():
     def watch(name):
         yield
 
-    with watched(watch), pytest.raises(RuntimeError, match="watched already"), watched(watch):
+    with watched(watch), pytest.raises(RuntimeError, match="already being watched"), watched(watch):
         pass
