@@ -16,7 +16,7 @@ from test_medgs import ROOT, command, steps, write_table
 
 PROFILE = ROOT / "workflow" / "profiles" / "slurm"
 OPTIONS = ["--preset", "published", "--device", "cpu", "--keep_every", 2]
-OPTIONS += ["--train.iterations", 300, "--train.num_pts", 200]
+OPTIONS += ["--train.iterations", 1000, "--train.num_pts", 200]
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_a_cancelled_job_resumes_and_a_broken_case_is_named(tmp_path, cluster):
     assert ran.returncode == 0, ran.stderr
     for name in "ac":
         queued, direct = (
-            torch.load(folder / name / "model" / "chkpnt300.pth", weights_only=True)[0]
+            torch.load(folder / name / "model" / "chkpnt1000.pth", weights_only=True)[0]
             for folder in (out, alone)
         )
         for key in ("_xyz", "_opacity", "_features_dc", "_w1", "m", "sigma"):
