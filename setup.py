@@ -11,19 +11,8 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = [
-    "utils",
-    "arguments",
-    "patient",
-    "pictures",
-    "in_between",
-    "scene",
-    "gaussian_renderer",
-    "training",
-    "viewer",
-    "cases",
-    "workflow",
-]
+NOT_PROGRAMS = {"benchmarks", "docs", "tests"}
+FOLDERS = [*sorted({path.parent.name for path in ROOT.glob("*/__init__.py")} - NOT_PROGRAMS), "workflow"]
 OPERATORS = (
     "submodules/diff-gaussian-rasterization/diff_gaussian_rasterization",
     "submodules/simple-knn/simple_knn",
