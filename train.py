@@ -60,10 +60,10 @@ def main() -> int:
         training.write_inputs(say)
         frames = training.tasks[0].frames
         say(f"output: {options.model_path}")
-        say(
-            f"frames: {len(frames)} of {frames.width} x {frames.height}, {frames.bits} bit, "
-            f"{'grey' if frames.channels == 1 else 'colour'}; on {training.model.device}"
-        )
+        what = f"{frames.bits} bit, {'grey' if frames.channels == 1 else 'colour'}"
+        if frames.labels is not None:
+            what = f"{len(frames.labels)} labels"
+        say(f"frames: {len(frames)} of {frames.width} x {frames.height}, {what}; on {training.model.device}")
         if training.heldout:
             say(f"held out: {max(map(len, training.heldout.values()))} frames")
         say(f"Gaussians: {len(training.model)}")

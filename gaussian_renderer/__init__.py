@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gaussian_renderer.oracle import LOW_PASS
 from scene.cameras import Camera
@@ -44,7 +45,8 @@ class Render:
 class Rendered:
     """What `render` returns."""
 
-    images: Tensor  # (R, C, H, W)
+    images: Tensor
+    """(R, C, H, W), C that of the head with the most channels; a head's own come first."""
     screen: Tensor | None
     """(heads, V, N, 2); its gradient is each head's dL/d(centre in px), for density control."""
     radii: Tensor  # (V, N) int32 px, 0 where not visible
@@ -76,8 +78,9 @@ def render(
 ) -> Rendered:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
-    background: (C,) in [0, 1]. All views share one fold and one blend; heads of one view share its binning. The heads
-    of ``screen`` are in the order of their first render. ``capacity`` and ``counted``: see ``blend``.
+    background: (C,) in [0, 1], behind the image head; nothing is behind a label map. All views share one fold and one
+    blend; heads of one view share its binning. The heads of ``screen`` are in the order of their first render.
+    ``capacity`` and ``counted``: see ``blend``.
 
     antialiasing: opacities are multiplied by `compensations`. They then differ from view to view, so each view has
     its own blend; ``capacity`` and ``counted`` belong to a single blend, and cannot be given.
@@ -120,7 +123,7 @@ def render(
                 *cut,
                 opacities,
                 colours,
-                background.expand(len(shown), -1),
+                _backgrounds(model, background, shown, colours.shape[2]),
                 [r.view for r in shown],
                 [heads.index(r.head) for r in shown],
                 [r.test for r in shown],
@@ -150,6 +153,16 @@ def render(
     return Rendered(torch.stack([drawn[place] for place in range(len(renders))]), screen, radii, active)
 
 
+def _backgrounds(
+    model: GaussianModel, background: Tensor, renders: Sequence[Render], channels: int
+) -> Tensor:
+    """(R, C), behind each render."""
+    if model.labels is None:
+        return background.expand(len(renders), -1)
+    behind = [model.background_of(r.head, background) for r in renders]
+    return torch.stack([pad(own, (0, channels - len(own))) for own in behind])
+
+
 def compensations(conics: Tensor) -> Tensor:
     """What opacities are multiplied by to make up for the low-pass filter, which widens a footprint so that small
     Gaussians cover more than they should: sqrt(max(2.5e-5, det(Cov) / det(Cov + 0.3 I))). (..., 3) -> (...) in (0, 1].
@@ -174,7 +187,7 @@ def render_frames(
     backend: str = "compiled",
     antialiasing: bool = False,
 ) -> Tensor:
-    """Images (V, C, H, W) in [0, 1] at ``positions``, seen from the front, without gradients."""
+    """Images (V, C, H, W) in [0, 1] at ``positions``, seen from the front, without gradients; C of the ``head``."""
     renders = [Render(v, head, test) for v in range(len(positions))]
     originals = [False] * len(positions)
     drawn = render(

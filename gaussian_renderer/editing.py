@@ -137,7 +137,7 @@ def draw(
 def subset(model: GaussianModel, chosen: Tensor) -> GaussianModel:
     """The model of the Gaussians ``chosen`` (N,) alone, in their order."""
     params = {name: value[chosen] for name, value in model.params.items()}
-    return GaussianModel(params, model.time_func, model.active_sh_degree)
+    return GaussianModel(params, model.time_func, model.active_sh_degree, model.labels)
 
 
 # ---- points ----------------------------------------------------------------------------------------------------------

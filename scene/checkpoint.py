@@ -3,6 +3,8 @@ that either program reads the other's files. What else an exact resume needs goe
 
 The file is `torch.save((state, n))`. Published programs read all keys of `state` except `medgs`, which is ours:
     channels      C of the model. Published colours have three; grey ones of ours are repeated for the file.
+    labels        id, name and colour of each label, where the last head shows a label map. Its colours are stored as
+                  they are, a channel per label; published programs have no such head.
     statistics    m_gradient_accum, m_denom
     moments       index -> exp_avg, exp_avg_sq of grey colours, exactly
     extras        what the run keeps beside: see `_EXTRAS`
@@ -16,7 +18,7 @@ import pickle
 import re
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,15 +27,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from patient.labels import LabelTable
 from scene import compact
-from scene.parameters import COLOURS, PARAMETERS, SEGMENTATION_HEAD
+from scene.parameters import COLOURS, IMAGE, PARAMETERS, SEGMENTATION, SEGMENTATION_HEAD
 from utils.errors import UserError
 from utils.files import atomic_write
 
-# Parameter -> key and shape in the file: colours have three channels there. N is the number of Gaussians.
+# Parameter -> key and shape in the file. N is the number of Gaussians.
 _PARAMS: dict[str, tuple[str, tuple[int | str, ...]]] = {
-    name: (parameter.key, ("N", *(3 if n in ("C", "S") else n for n in parameter.shape)))
-    for name, parameter in PARAMETERS.items()
+    name: (parameter.key, ("N", *parameter.shape)) for name, parameter in PARAMETERS.items()
 }
 _STATISTICS: dict[str, tuple[int | str, ...]] = {
     "max_radii2D": ("N",),
@@ -72,7 +74,7 @@ class Checkpoint:
     """The full state of a run, in an iteration before its update. Where ``extras`` has "trained", ``params`` and
     ``time_func`` are running averages, and ``optimizer`` belongs to what is trained.
 
-    params: raw values by name, float32, as in `scene.parameters`; C is 1 (grey) or 3.
+    params: raw values by name, float32, as in `scene.parameters`; C is 1 (grey) or 3, or the number of labels.
     time_func: (K,) durations of the frames, or (K - 1, 1) logits of learned ones (DFF).
     spatial_lr_scale: the scene extent E that xyz's rate is scaled by.
     statistics: max_radii2D (N,), xyz_gradient_accum, denom, m_gradient_accum, m_denom (N, 1), where kept.
@@ -89,6 +91,8 @@ class Checkpoint:
     statistics: dict[str, Tensor] = field(default_factory=dict)
     optimizer: dict[str, Any] | None = None
     extras: dict[str, Any] = field(default_factory=dict)
+    labels: LabelTable | None = None
+    """Of the label map that the last head shows, a channel for each."""
 
     def to(self, device: torch.device | str) -> Checkpoint:
         """The same checkpoint with params, time_func and statistics on ``device``."""
@@ -118,7 +122,7 @@ class Checkpoint:
 
     @property
     def channels(self) -> int:
-        """C: 1 for grey, 3 for colour."""
+        """C of the image head: 1 for grey, 3 for colour, one per label where it shows a label map."""
         return self.params["f_dc"].shape[2]
 
     @property
@@ -135,6 +139,9 @@ class Checkpoint:
 def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
     """Write `checkpoint` to `path` in the published format. The file is complete or not there."""
     params = checkpoint.params
+    in_threes = COLOURS - label_colours(
+        params, checkpoint.labels
+    )  # of which published files have three channels
     state: dict[str, Any] = {
         "version": 2,
         "active_sh_degree": int(checkpoint.active_sh_degree),
@@ -149,7 +156,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
         else:
             # Plain tensors would stay frozen in the published program.
             state[key] = _own(
-                _in_colour(params[name]) if name in COLOURS else params[name], as_parameter=True
+                _in_colour(params[name]) if name in in_threes else params[name], as_parameter=True
             )
 
     num_points, device = params["xyz"].shape[0], params["xyz"].device
@@ -162,7 +169,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     if optimizer is not None and checkpoint.channels == 1:
         for index, name in _indexed_params(optimizer):
             entry = optimizer["state"].get(index)
-            if entry and name in COLOURS:
+            if entry and name in in_threes:
                 moments[index] = {key: entry[key] for key in _MOMENTS}
                 # The loss averages over channels, so each of three equal ones gets a third of the gradient.
                 entry["exp_avg"] = _own(_in_colour(entry["exp_avg"] / 3))
@@ -170,6 +177,7 @@ def save_checkpoint(path: str | os.PathLike[str], checkpoint: Checkpoint) -> Non
     state["optimizer_state"] = optimizer
     state["medgs"] = {
         "channels": checkpoint.channels,
+        **({} if checkpoint.labels is None else {"labels": checkpoint.labels.to_json()}),
         "statistics": {k: _own(v) for k, v in checkpoint.statistics.items() if k in _OUR_STATISTICS},
         "moments": moments,
         "extras": _plain(checkpoint.extras),
@@ -188,6 +196,7 @@ def save_compact(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
         "active_sh_degree": checkpoint.active_sh_degree,
         "spatial_lr_scale": checkpoint.spatial_lr_scale,
         "time_func": checkpoint.time_func.detach().float().cpu().clone(),
+        "labels": None if checkpoint.labels is None else checkpoint.labels.to_json(),
         "extras": _plain({name: checkpoint.extras[name] for name in _KEPT if name in checkpoint.extras}),
         **compact.pack(checkpoint.params),
     }
@@ -206,6 +215,7 @@ def _read_compact(path: str | os.PathLike[str], state: dict[str, Any]) -> Checkp
             int(state["active_sh_degree"]),
             float(state["spatial_lr_scale"]),
             extras=dict(state["extras"]),
+            labels=None if state.get("labels") is None else LabelTable.from_json(state["labels"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path} is a damaged compact model ({error}): export it again") from error
@@ -280,15 +290,25 @@ def newest_readable(folder: Path, map_location: torch.device | str) -> tuple[Pat
     return None
 
 
-def as_grey(params: dict[str, Tensor]) -> dict[str, Tensor]:
-    """`params` with one colour channel where all three are equal in every colour, else as they are."""
-    colours = [params[name] for name in COLOURS if name in params]
+def as_grey(params: dict[str, Tensor], labels: LabelTable | None = None) -> dict[str, Tensor]:
+    """`params` with one colour channel where all three are equal in every colour, else as they are. Those of a head
+    that shows ``labels`` stay as they are in any case."""
+    threes = COLOURS - label_colours(params, labels)
+    colours = [params[name] for name in threes if name in params]
     if all(torch.equal(colour, colour[:, :, :1].expand_as(colour)) for colour in colours):
-        return {name: value[:, :, :1].clone() if name in COLOURS else value for name, value in params.items()}
+        return {name: value[:, :, :1].clone() if name in threes else value for name, value in params.items()}
     return params
 
 
 # ---- writing -----------------------------------------------------------------------------------------------
+
+
+def label_colours(params: Collection[str], labels: LabelTable | None) -> set[str]:
+    """The colours among ``params`` that have a channel per label: those of the last head."""
+    if labels is None:
+        return set()
+    head = SEGMENTATION if "opacity_seg" in params else IMAGE
+    return {name for name in COLOURS if PARAMETERS[name].head == head}
 
 
 def _in_colour(values: Tensor) -> Tensor:
@@ -398,11 +418,14 @@ class _Reader:
     def __init__(self, path: str | os.PathLike[str], state: dict[Any, Any]) -> None:
         self.path = path
         self.state = state
-        self.sizes: dict[str, int] = {}
+        self.sizes = {"C": 3, "S": 3}  # the latter becomes the number of labels, where there is a label head
 
     def checkpoint(self, iteration: int) -> Checkpoint:
         if self.value(self.state, "version", int) != 2:
             raise self.fault("version", f"is {self.state['version']}, not 2")
+        labels = self._labels()
+        if labels is not None:
+            self.sizes["S" if self._has_seg_head() else "C"] = len(labels)
         present = [name for name in _PARAMS if name not in SEGMENTATION_HEAD or self._has_seg_head()]
         params = {name: self.tensor(self.state, *_PARAMS[name]) for name in present}
         statistics = {
@@ -418,6 +441,7 @@ class _Reader:
             self.value(self.state, "active_sh_degree", int),
             float(self.value(self.state, "spatial_lr_scale", (int, float))),
             statistics,
+            labels=labels,
         )
         degree = checkpoint.sh_degree
         if (degree + 1) ** 2 - 1 != self.sizes["R"]:
@@ -480,6 +504,18 @@ class _Reader:
         values = [self.state.get(_PARAMS[name][0]) for name in SEGMENTATION_HEAD]
         return any(isinstance(value, Tensor) and value.ndim > 1 for value in values)
 
+    def _labels(self) -> LabelTable | None:
+        ours = self.state.get("medgs")
+        if not isinstance(ours, dict) or ours.get("labels") is None:
+            return None
+        try:
+            labels = LabelTable.from_json(self.value(ours, "labels", list))
+        except ValueError as error:
+            raise self.fault("labels", f"are no table of labels ({error})") from error
+        if len(labels) < 2:
+            raise self.fault("labels", f"are {len(labels)}, not two or more")
+        return labels
+
     def _time_func(self) -> Tensor:
         if self.value(self.state, "time_func", Tensor).ndim == 2:
             return self.tensor(self.state, "time_func", ("K - 1", 1))
@@ -519,10 +555,10 @@ class _Reader:
         for key in _OUR_STATISTICS.keys() & statistics.keys():
             checkpoint.statistics[key] = self.tensor(statistics, key, _OUR_STATISTICS[key], finite=False)
         channels = self.value(ours, "channels", int)
-        if channels not in (1, 3):
-            raise self.fault("channels", f"is {channels}, not 1 or 3")
         if channels == 1:
             self._take_grey(checkpoint, ours)
+        elif channels != checkpoint.channels:
+            raise self.fault("channels", f"is {channels}, not 1 or {checkpoint.channels}")
         checkpoint.extras = self._extras(checkpoint, self.value(ours, "extras", dict))
 
     def _extras(self, checkpoint: Checkpoint, extras: dict[Any, Any]) -> dict[str, Any]:
@@ -560,15 +596,15 @@ class _Reader:
 
     def _take_grey(self, checkpoint: Checkpoint, ours: dict[Any, Any]) -> None:
         """Grey colours have one channel; their moments are in `ours`, exactly."""
-        for name in COLOURS:
-            if name in checkpoint.params:
-                checkpoint.params[name] = checkpoint.params[name][:, :, :1].clone()
+        in_threes = COLOURS - label_colours(checkpoint.params, checkpoint.labels)
+        for name in in_threes & checkpoint.params.keys():
+            checkpoint.params[name] = checkpoint.params[name][:, :, :1].clone()
         if checkpoint.optimizer is None:
             return
         moments = self.value(ours, "moments", dict)
         for index, name in _indexed_params(checkpoint.optimizer):
             entry = checkpoint.optimizer["state"].get(index)
-            if entry and name in COLOURS:
+            if entry and name in in_threes:
                 exact = self.value(moments, index, dict)
                 shape = checkpoint.params[name].shape
                 entry.update({moment: self.tensor(exact, moment, tuple(shape)) for moment in _MOMENTS})

@@ -1,4 +1,7 @@
-"""The input: a sequence of 2-D frames of one size, read once and kept at the depth it was stored with."""
+"""The input: a sequence of 2-D frames of one size, read once and kept at the depth it was stored with.
+
+Frames are images, masks (one channel, 1 is inside), or label maps: then they are handed out with a channel per label.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from patient.labels import Meaning, read_segmentation
+from patient.label_channels import index_of_ids, one_hot
+from patient.labels import LabelTable, Meaning, read_segmentation
 from patient.stacks import case_geometry
 from utils.errors import UserError
 from utils.files import atomic_folder
@@ -36,6 +40,7 @@ class Frames:
     levels: (K, C, H, W), or (K, C + 1, H, W) with alpha last, where C is 1 for grey and 3 for colour. uint8
         levels are kept as they are, and floats in [0, 1] too. A uint16 level v is kept as the int16
         v - 32768: two bytes, in a type that every device and PyTorch version can index, unlike torch.uint16.
+        Of a label map (K, 1, H, W), indices of `labels`: uint8, or int16 where there are more than 255 labels.
     names, numbers: of the files, in order.
     """
 
@@ -47,6 +52,8 @@ class Frames:
     """Where frames are handed out; `levels.device` is where they are kept."""
     meaning: Meaning | None = None
     """Of masks, what their files' numbers mean; here inside is 1."""
+    labels: LabelTable | None = None
+    """Of a label map, which has two labels or more."""
 
     @classmethod
     def read(
@@ -67,7 +74,8 @@ class Frames:
         device: where frames are handed out. data_device: where they are kept (None: there too).
         say: called with each line that the user should see, such as a gap in the numbering.
         consecutive: whether numbers should be consecutive, so that a gap is worth a line.
-        masks: read them by the rule of `patient.labels`: one channel, 1 is inside; a soft mask keeps its levels.
+        masks: read them by the rule of `patient.labels`: one channel, 1 is inside; a soft mask keeps its levels. A
+            label map of two labels or more keeps them apart, with the names and colours of ``frames.json`` beside it.
         meaning: of masks, that of the sequence they were taken from.
 
         RGB frames that are all grey become one channel, and an alpha channel that is opaque throughout is dropped.
@@ -79,8 +87,9 @@ class Frames:
         planes: list[np.ndarray] = []
         alphas: list[np.ndarray | None] = []
         arrays: Iterable[np.ndarray] = map(read_image, files)
+        labels = None
         if masks:
-            arrays, meaning = _masks(files, meaning, say)
+            arrays, meaning, labels = _masks(files, meaning, say)
         for file, array in zip(files, arrays, strict=True):
             height, width = array.shape[:2]
             if not planes:
@@ -93,16 +102,21 @@ class Frames:
                     f"frames differ in size (width x height): {files[0]} is {first[1]} x {first[0]}, "
                     f"{file.name} is {width} x {height}; make them equal"
                 )
+            if labels is not None:
+                planes.append(_resize_labels(array, size)[None])
+                alphas.append(None)
+                continue
             colours, alpha = _resize(*_split(array), size)
             planes.append(colours)
             alphas.append(alpha)
 
         data_device = torch.device(device if data_device is None else data_device)
         device = torch.device(device)
-        levels = torch.from_numpy(_with_alpha(planes, alphas)).to(data_device)
+        stored = np.stack(planes) if labels is not None else _with_alpha(planes, alphas)
+        levels = torch.from_numpy(stored).to(data_device)
         has_alpha = any(alpha is not None for alpha in alphas)
         numbers = [frame_number(file) for file in files]
-        return cls(levels, [file.name for file in files], numbers, has_alpha, device, meaning)
+        return cls(levels, [file.name for file in files], numbers, has_alpha, device, meaning, labels)
 
     def __len__(self) -> int:
         return self.levels.shape[0]
@@ -119,8 +133,8 @@ class Frames:
 
     @property
     def channels(self) -> int:
-        """C: 1 for grey, 3 for colour; alpha does not count."""
-        return self.levels.shape[1] - self.has_alpha
+        """C: 1 for grey, 3 for colour, else one per label; alpha does not count."""
+        return self.levels.shape[1] - self.has_alpha if self.labels is None else len(self.labels)
 
     @property
     def height(self) -> int:
@@ -141,7 +155,7 @@ class Frames:
         mirrored: bool | Tensor = False,
         background: Tensor | None = None,
     ) -> Tensor:
-        """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`.
+        """Frames `indices` as floats in [0, 1], (B, C, H, W), on `device`; of a label map 0 and 1, made on request.
 
         indices, mirrored: as tensors (B,) and () on `device`, nothing waits for them where frames are kept there too.
         mirrored: flip them left-right, as the mirror camera sees them.
@@ -153,7 +167,9 @@ class Frames:
                 if not 0 <= k < len(self):  # a frame before the first is never the last one
                     raise IndexError(f"frame {k} of {len(self)}")
         frames = _send(self.levels[_send(indices, self.levels.device)], self.device)
-        if frames.dtype == torch.uint8:
+        if self.labels is not None:
+            frames = one_hot(frames, len(self.labels))
+        elif frames.dtype == torch.uint8:
             frames = frames.float() / 255
         elif frames.dtype == torch.int16:
             frames = (frames.float() + 32768) / 65535
@@ -194,24 +210,30 @@ def frame_files(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _masks(
     files: list[Path], known: Meaning | None, say: Callable[[str], object]
-) -> tuple[list[np.ndarray], Meaning]:
-    """Masks in full scale of their type: bytes 0 and 255, or soft ones as they are."""
+) -> tuple[list[np.ndarray], Meaning, LabelTable | None]:
+    """Masks in full scale of their type: bytes 0 and 255, or soft ones as they are. Of a label map of two labels or
+    more, indices and the labels."""
     geometry = case_geometry(files[0].parent)
-    labels = () if geometry is None or geometry.labels is None else geometry.labels.ids
-    found = read_segmentation(files, known, known=labels, ask=_ASK)
+    names = LabelTable() if geometry is None or geometry.labels is None else geometry.labels
+    found = read_segmentation(files, known, known=names.ids, ask=_ASK)
     meaning = found.meaning
     if known is None:
         for note in meaning.notes:
             say(note)
-        if meaning.kind == "labels" and len(meaning.ids) > 1:
-            say(f"{files[0].parent}: labels {', '.join(map(str, meaning.ids))} count as one mask")
+    labels = names.of({*names.ids, *meaning.ids}) if meaning.kind == "labels" else LabelTable()
+    if len(labels) > 1:
+        if known is None:
+            say(f"{files[0].parent}: {len(labels)} labels: {labels.words()}")
+        kind = np.uint8 if len(labels) <= 255 else np.int16
+        ids = (torch.from_numpy(meaning.numbers(frame)) for frame in found.frames)
+        return [index_of_ids(frame, labels).numpy().astype(kind) for frame in ids], meaning, labels
     full = (
         [np.uint8(255) * meaning.inside(frame) for frame in found.frames] if meaning.kind != "soft" else None
     )
     if full is None:
         kept = all(frame.dtype in _DTYPES and _full(frame.dtype) == meaning.scale for frame in found.frames)
         full = found.frames if kept else [meaning.shares(frame) for frame in found.frames]
-    return full, meaning
+    return full, meaning, None
 
 
 def write_mirror(
@@ -284,6 +306,19 @@ def _resize(
         return stored(values), None
     opacity = values[-1]
     return stored((values[:-1] / opacity.clamp(min=1e-6)).clamp(0, 1)), stored(opacity)
+
+
+def _resize_labels(index: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Indices (H, W) at another (height, width): each pixel gets the label that covers most of it."""
+    if index.shape == size:
+        return index
+    out, most = np.zeros(size, index.dtype), np.full(size, -np.inf, np.float32)
+    for number in np.unique(index):
+        share = torch.from_numpy((index == number).astype(np.float32))[None, None]
+        covered = interpolate(share, size, mode="bicubic", antialias=True)[0, 0].numpy()
+        out[covered > most] = number
+        most = np.maximum(most, covered)
+    return out
 
 
 def _full(dtype: np.dtype) -> int:

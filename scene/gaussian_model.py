@@ -1,4 +1,6 @@
-"""The model: N Folded-Gaussians, the times of the frames, and one or two appearance heads on the same geometry."""
+"""The model: N Folded-Gaussians, the times of the frames, and one or two appearance heads on the same geometry.
+
+A head shows an image (C = 1 or 3), a mask (as many channels), or a label map: K channels, one per label."""
 
 from __future__ import annotations
 
@@ -7,8 +9,10 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from arguments import ModelOptions
+from patient.labels import LabelTable
 from scene.cameras import Camera
 from scene.parameters import IMAGE, PARAMETERS, SEGMENTATION, head_parameters, sizes_of
 from utils.spherical_harmonics import C0, basis, from_colour
@@ -27,9 +31,16 @@ class GaussianModel:
     params: those of `scene.parameters`, in its order; those of the segmentation head where there is one. C is 1 for
         grey data and 3 for colour.
     time_func: (K,) frame durations, or (K - 1, 1) logits of learned ones, then a parameter (`--use_dff`).
+    labels: the labels, two or more, whose map the last head shows, a channel for each; None where it shows none.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], time_func: Tensor, active_sh_degree: int = 0) -> None:
+    def __init__(
+        self,
+        params: Mapping[str, Tensor],
+        time_func: Tensor,
+        active_sh_degree: int = 0,
+        labels: LabelTable | None = None,
+    ) -> None:
         sizes_of(params)  # raises ValueError where they do not fit together
         self.params = {
             name: nn.Parameter(params[name].detach().clone(memory_format=torch.contiguous_format))
@@ -38,6 +49,8 @@ class GaussianModel:
         }
         self.time_func = nn.Parameter(time_func.detach().clone(), requires_grad=time_func.ndim == 2)
         self.active_sh_degree = active_sh_degree
+        self.labels = labels
+        self._check_channels()
         k = self.num_frames
         self._earlier = torch.ones(k, k, dtype=time_func.dtype, device=time_func.device).tril(
             -1
@@ -53,12 +66,13 @@ class GaussianModel:
         generator: torch.Generator,
         device: torch.device | str = "cpu",
         durations: Sequence[float] | None = None,
+        labels: LabelTable | None = None,
     ) -> GaussianModel:
         """N = ``options.num_pts`` Gaussians, uniform over the plane and over time; drawn on the CPU, so that a seed
         means the same model everywhere.
 
         durations: (K,) of the frames, of sum 1; None where they are evenly spaced, 1 / K each. Learned times start
-        from them.
+        from them. labels: of a label map that the image head shows; each has the same share at first.
         """
         from simple_knn._C import distCUDA2
 
@@ -78,7 +92,9 @@ class GaussianModel:
         distances = distCUDA2(xyz).clamp_min(_MIN_SQUARED_DISTANCE)  # (N,)
         params = {
             "xyz": xyz,
-            "f_dc": torch.full((n, 1, channels), from_colour(_GREY)),
+            "f_dc": torch.full(
+                (n, 1, channels), from_colour(_GREY) if labels is None else _even_share(labels)
+            ),
             "f_rest": torch.zeros(n, rest, channels),
             "opacity": torch.full((n, 1), math.log(_OPACITY / (1 - _OPACITY))),
             "scaling": torch.log(torch.sqrt(distances))[:, None].repeat(1, 3),
@@ -94,7 +110,7 @@ class GaussianModel:
             gaps = time_func[:-1, None]
             time_func = torch.log(gaps / gaps.max())
         params = {name: value.to(device) for name, value in params.items()}
-        return cls(params, time_func.to(device))
+        return cls(params, time_func.to(device), labels=labels)
 
     def named_parameters(self) -> dict[str, Tensor]:
         """All that training changes, the frame times too."""
@@ -111,7 +127,16 @@ class GaussianModel:
 
     @property
     def channels(self) -> int:
-        return self.params["f_dc"].shape[2]
+        """Of the image head."""
+        return self.channels_of(IMAGE)
+
+    def channels_of(self, head: str) -> int:
+        return self.params[head_parameters(head).colour].shape[2]
+
+    @property
+    def label_head(self) -> str | None:
+        """The head that shows a label map."""
+        return None if self.labels is None else self.heads[-1]
 
     @property
     def num_frames(self) -> int:
@@ -134,10 +159,29 @@ class GaussianModel:
     def heads(self) -> tuple[str, ...]:
         return (IMAGE, SEGMENTATION) if head_parameters(SEGMENTATION).opacity in self.params else (IMAGE,)
 
-    def add_segmentation_head(self) -> None:
-        """Adds a second head, a copy of the image head."""
+    def add_segmentation_head(self, labels: LabelTable | None = None) -> None:
+        """Adds a second head, a copy of the image head. One for ``labels`` copies the opacity, and begins with the same
+        share of each label."""
         for source, name in zip(head_parameters(IMAGE), head_parameters(SEGMENTATION), strict=True):
-            self.params[name] = nn.Parameter(self.params[source].detach().clone())
+            value = self.params[source].detach().clone()
+            if labels is not None and PARAMETERS[name].is_colour:
+                fill = _even_share(labels) if name == head_parameters(SEGMENTATION).colour else 0.0
+                value = value.new_full((*value.shape[:2], len(labels)), fill)
+            self.params[name] = nn.Parameter(value)
+        self.labels = labels
+        self._check_channels()
+
+    def _check_channels(self) -> None:
+        """Raises ValueError unless a label head has a channel per label, and another as many as the image head."""
+        wanted = self.channels if self.labels is None else len(self.labels)
+        if self.channels_of(self.heads[-1]) != wanted:
+            raise ValueError(f"a head of {self.channels_of(self.heads[-1])} channels, not {wanted}")
+
+    def background_of(self, head: str, background: Tensor) -> Tensor:
+        """(C,) what is behind ``head``, given the image head's (C,): nothing is labelled behind a label map."""
+        if head != self.label_head:
+            return background
+        return background.new_zeros(self.channels_of(head))
 
     # ---- active values -----------------------------------------------------------------------------------------------
 
@@ -169,8 +213,9 @@ class GaussianModel:
         return _joined([self.params[head_parameters(head).opacity].flatten() for head in heads])
 
     def raw_colours(self, heads: Sequence[str], camera: Camera) -> Tensor:
-        """(heads, N, C): x of the colour max(0, C0 x + 0.5). The harmonics above degree 0 are seen from the camera in
-        the direction of the raw (x, 0, z)."""
+        """(heads, N, C): x of the colour max(0, C0 x + 0.5), with as many channels as the widest of the ``heads`` has;
+        the others' are filled with zeros. The harmonics above degree 0 are seen from the camera in the direction of
+        the raw (x, 0, z)."""
         if self.active_sh_degree == 0:
             return _joined([self.params[head_parameters(head).colour].flatten(1) for head in heads])
         x, _, z = self.params["xyz"].unbind(1)
@@ -196,4 +241,15 @@ class GaussianModel:
 
 
 def _joined(heads: list[Tensor]) -> Tensor:
-    return heads[0][None] if len(heads) == 1 else torch.stack(heads)
+    """Rows (N,) or (N, C) of several heads in one tensor."""
+    if len(heads) == 1:
+        return heads[0][None]
+    most = max(head.shape[-1] for head in heads)
+    return torch.stack(
+        [pad(head, (0, most - head.shape[-1])) if head.shape[-1] < most else head for head in heads]
+    )
+
+
+def _even_share(labels: LabelTable) -> float:
+    """Raw colour of a Gaussian that shows each label as much as the others and as the background."""
+    return from_colour(1 / (len(labels) + 1))

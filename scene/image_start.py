@@ -48,16 +48,18 @@ def image_start(
     """N = ``options.num_pts`` Gaussians at pixels drawn in proportion to the frames' gradient there plus a floor.
 
     sequences: the K frames, or the frames and their masks: then the model has a segmentation head, and contours
-        attract Gaussians too.
+        attract Gaussians too. Each may be a label map if it is the last one.
     background: (C,) in [0, 1], behind transparent frames. durations: (K,) of the frames, as in `GaussianModel.random`.
 
     Nothing moves (w1 = 0), colours are those of the pixels. All is drawn on the CPU, so that a seed means the same
     model everywhere.
     """
-    first, n, channels = sequences[0], options.num_pts, len(background)
-    model = GaussianModel.random(options, camera, len(first), channels, generator, device, durations)
+    first, n = sequences[0], options.num_pts
+    model = GaussianModel.random(
+        options, camera, len(first), len(background), generator, device, durations, first.labels
+    )
     if len(sequences) > 1:
-        model.add_segmentation_head()
+        model.add_segmentation_head(sequences[1].labels)
     heads = (IMAGE, SEGMENTATION)[: len(sequences)]
 
     interest = _interest(sequences, background)  # (K, H, W)
@@ -67,13 +69,13 @@ def image_start(
     drawn = share * ends[-1]
     frame = np.searchsorted(ends[:-1], drawn, side="right")  # (N,)
     pixel = np.empty(n, np.int64)
-    values = {head: torch.empty(n, channels) for head in heads}
+    values = {head: torch.empty(n, model.channels_of(head)) for head in heads}
     for k in range(len(first)):
         here = frame == k
         within = interest[k].ravel().cumsum(dtype=np.float64)
         pixel[here] = np.searchsorted(within, drawn[here] - (ends[k] - totals[k])).clip(0, len(within) - 1)
         for head, frames in zip(heads, sequences, strict=True):
-            image = _shown(frames, k, background).expand(channels, -1, -1)
+            image = _shown(frames, k, background).expand(model.channels_of(head), -1, -1)
             values[head][here] = image.flatten(1).T[pixel[here]]
 
     # Gaussians are drawn in index order, the first in front: the scan's order must not decide which one that is.
@@ -121,12 +123,23 @@ def _interest(sequences: Sequence[Frames], background: Tensor) -> np.ndarray:
     for frames, share in zip(sequences, (1.0, CONTOURS), strict=False):
         edges = np.empty_like(total)
         for k in range(len(frames)):
-            grey = _shown(frames, k, background).mean(0).numpy()
-            gaussian_gradient_magnitude(grey, EDGE_BLUR, output=edges[k], mode="nearest")
+            edges[k] = _edges(frames, k, background)
         mean = float(edges.mean(dtype=np.float64))
         if mean > 0:
             edges *= share / mean
             total += edges
+    return total
+
+
+def _edges(frames: Frames, k: int, background: Tensor) -> np.ndarray:
+    """Gradient of frame k, (H, W); of a label map the sum over the labels, so that all their contours count."""
+    if frames.labels is None:
+        grey = _shown(frames, k, background).mean(0).numpy()
+        return gaussian_gradient_magnitude(grey, EDGE_BLUR, mode="nearest")
+    index = frames.levels[k, 0].cpu().numpy()
+    total = np.zeros(index.shape, np.float32)
+    for number in np.unique(index[index > 0]):
+        total += gaussian_gradient_magnitude((index == number).astype(np.float32), EDGE_BLUR, mode="nearest")
     return total
 
 

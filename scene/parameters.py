@@ -21,7 +21,8 @@ class Parameter:
 
     name: in `GaussianModel.params`, and of its optimizer group.
     shape: of a row. Letters are sizes that parameters share: W = 2P coefficients of the path, R = (D + 1)^2 - 1
-        harmonics above degree 0, C channels of the image head's colours, S of the segmentation head's.
+        harmonics above degree 0, C channels of the image head's colours, S of the segmentation head's: as many for
+        a mask, one per label for a label map.
     key: in a published checkpoint.
     columns: in a point cloud: names, or the prefix of numbered ones.
     rate: the option with its learning rate, divided by the one named ``divisor``; None where `set_rates` schedules it.
@@ -79,7 +80,7 @@ PARAMETERS = {
 """By name, in the order of the published optimizer's groups."""
 
 GEOMETRY = tuple(name for name, parameter in PARAMETERS.items() if parameter.head is None)
-COLOURS = tuple(name for name, parameter in PARAMETERS.items() if parameter.is_colour)
+COLOURS = frozenset(name for name, parameter in PARAMETERS.items() if parameter.is_colour)
 
 SEGMENTATION_HEAD = ("opacity_seg", "f_dc_seg", "f_rest_seg")
 """The segmentation head in the order of its columns in a point cloud, and of its group where it is trained alone."""

@@ -4,10 +4,13 @@ Element `vertex`, float32, binary little endian: x y z nx ny nz f_dc_0..2 f_rest
 m_0 sigma_0 w1_0..w1_(2P-1). Where there is a segmentation head, its columns are ours: seg_opacity seg_f_dc_*
 seg_f_rest_*, last, and named so that the published reader, which looks for prefixes, passes over them. Element
 `time`: one row, time_func_0... Harmonics are stored channel by channel, as splat viewers read them.
+
+A head that shows a label map has one channel per label instead of three; a comment names each label, in order.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Mapping
@@ -17,8 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scene.checkpoint import as_grey
-from scene.parameters import PARAMETERS, SEGMENTATION_HEAD, Parameter
+from patient.labels import LabelTable
+from scene.checkpoint import as_grey, label_colours
+from scene.parameters import COLOURS, PARAMETERS, SEGMENTATION_HEAD, Parameter
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -26,15 +30,26 @@ from utils.files import atomic_write
 _ORDER = [*(name for name in PARAMETERS if name not in SEGMENTATION_HEAD), *SEGMENTATION_HEAD]
 _MAX_HEADER = 4 << 20  # bytes; a column for each of 50 thousand frames fits
 _LOGITS = "time_func holds logits of learned frame times"  # a comment that distinguishes (K - 1, 1) from (K,)
+_LABEL = "label "  # a comment per label begins so
 
 
-def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor], time_func: Tensor) -> None:
-    """Write the raw parameters (named and shaped as in `Checkpoint.params`) and `time_func` to `path`."""
+def write_point_cloud(
+    path: str | os.PathLike[str],
+    params: Mapping[str, Tensor],
+    time_func: Tensor,
+    labels: LabelTable | None = None,
+) -> None:
+    """Write the raw parameters (named and shaped as in `Checkpoint.params`) and `time_func` to `path`. labels: of the
+    label map that the last head shows."""
+    in_threes = COLOURS - label_colours(params, labels)
     values = {name: value.detach().float().cpu() for name, value in params.items()}
     columns: list[tuple[str, Tensor]] = []
     for name in _ORDER:
         if name in values:
-            flat = _flattened(values[name], PARAMETERS[name].is_colour)
+            colour = values[name]
+            if name in in_threes:
+                colour = colour.expand(-1, -1, 3)
+            flat = (colour.transpose(1, 2) if name in COLOURS else colour).flatten(1)  # all of red first
             columns += zip(PARAMETERS[name].column_names(flat.shape[1]), flat.unbind(1), strict=True)
         if name == "xyz":
             columns += ((normal, torch.zeros(len(values[name]))) for normal in ("nx", "ny", "nz"))
@@ -44,6 +59,7 @@ def write_point_cloud(path: str | os.PathLike[str], params: Mapping[str, Tensor]
         "ply",
         "format binary_little_endian 1.0",
         *([f"comment {_LOGITS}"] if time_func.ndim == 2 else []),
+        *(f"comment {_LABEL}{json.dumps(label)}" for label in (labels.to_json() if labels else [])),
         f"element vertex {len(columns[0][1])}",
         *(f"property float {name}" for name, _ in columns),
         "element time 1",
@@ -81,9 +97,15 @@ def read_point_cloud(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], T
     def numbered(prefix: str) -> int:
         return sum(re.fullmatch(rf"{prefix}_\d+", name) is not None for name in columns)
 
-    if numbered("f_rest") % 3:
-        raise UserError(f"{path} has {numbered('f_rest')} columns f_rest_*, not three for each harmonic")
-    sizes = {"C": 3, "S": 3, "R": numbered("f_rest") // 3, "W": numbered("w1")}
+    labels = _labels(path, comments)
+    with_head = "seg_opacity" in place
+    sizes = {"C": 3, "S": 3, "W": numbered("w1")}
+    if labels is not None:
+        sizes["S" if with_head else "C"] = len(labels)
+    if numbered("f_rest") % sizes["C"]:
+        each = "three" if sizes["C"] == 3 else str(sizes["C"])
+        raise UserError(f"{path} has {numbered('f_rest')} columns f_rest_*, not {each} for each harmonic")
+    sizes["R"] = numbered("f_rest") // sizes["C"]
 
     def taken(parameter: Parameter) -> Tensor:  # (N, ...)
         names = parameter.column_names(parameter.size(sizes))
@@ -92,12 +114,30 @@ def read_point_cloud(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], T
             raise UserError(f"{path} has no column {missing[0]}: it is not a point cloud of this method")
         values = torch.from_numpy(table[:, [place[name] for name in names]].astype(np.float32))
         if parameter.is_colour:
-            return values.view(num_points, 3, len(names) // 3).transpose(1, 2).contiguous()
+            channels = sizes[str(parameter.shape[-1])]
+            return values.view(num_points, channels, len(names) // channels).transpose(1, 2).contiguous()
         return values.view(num_points, *(sizes[n] if isinstance(n, str) else n for n in parameter.shape))
 
-    present = [name for name in _ORDER if name not in SEGMENTATION_HEAD or "seg_opacity" in place]
+    present = [name for name in _ORDER if name not in SEGMENTATION_HEAD or with_head]
     params = {name: taken(PARAMETERS[name]) for name in present}
-    return as_grey(params), durations[:, None] if _LOGITS in comments else durations
+    return as_grey(params, labels), durations[:, None] if _LOGITS in comments else durations
+
+
+def labels_of_point_cloud(path: str | os.PathLike[str]) -> LabelTable | None:
+    """The labels of the label map that the last head shows; None where it shows none. Raises `UserError`."""
+    try:
+        with open(path, "rb") as file:
+            return _labels(path, _read_header(path, file.read(_MAX_HEADER))[1])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _labels(path: str | os.PathLike[str], comments: list[str]) -> LabelTable | None:
+    told = [comment.removeprefix(_LABEL) for comment in comments if comment.startswith(_LABEL + "{")]
+    try:
+        return LabelTable.from_json([json.loads(label) for label in told]) if told else None
+    except ValueError as error:
+        raise UserError(f"{path} names labels that cannot be read: {error}") from error
 
 
 def write_points(path: str | os.PathLike[str], points: Tensor, colours: Tensor) -> None:
@@ -117,11 +157,6 @@ def write_points(path: str | os.PathLike[str], points: Tensor, colours: Tensor) 
     with atomic_write(path) as temporary, temporary.open("wb") as file:
         file.write(("\n".join([*header, "end_header"]) + "\n").encode("ascii"))
         table.tofile(file)
-
-
-def _flattened(values: Tensor, is_colour: bool) -> Tensor:
-    """(N, ...) -> (N, columns); colours (N, R, C) -> (N, 3R), all of red first, grey ones three times."""
-    return (values.expand(-1, -1, 3).transpose(1, 2) if is_colour else values).flatten(1)
 
 
 def _read_header(

@@ -45,7 +45,7 @@ class Trained:
                 f"--poly_degree {options.poly_degree}: {path} has degree {saved.poly_degree}; leave it out"
             )
         camera, bits = _camera(saved, path, options, say)
-        model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+        model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree, saved.labels)
         background = _background(saved, options).to(model.device)
         return cls(path, saved.iteration, model, camera, bits, background, _antialiasing(saved, options))
 

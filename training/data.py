@@ -31,8 +31,9 @@ class Data:
 
     @property
     def channels(self) -> int:
-        """The C that a model needs to show them all."""
-        return max(f.channels for f in (self.frames, self.masks) if f is not None)
+        """The C that a model's image head needs to show them all, except for label maps beside images."""
+        joint = self.masks is not None and self.masks.labels is None
+        return max(f.channels for f in (self.frames, self.masks if joint else None) if f is not None)
 
 
 def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], object]) -> Data:

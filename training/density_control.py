@@ -112,10 +112,15 @@ class DensityControl:
 
 
 def with_bound(
-    options: TrainOptions, saved: Checkpoint | None, device: torch.device, channels: int
+    options: TrainOptions,
+    saved: Checkpoint | None,
+    device: torch.device,
+    channels: int,
+    of_masks: int | None = None,
 ) -> TrainOptions:
     """``options`` with a bound on the number of Gaussians, where none is given: the checkpoint's, so that the run
-    goes on as it would have, else as many as the memory is likely to hold."""
+    goes on as it would have, else as many as the memory is likely to hold. channels: of the image head. of_masks: of
+    a segmentation head that has others."""
     before = saved.extras.get("options", {}).get("max_gaussians", 0) if saved else 0
     if options.max_gaussians or type(before) is not int:
         return options
@@ -123,7 +128,7 @@ def with_bound(
         return replace(options, max_gaussians=before)
     heads = (IMAGE, SEGMENTATION) if options.pipeline == "joint" or options.seg_head_only else (IMAGE,)
     harmonics = (options.sh_degree + 1) ** 2 - 1
-    sizes = {"C": channels, "S": channels, "R": harmonics, "W": 2 * options.poly_degree}
+    sizes = {"C": channels, "S": of_masks or channels, "R": harmonics, "W": 2 * options.poly_degree}
     raw = numbers_per_gaussian(sizes, heads)
     # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
     # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers

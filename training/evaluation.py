@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -98,7 +98,7 @@ def evaluate_heldout(objective: Objective, task: Task, test: HeldOut) -> Scores:
     scores = Scores()
     for index in _chunks(len(test)):
         images = _render(objective, task, [test.indices[k] for k in index])
-        targets = _targets(test, index, objective.background)
+        targets = _targets(task, test, index, objective.background)
         scores += Scores.of(quantised(images, test.frames.bits), targets)
     return scores
 
@@ -111,7 +111,7 @@ def evaluate_classical(task: Task, test: HeldOut, background: Tensor) -> dict[st
         predicted = test.classical(method, background)  # (M, c, H, W)
         out[method] = Scores()
         for index in _chunks(len(test)):
-            targets = _targets(test, index, background).cpu()
+            targets = _targets(task, test, index, background).cpu()
             images = torch.from_numpy(predicted[index]).expand_as(targets)
             out[method] += Scores.of(images, targets)
     return out
@@ -126,7 +126,7 @@ def quantised(images: Tensor, bits: int) -> Tensor:
 def _compare(objective: Objective, task: Task, test: HeldOut, scores: Scores) -> Comparison:
     method = CLASSICAL[task.name][0]
     places = montage_choice(scores.sizes if task.name == "seg" else [1] * len(test))
-    frames = _targets(test, places, objective.background).cpu()
+    frames = _targets(task, test, places, objective.background).cpu()
     return Comparison(
         places,
         frames,
@@ -137,9 +137,9 @@ def _compare(objective: Objective, task: Task, test: HeldOut, scores: Scores) ->
     )
 
 
-def _targets(test: HeldOut, indices: Sequence[int], background: Tensor) -> Tensor:
-    """Held-out frames ``indices`` (B, C, H, W) with the channels of the model."""
-    return test.frames(indices, background=background).expand(-1, len(background), -1, -1)
+def _targets(task: Task, test: HeldOut, indices: Sequence[int], background: Tensor) -> Tensor:
+    """Frames ``indices`` held out of ``task``, (B, C, H, W) with the channels of the model."""
+    return replace(task, frames=test.frames).targets(indices, background)
 
 
 def _render(objective: Objective, task: Task, positions: list[float]) -> Tensor:

@@ -46,6 +46,11 @@ class IterationResult:
         return named_losses(tasks, self.terms) | {"loss": self.loss}
 
 
+def _own(images: Tensor, channels: int) -> Tensor:
+    """A head's own channels of renders (B, C, H, W), where another head has more."""
+    return images if images.shape[1] == channels else images[:, :channels]
+
+
 def forward_backward(
     objective: Objective,
     views: Views,
@@ -73,7 +78,8 @@ def forward_backward(
         counted=counted,
         antialiasing=options.antialiasing,
     )
-    images = split(renders.images, [len(task) for task in requested])
+    shares = split(renders.images, [len(task) for task in requested])
+    images = [_own(share, model.channels_of(task.head)) for share, task in zip(shares, tasks, strict=True)]
     shown = [views.shown(task, objective.background) for task in tasks]
     with stage("loss"):
         terms = [

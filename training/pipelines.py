@@ -12,6 +12,7 @@ from torch import Tensor
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, Render, rasterizer
 from in_between.prediction import InBetween
+from patient.labels import LabelTable
 from scene.frames import Frames
 from scene.parameters import IMAGE, SEGMENTATION
 from utils import losses
@@ -36,6 +37,11 @@ class Task:
     between: Callable[[Tensor, Tensor], Tensor] | None = None
 
     @property
+    def labels(self) -> LabelTable | None:
+        """Of the label map that the frames are, if they are one."""
+        return self.frames.labels
+
+    @property
     def in_betweens(self) -> bool:
         """Are in-between frames rendered too, and compared with the expected ones (IBFR)?"""
         return bool(self.terms.get("ibfr") or self.terms.get("ibfr_ssim"))
@@ -46,8 +52,13 @@ class Task:
     def targets(
         self, indices: Sequence[int] | Tensor, background: Tensor, mirrored: bool | Tensor = False
     ) -> Tensor:
-        """Frames ``indices`` (B, C, H, W) with as many channels as ``background`` (C,): grey ones are repeated."""
-        return self.frames(indices, mirrored, background).expand(-1, len(background), -1, -1)
+        """Frames ``indices`` (B, C, H, W) with as many channels as ``background`` (C,), which grey ones repeat; of a
+        label map, a channel per label."""
+        frames = self.frames(indices, mirrored, background)
+        return frames.expand(-1, self._channels(background), -1, -1)
+
+    def _channels(self, background: Tensor) -> int:
+        return len(background) if self.labels is None else len(self.labels)
 
     def expected(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
         """What ``positions`` (B,) between frames should show (IBFR), (B, C, H, W): as published, the frames around each
@@ -58,7 +69,7 @@ class Task:
             first, second = self.targets(torch.cat([before, before + 1]), background, mirrored).chunk(2)
             return torch.lerp(first, second, alphas.view(-1, 1, 1, 1))
         images = self.between(before, alphas)
-        return torch.where(mirrored, images.flip(-1), images).expand(-1, len(background), -1, -1)
+        return torch.where(mirrored, images.flip(-1), images).expand(-1, self._channels(background), -1, -1)
 
 
 def tasks(
@@ -109,16 +120,17 @@ def loss_terms(
     """Each term of the task that applies at ``iteration``, unweighted."""
     ops = rasterizer(backend)
     at_frames, between = split(images, [len(targets), len(blends)])
+    difference = losses.l1 if task.labels is None else losses.label_l1
     if task.terms.get("ssim"):
         l1, ssim = ops.similarity(at_frames, targets)
         terms = {"l1": l1, "ssim": 1 - ssim}
     else:
-        terms = {"l1": losses.l1(at_frames, targets)}
+        terms = {"l1": difference(at_frames, targets)}
     if len(blends) and task.terms.get("ibfr_ssim"):
         terms["ibfr"], ssim = ops.similarity(between, blends)
         terms["ibfr_ssim"] = 1 - ssim
     elif len(blends):
-        terms["ibfr"] = losses.l1(between, blends)
+        terms["ibfr"] = difference(between, blends)
     if task.terms.get("sigma") and iteration < options.sigma_until_iter:
         low = options.sigma_low_views / num_views
         terms["sigma"] = ops.sigma_outside(raw_sigma, low, options.sigma_high)

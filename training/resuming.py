@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from arguments import AUTO, TrainOptions
+from patient.labels import LabelTable
 from scene.checkpoint import Checkpoint, all_of, load_checkpoint, newest_readable
 from scene.frames import Frames
 from utils.errors import UserError
@@ -79,9 +80,13 @@ def check_continues(options: TrainOptions, saved: Checkpoint, pixels: str) -> No
         )
 
 
-def check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None:
-    """Checks that the checkpoint's model was trained on these frames."""
+def check_fits(
+    options: TrainOptions, saved: Checkpoint, frames: Frames, labels: LabelTable | None = None
+) -> None:
+    """Checks that the checkpoint's model was trained on these frames. labels: of the label map, if that is what is to
+    be learned."""
     path = options.start_checkpoint
+    _check_heads(options, saved, labels)
     if saved.num_frames != len(frames):
         raise UserError(
             f"{path} was trained on {saved.num_frames} frames, {options.source_path} has {len(frames)}: "
@@ -102,8 +107,37 @@ def check_fits(options: TrainOptions, saved: Checkpoint, frames: Frames) -> None
         )
     if saved.extras.get("distance", options.distance) != options.distance:
         raise UserError(f"{path} was trained with --distance {saved.extras['distance']}: give it again")
-    if max(frames.channels, saved.channels) != saved.channels:
+    if frames.labels is None and max(frames.channels, saved.channels) != saved.channels:
         raise UserError(f"{path} is a grey model, and the frames of {options.source_path} are coloured")
+
+
+def _check_heads(options: TrainOptions, saved: Checkpoint, labels: LabelTable | None) -> None:
+    """Checks that the checkpoint's heads show what is to be learned: images, a mask, or these labels."""
+    path = options.start_checkpoint
+    if (
+        saved.labels is not None
+        and not saved.has_seg_head
+        and (options.pipeline != "seg" or options.seg_head_only)
+    ):
+        raise UserError(
+            f"{path} shows a label map ({saved.labels.words()}) and no images: continue it with --pipeline seg, or "
+            "start a new run"
+        )
+    if options.pipeline == "img":
+        return
+    if options.pipeline == "seg" and not options.seg_head_only:
+        there, shown = True, None if saved.has_seg_head else saved.labels
+    else:
+        there, shown = saved.has_seg_head, saved.labels
+    if there and (shown and shown.ids) != (labels and labels.ids):
+        raise UserError(
+            f"{path} shows {_words(shown)}, and the masks are {_words(labels)}: give the masks that it was trained on, "
+            "or start from a model of the images alone"
+        )
+
+
+def _words(labels: LabelTable | None) -> str:
+    return "one mask" if labels is None else f"{len(labels)} labels ({labels.words(4)})"
 
 
 def with_model_of(options: TrainOptions, saved: Checkpoint) -> TrainOptions:

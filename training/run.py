@@ -16,13 +16,14 @@ from torch import Tensor
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import rasterizer
 from patient.geometry import FILE_NAME, Geometry
+from patient.label_channels import colours_of
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, save_checkpoint
 from scene.frames import write_mirror
 from scene.gaussian_model import GaussianModel
 from scene.heldout import HeldOut
 from scene.image_start import image_start
-from scene.parameters import SEGMENTATION
+from scene.parameters import IMAGE, SEGMENTATION
 from scene.point_cloud import write_point_cloud, write_points
 from training.batches import Sampler, Views
 from training.data import check_batch, expected_between, read_data
@@ -86,31 +87,35 @@ class Training:
         todo = tasks(options, frames, data.masks)
         check_batch(options, todo)
         warn(options, any(task.in_betweens for task in todo), say)
+        labels = todo[-1].labels
         if saved is not None:
-            check_fits(options, saved, frames)
+            check_fits(options, saved, frames, labels)
         camera = Camera(frames.width, frames.height, options.distance)
         generator = torch.Generator().manual_seed(options.seed)
         channels = saved.channels if saved else data.channels
         background = torch.full((channels,), 1.0 if options.white_background else 0.0)
         if options.random_background:
             background = torch.rand(channels, generator=generator)
+        if labels is not None and todo[-1].head == IMAGE:
+            background = torch.zeros(channels)  # nothing is labelled behind a label map
 
-        options = with_bound(options, saved, device, channels)
+        options = with_bound(options, saved, device, channels, len(labels) if labels else None)
         if saved is None:
             durations = geometry.durations() if geometry else None
             if options.start == "frames":
                 sequences = [task.frames for task in todo]
                 model = image_start(options, camera, sequences, background, generator, device, durations)
             else:
+                of_images = labels if todo[-1].head == IMAGE else None
                 model = GaussianModel.random(
-                    options, camera, len(frames), channels, generator, device, durations
+                    options, camera, len(frames), channels, generator, device, durations, of_images
                 )
         else:
-            model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+            model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree, saved.labels)
             options = with_model_of(options, saved)
         needs_head = options.pipeline == "joint" or options.seg_head_only
         if needs_head and SEGMENTATION not in model.heads:
-            model.add_segmentation_head()
+            model.add_segmentation_head(labels)
         optimizer = make_optimizer(model, options, options.seg_head_only, rasterizer(options.rasterizer).Adam)
         training = cls(
             options,
@@ -168,7 +173,7 @@ class Training:
         if changed := changes(saved.extras.get("options", {}), as_saved(options)):
             say(f"options that changed since then: {', '.join(changed)}")
         if "trained" in saved.extras:
-            self.averaged = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree)
+            self.averaged = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree, saved.labels)
             with torch.no_grad():
                 for name, parameter in self.model.named_parameters().items():
                     parameter.copy_(saved.extras["trained"][name])
@@ -249,7 +254,7 @@ class Training:
             self.averaged = None
         elif self.averaged is None:
             self.averaged = GaussianModel(
-                self.model.params, self.model.time_func, self.model.active_sh_degree
+                self.model.params, self.model.time_func, self.model.active_sh_degree, self.model.labels
             )
         else:
             means, values = self.averaged.named_parameters(), self.model.named_parameters()
@@ -373,7 +378,12 @@ class Training:
         write_cfg_args(self.folder / "cfg_args", self.options)
         with atomic_write(self.folder / "cameras.json") as temporary:
             temporary.write_text(json.dumps(self.camera.entries(frames.names)), encoding="utf-8")
-        colours = to_colour(self.model.params["f_dc"].detach()[:, 0]).expand(-1, 3)
+        colours = to_colour(self.model.params["f_dc"].detach()[:, 0])  # (N, C)
+        if self.model.label_head == IMAGE:
+            assert self.model.labels is not None
+            colours = colours_of(colours.T[:, :, None], self.model.labels)[:, :, 0].T
+        else:
+            colours = colours.expand(-1, 3)
         write_points(self.folder / "input.ply", self.model.params["xyz"].detach(), colours)
         if self.geometry:
             self.geometry.save(self.folder / FILE_NAME)
@@ -381,7 +391,7 @@ class Training:
     def save_point_cloud(self) -> None:
         self.check_finite({})
         path = self.folder / "point_cloud" / f"iteration_{self.iteration}" / "point_cloud.ply"
-        write_point_cloud(path, self.shown.params, self.shown.time_func)
+        write_point_cloud(path, self.shown.params, self.shown.time_func, self.shown.labels)
 
     def save_checkpoint(self) -> None:
         """Writes ``chkpnt<iteration>.pth``; of older ones, ``options.keep_checkpoints`` - 1 are kept.
@@ -421,6 +431,7 @@ class Training:
             self.control.statistics,
             self.optimizer.state_dict(),
             extras,
+            self.model.labels,
         )
         save_checkpoint(self.folder / f"chkpnt{self.iteration}.pth", checkpoint)
         self._remove_older()

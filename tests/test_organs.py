@@ -1,0 +1,237 @@
+"""Several organs in one model: label maps in, a channel per label, and files that carry their ids and names."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sequences import (
+    assert_same_state,
+    blobs,
+    checkpoint,
+    masks,
+    refused,
+    threads,
+    train_at,
+    write,
+)
+
+from arguments import render_options
+from patient.label_channels import colours_of, ids_of, index_of, index_of_ids, one_hot, with_background
+from patient.labels import Label, LabelTable
+from scene.checkpoint import load_checkpoint, save_compact
+from scene.frames import Frames
+from scene.parameters import SEGMENTATION_HEAD
+from scene.point_cloud import labels_of_point_cloud, read_point_cloud
+from scene.trained import Trained
+from utils.losses import l1, label_l1
+
+IDS = (2, 7, 300)
+TABLE = LabelTable(
+    (Label(2, "core", (255, 0, 0)), Label(7, "rim", (0, 255, 0)), Label(300, "bed", (0, 0, 255)))
+)
+
+
+def label_maps() -> list[np.ndarray]:
+    """A core in a rim that drifts to the right above a bed that stays: 16-bit ids."""
+    out = []
+    for frame in blobs():
+        ids = np.zeros(frame.shape, np.uint16)
+        ids[frame > 60] = 7
+        ids[frame > 150] = 2
+        ids[-4:] = 300
+        out.append(ids)
+    return out
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    with threads(1):
+        yield
+
+
+@pytest.fixture(scope="module")
+def roots(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("organs")
+    for name, frames in (("img", blobs()), ("labels", label_maps()), ("mask", masks())):
+        write(folder / name, frames)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def joint(roots):
+    """A brief joint run, with a checkpoint midway."""
+    out = roots / "joint"
+    more = (
+        "--start",
+        "frames",
+        "--iterations",
+        130,
+        "--checkpoint_iterations",
+        70,
+        "--densify_from_iter",
+        50,
+    )
+    train_at(roots / "img", out, "--pipeline", "joint", "--seg_source_path", roots / "labels", *more)
+    return out
+
+
+# ---- channels --------------------------------------------------------------------------------------------------------
+
+
+def test_ids_become_channels_and_ids_again(roots):
+    frames = Frames.read(roots / "labels" / "original", masks=True, say=lambda _: None)
+    assert frames.labels.ids == IDS and frames.channels == 3 and frames.levels.dtype == torch.uint8
+    channels = frames([1, 3])
+    assert channels.shape == (2, 3, 20, 24) and set(channels.unique().tolist()) == {0.0, 1.0}
+    truth = np.stack([label_maps()[k] for k in (1, 3)])
+    assert np.array_equal(ids_of(channels, frames.labels).numpy(), truth)
+    mirrored = ids_of(frames([1], mirrored=True), frames.labels)[0].numpy()
+    assert np.array_equal(mirrored, truth[0][:, ::-1])
+
+
+def test_smaller_label_maps_hold_the_same_labels(roots):
+    small = Frames.read(roots / "labels" / "original", 2, masks=True, say=lambda _: None)
+    ids = ids_of(small([2]), small.labels)[0].numpy()
+    assert ids.shape == (10, 12) and set(np.unique(ids)) <= {0, *IDS}
+    truth = label_maps()[2]
+    solid = (truth.reshape(10, 2, 12, 2) == truth[::2, ::2][:, None, :, None]).all((1, 3))
+    agreeing = (ids == truth[::2, ::2])[solid].mean()
+    assert agreeing > 0.95  # bicubic weights reach past blocks of one label
+
+
+def test_more_labels_than_a_byte_counts():
+    index = torch.arange(300, dtype=torch.int16).view(1, 1, 15, 20)
+    channels = one_hot(index, 299)
+    assert torch.equal(index_of(channels)[0], index[0, 0].long())
+    table = LabelTable(tuple(Label.of(3 * k) for k in range(1, 300)))
+    assert torch.equal(ids_of(channels, table)[0], 3 * index[0, 0].int())
+    assert (
+        torch.equal(index_of_ids(3 * index, table), index.long())
+        and index_of_ids(torch.tensor([1, 898]), table).sum() == 0
+    )
+
+
+def test_the_largest_share_wins_and_the_rest_is_background():
+    channels = torch.tensor([[0.5, 0.49, 0.3, 0.4], [0.0, 0.0, 0.3, 0.35]]).view(2, 1, 4)
+    assert index_of(channels)[0].tolist() == [1, 0, 0, 1]
+    assert torch.allclose(with_background(channels)[0, 0], torch.tensor([0.5, 0.51, 0.4, 0.25]))
+    two = LabelTable(TABLE.labels[:2])
+    picture = colours_of(channels, two)
+    assert picture.shape == (3, 1, 4)
+    assert torch.allclose(picture[:, 0, 3], torch.tensor([0.4, 0.35, 0.0]), atol=1e-6)
+
+
+def test_the_loss_of_one_label_is_that_of_a_mask():
+    drawn, truth = torch.rand(2, 1, 5, 6), (torch.rand(2, 1, 5, 6) > 0.5).float()
+    assert torch.allclose(label_l1(drawn, truth), l1(drawn, truth))
+    exclusive = one_hot(torch.randint(0, 4, (2, 1, 5, 6)), 3)
+    assert label_l1(exclusive, exclusive) == 0
+    assert torch.allclose(label_l1(exclusive, 0 * exclusive), (exclusive.sum(1) > 0).float().mean())
+
+
+# ---- training and its files ------------------------------------------------------------------------------------------
+
+
+def test_a_joint_model_has_a_channel_per_label_and_its_files_name_them(joint):
+    saved = checkpoint(joint, 130)
+    assert saved.labels.ids == IDS and saved.channels == 1
+    assert saved.params["f_dc_seg"].shape[1:] == (1, 3) and saved.params["opacity_seg"].shape[1:] == (1,)
+    cloud = next(joint.glob("point_cloud/*/point_cloud.ply"))
+    params, _ = read_point_cloud(cloud)
+    assert labels_of_point_cloud(cloud) == saved.labels
+    assert all(torch.equal(value, saved.params[name]) for name, value in params.items())
+    save_compact(joint / "compact.pth", saved)
+    assert load_checkpoint(joint / "compact.pth").labels == saved.labels
+    trained = Trained.load(render_options(["-m", str(joint), "--device", "cpu"]), lambda _: None)
+    assert trained.model.labels == saved.labels and trained.model.label_head == "seg"
+
+
+def test_a_resumed_run_is_the_same_run(joint, roots):
+    out = roots / "resumed"
+    more = ("--start_checkpoint", joint / "chkpnt70.pth", "--iterations", 130, "--densify_from_iter", 50)
+    train_at(roots / "img", out, "--pipeline", "joint", "--seg_source_path", roots / "labels", *more)
+    assert_same_state(checkpoint(joint, 130), checkpoint(out, 130))
+
+
+@pytest.mark.parametrize("start", ["random", "frames"])
+def test_label_maps_alone(roots, start):
+    out = roots / f"alone_{start}"
+    train_at(roots / "labels", out, "--pipeline", "seg", "--iterations", 12, "--start", start)
+    saved = checkpoint(out, 12)
+    assert saved.labels.ids == IDS and saved.channels == 3 and not saved.has_seg_head
+    cloud = next(out.glob("point_cloud/*/point_cloud.ply"))
+    assert torch.equal(read_point_cloud(cloud)[0]["f_dc"], saved.params["f_dc"])
+
+
+def test_a_label_head_is_added_to_a_model_of_images(roots):
+    image = roots / "image"
+    train_at(roots / "img", image, "--iterations", 10)
+    out = roots / "head_only"
+    more = (
+        "--pipeline",
+        "seg",
+        "--seg_head_only",
+        "--start_checkpoint",
+        image / "chkpnt10.pth",
+        "--iterations",
+        20,
+    )
+    train_at(roots / "labels", out, *more)
+    before, after = checkpoint(image, 10), checkpoint(out, 20)
+    assert after.labels.ids == IDS and after.params["f_dc_seg"].shape[2] == 3
+    for name, value in before.params.items():
+        assert torch.equal(value, after.params[name])
+    assert any(after.params[name].std() > 0 for name in SEGMENTATION_HEAD)
+
+
+def test_heads_of_other_labels_are_refused(roots, joint, capsys):
+    model, seg = joint / "chkpnt130.pth", ("--pipeline", "joint", "--seg_source_path")
+    out = roots / "refused"
+    assert refused(roots / "img", out, *seg, roots / "mask", "--start_checkpoint", model) == 2
+    assert "shows 3 labels" in (text := capsys.readouterr().err) and "one mask" in text
+    head_only = ("--pipeline", "seg", "--seg_head_only", "--start_checkpoint", model)
+    assert refused(roots / "mask", out, *head_only) == 2
+    assert "3 labels" in capsys.readouterr().err
+    mask_model = roots / "mask_model"
+    train_at(roots / "img", mask_model, *seg, roots / "mask", "--iterations", 5)
+    assert (
+        refused(roots / "img", out, *seg, roots / "labels", "--start_checkpoint", mask_model / "chkpnt5.pth")
+        == 2
+    )
+    assert "shows one mask" in capsys.readouterr().err
+
+
+def test_names_and_colours_come_from_frames_json(roots, tmp_path):
+    from patient.geometry import FILE_NAME
+    from patient.stacks import case_geometry
+
+    write(tmp_path / "case" / "seg", label_maps())
+    geometry = _geometry()
+    geometry.save(tmp_path / "case" / FILE_NAME)
+    assert case_geometry(tmp_path / "case" / "seg" / "original").labels == TABLE
+    frames = Frames.read(tmp_path / "case" / "seg" / "original", masks=True, say=lambda _: None)
+    assert frames.labels == TABLE
+    assert json.loads((tmp_path / "case" / FILE_NAME).read_text())["labels"][0]["name"] == "core"
+
+
+def _geometry():
+    from patient.geometry import Geometry
+
+    affine = ((1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 3.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+    return Geometry(
+        axes=(0, 1, 2), flips=(False, False), size=(24, 20), affine=affine, slices=tuple(range(5)), slice_count=5,
+        positions=(0.0, 3.0, 6.0, 9.0, 12.0), window=(0.0, 255.0), bits=8, source="case.nii.gz", labels=TABLE,
+    )  # fmt: skip
+
+
+def test_one_label_is_a_mask_as_before(roots, tmp_path):
+    ones = [np.where(mask > 0, np.uint8(5), np.uint8(0)) for mask in masks()]
+    for name, frames in (("five", ones), ("mask", masks())):
+        write(tmp_path / name, frames)
+        train_at(tmp_path / name, tmp_path / f"{name}_out", "--pipeline", "seg", "--iterations", 8)
+    five, mask = (checkpoint(tmp_path / f"{name}_out", 8) for name in ("five", "mask"))
+    assert five.labels is None
+    assert_same_state(five, mask)
+    assert Image.open(tmp_path / "five" / "original" / "0000.png").getextrema()[1] == 5
