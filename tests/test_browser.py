@@ -206,7 +206,9 @@ def test_crosshair_mesh_and_volume_agree_in_millimetres(page, case, rendered):
     until(page, "Math.abs(medgs.view.data.header.t - 3.75) < 0.01")
     assert page.evaluate("medgs.view.cross") == pytest.approx([20, 15], abs=0.05)
     # The mesh encloses the mask: same centre, same extent, to a voxel.
-    points = np.array(page.evaluate("Array.from(medgs.volume().nv.meshes[0].pts)")).reshape(-1, 3)
+    points = np.array(
+        page.evaluate("Array.from(medgs.volume().nv.meshes.find(mesh => mesh.name.endsWith('ply')).pts)")
+    ).reshape(-1, 3)
     voxels = np.argwhere(np.asarray(mask.dataobj))
     inside = nibabel.affines.apply_affine(mask.affine, voxels)
     assert np.allclose(points.min(0), inside.min(0), atol=2.5) and np.allclose(
@@ -214,15 +216,37 @@ def test_crosshair_mesh_and_volume_agree_in_millimetres(page, case, rendered):
     )
 
 
+def test_the_slice_goes_through_the_mesh_in_3d(page):
+    """The slice in 3-D lies where the frame lies, in the colours of its pixels; on the planes it is left out."""
+    page.select_option("#mask", "none")
+    for t in (2.25, 5.5):
+        show(page, t)
+        points = np.array(page.evaluate("Array.from(medgs.volume().nv.meshes[0].pts)")).reshape(
+            HEIGHT, WIDTH, 3
+        )
+        for u, v in ((0, 0), (WIDTH - 1, 0), (0, HEIGHT - 1), (30, 9)):
+            assert np.allclose(points[v, u], oblique().to_patient(np.array([u, v, t], float)), atol=1e-3)
+        levels = np.array(page.evaluate("Array.from(medgs.volume().nv.meshes[0].rgba255)"))
+        assert np.array_equal(levels.reshape(HEIGHT, WIDTH, 4)[:, :, 0], drawn(page))
+    flat, solid = page.evaluate(
+        """() => { const nv = medgs.volume().nv, seen = [];
+          for (const layout of ['axial', 'solid']) {
+            document.querySelector(`[data-layout=${layout}]`).click(); nv.drawScene(); seen.push(nv.meshes[0].visible) }
+          document.querySelector('[data-layout=planes]').click(); return seen }"""
+    )
+    assert not flat and solid
+    page.select_option("#mask", "outline")
+
+
 def test_ten_rapid_moves_leave_no_queue(page, case, server, monkeypatch):
     show(page, 1.0)
-    plain = Case.draw
+    plain = Case.drawn
 
     def slow(self, positions):
         time.sleep(0.15)
         return plain(self, positions)
 
-    monkeypatch.setattr(Case, "draw", slow)
+    monkeypatch.setattr(Case, "drawn", slow)
     before = page.evaluate("fetch('/api/state').then(a => a.json())")
     start = time.monotonic()
     page.evaluate("() => { for (let k = 1; k <= 10; k++) { medgs.state.t = k * 0.5; medgs.ask() } }")
@@ -246,6 +270,22 @@ def test_comparisons_and_ellipses(page, case):
     assert np.allclose(other, frames.mean(0), atol=1e-6)
     page.check("#ellipses")
     until(page, "medgs.view.data.header.gaussians?.total === 400")
+    # By head: every Gaussian here is more opaque in the masks, so none is drawn in the images' blue.
+    colours = """() => { const c = document.getElementById('picture');
+      const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data; let orange = 0, green = 0;
+      for (let i = 0; i < d.length; i += 4) {
+        if (d[i] - d[i + 2] > 25) orange++;
+        if (d[i + 1] - d[i] > 40 && d[i + 1] - d[i + 2] > 20) green++;
+      } return [orange, green] }"""
+    page.select_option("#mask", "none")
+    seen = {}
+    for what in ("opacity", "sigma", "head"):
+        page.select_option("#colour", what)
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        seen[what] = page.evaluate(colours)
+    assert seen["opacity"][1] > 100 and seen["head"][1] == 0 and seen["head"][0] > 100
+    assert seen["sigma"] != seen["opacity"]
+    page.select_option("#colour", "opacity")
     page.uncheck("#ellipses")
     page.select_option("#against", "")
 
@@ -330,7 +370,7 @@ def test_pages_of_one_file_open_without_a_server(browser, case, tmp_path):
     expected = oblique().to_patient(np.array([10.0, 20.0, 4.0]))
     page.evaluate("mm => medgs.volume.goTo(mm)", expected.tolist())
     assert np.allclose(page.evaluate("medgs.volume.place()"), expected, atol=0.02)
-    assert page.evaluate("[medgs.volume.nv.volumes.length, medgs.volume.nv.meshes.length]") == [2, 1]
+    assert page.evaluate("[medgs.volume.nv.volumes.length, medgs.volume.nv.meshes.length]") == [2, 2]
     before = page.get_attribute("#slider img", "src")
     page.evaluate(
         """() => { const bar = document.querySelector('#slider input');

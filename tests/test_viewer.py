@@ -62,7 +62,8 @@ def test_a_picture_holds_what_was_asked_for(case):
     assert np.array_equal(arrays["other"], case.inputs.images(2)[0].numpy())
     mse = np.mean((arrays["image"] - arrays["other"]) ** 2)
     assert header["scores"]["psnr"] == pytest.approx(-10 * np.log10(mse), abs=1e-3)
-    assert arrays["ellipses"].shape == (50, 7) and header["gaussians"]["total"] == 400
+    assert arrays["ellipses"].shape == (50, 8) and header["gaussians"]["total"] == 400
+    assert 0 < header["active"] <= 400
     between, _ = unpacked(picture(case, 2.25, "", 0))
     assert between["scores"] is None and "gaussians" not in between
     hidden, arrays = unpacked(picture(case, 2.5, "heldout", 0))

@@ -168,9 +168,14 @@ class Case:
         """Columns and rows of a render."""
         return self.trained.camera.width, self.trained.camera.height
 
-    @torch.no_grad()
     def draw(self, positions: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
         """What render.py writes at ``positions``: images (V, C, H, W) in [0, 1], masks (V, H, W) in [0, 1]."""
+        images, masks, _ = self.drawn(positions)
+        return images, masks
+
+    @torch.no_grad()
+    def drawn(self, positions: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None, np.ndarray]:
+        """`draw`, and how many Gaussians are active at each of ``positions`` (V,)."""
         views = len(positions)
         outputs = [(IMAGE, ACTIVE)]
         if self.has_masks:
@@ -186,16 +191,18 @@ class Case:
                 trained.background,
                 self.options.rasterizer,
                 antialiasing=trained.antialiasing,
-            ).images.clamp_(0, 1)
-            values = drawn.cpu().unflatten(0, (len(outputs), views)).numpy()
-        return values[0], values[1].mean(1) if self.has_masks else None
+            )
+            active = (drawn.active & ACTIVE).count_nonzero(1).cpu().numpy()
+            values = drawn.images.clamp_(0, 1).cpu().unflatten(0, (len(outputs), views)).numpy()
+        return values[0], values[1].mean(1) if self.has_masks else None, active
 
     @torch.no_grad()
     def ellipses(self, position: float, most: int) -> dict[str, Any]:
         """The Gaussians that are active at ``position``, or ``most`` of them, evenly picked.
 
-        ``values`` is (n, 7) float32: centre u, v, half axes in px (one standard deviation), angle of the first from u
-        towards v, opacity, sigma. ``active`` is how many there are, ``total`` how many the model has.
+        ``values`` is (n, 8) float32: centre u, v, half axes in px (one standard deviation), angle of the first from u
+        towards v, opacity, sigma, opacity in the last head (masks, if there are any). ``active`` is how many there
+        are, ``total`` how many the model has.
         """
         with self._drawing:
             trained = self.trained
@@ -213,7 +220,7 @@ class Case:
                 camera.width,
                 camera.height,
             )
-            opacities = trained.model.opacities([IMAGE])[0]
+            opacities = trained.model.opacities([IMAGE, trained.model.heads[-1]])
             spreads = trained.model.spreads()
             (chosen,) = torch.nonzero(active[0] & ACTIVE, as_tuple=True)
             count = len(chosen)
@@ -227,8 +234,9 @@ class Case:
                 means[0, chosen],
                 sizes.flip(1).clamp_min(0).sqrt(),
                 torch.atan2(axes[:, 1, 1], axes[:, 0, 1])[:, None],
-                opacities.flatten()[chosen, None],
+                opacities[0].flatten()[chosen, None],
                 spreads.flatten()[chosen, None],
+                opacities[1].flatten()[chosen, None],
             ]
             values = torch.cat([column.float() for column in columns], 1).cpu().numpy()
         return {"values": values, "active": count, "total": len(trained.model)}

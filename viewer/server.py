@@ -263,10 +263,15 @@ def describe(case: Case) -> dict[str, Any]:
 def picture(case: Case, position: float, against: str, most_ellipses: int) -> bytes:
     """The render at ``position`` and whatever else was requested."""
     start = time.perf_counter()
-    images, masks = case.draw([position])
+    images, masks, active = case.drawn([position])
     drawn = time.perf_counter() - start
     arrays = {"image": images[0]}
-    header: dict[str, Any] = {"t": position, "iteration": case.trained.iteration, "ms": 1000 * drawn}
+    header: dict[str, Any] = {
+        "t": position,
+        "iteration": case.trained.iteration,
+        "ms": 1000 * drawn,
+        "active": int(active[0]),
+    }
     if masks is not None:
         arrays["mask"] = (masks[0] * np.float32(255)).round().astype(np.uint8)
     if against:

@@ -8,19 +8,27 @@ async function part(name) {
   return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
 }
 
-/* The canvas, buttons and sliders about it become three planes and 3-D of the parts image.nii, mask.nii and mesh.ply. */
+/* The canvas, buttons and sliders about it become three planes and 3-D of the parts image.nii, mask.nii and the meshes:
+   mesh.ply, or mesh_<id>.ply of each label. */
 async function mountParts(box, {labels, low, high}) {
   const trouble = box.querySelector(".waiting");
   try {
     const code = document.createElement("script");
     code.textContent = new TextDecoder().decode(await part("niivue.js"));
     document.head.append(code);
-    const [image, mask, mesh] = await Promise.all(["image.nii", "mask.nii", "mesh.ply"].map(part));
+    const [image, mask] = await Promise.all(["image.nii", "mask.nii"].map(part));
+    const found = [...document.querySelectorAll('[id^="part-mesh"]')].map(({id}) => id.slice("part-".length));
+    const meshes = await Promise.all(found.map(async (name) => ({id: Number(/_(\d+)/.exec(name)?.[1] ?? 1), buffer: await part(name)})));
     const place = box.querySelector(".place");
-    const moved = (mm) => (place.textContent = `R ${mm[0].toFixed(1)}  A ${mm[1].toFixed(1)}  S ${mm[2].toFixed(1)}`);
+    let volume = null;
+    const moved = (mm) => {
+      place.textContent = `R ${mm[0].toFixed(1)}  A ${mm[1].toFixed(1)}  S ${mm[2].toFixed(1)}`;
+      volume?.setSliceAt(mm);
+    };
     const dark = !document.documentElement.classList.contains("light");
-    const volume = await mountVolume(box.querySelector("canvas"), {image, mask, mesh, labels, moved, dark});
+    volume = await mountVolume(box.querySelector("canvas"), {image, mask, meshes, labels, moved, dark});
     volume.setWindow(low, high);
+    volume.setSliceAt(volume.place());
     trouble.hidden = true;
     for (const button of box.querySelectorAll("[data-layout]")) {
       button.addEventListener("click", () => {
@@ -31,7 +39,10 @@ async function mountParts(box, {labels, low, high}) {
     const opacity = box.querySelector(".opacity");
     opacity?.addEventListener("input", () => volume.setMask(Number(opacity.value)));
     const [level, width] = ["level", "width"].map((name) => box.querySelector(`.${name}`));
-    const rewindow = () => volume.setWindow(level.value - width.value / 2, Number(level.value) + width.value / 2);
+    const rewindow = () => {
+      volume.setWindow(level.value - width.value / 2, Number(level.value) + width.value / 2);
+      volume.setSliceAt(volume.place());
+    };
     for (const slider of [level, width]) slider.addEventListener("input", rewindow);
     window.medgs = {volume};
   } catch (error) {

@@ -9,6 +9,15 @@ export function viridis(share) {
   return VIRIDIS[below].map((low, c) => Math.round(low + (VIRIDIS[below + 1][c] - low) * (at - below)));
 }
 
+const bytesOf = (colour) => [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+
+/* From one head of the model to the other: blue by way of grey to orange. */
+export function between(share) {
+  const at = Math.min(Math.max(share, 0), 1), ends = [[86, 180, 233], [150, 150, 150], [230, 159, 0]];
+  const [from, to, part] = at < 0.5 ? [ends[0], ends[1], 2 * at] : [ends[1], ends[2], 2 * at - 1];
+  return from.map((low, c) => Math.round(low + (to[c] - low) * part));
+}
+
 /* A header and arrays, as the server packs them. */
 export function unpack(buffer) {
   const length = new DataView(buffer).getUint32(0, true);
@@ -79,7 +88,7 @@ export function outline(values, width, height) {
 /* RGBA of one colour where ``values`` are 0.5 and more. */
 function filled(values, width, height, colour) {
   const out = new Uint8ClampedArray(4 * width * height);
-  const rgb = [1, 3, 5].map((at) => parseInt(colour.slice(at, at + 2), 16));
+  const rgb = bytesOf(colour);
   for (let pixel = 0; pixel < width * height; pixel++) if (values[pixel] >= 0.5) out.set([...rgb, 255], 4 * pixel);
   return new ImageData(out, width, height);
 }
@@ -126,8 +135,8 @@ export class SliceView {
     if (!data) return;
     const [ours, theirs] = this.buffers.slice(0, 2).map((buffer) => buffer.getContext("2d"));
     const compared = data.other && state.against ? state.how : null;
-    ours.putImageData(compared === "difference" ? difference(data.image, data.other, 0.25)
-      : windowed(data.image, state.low, state.high), 0, 0);
+    this.pixels = windowed(data.image, state.low, state.high);
+    ours.putImageData(compared === "difference" ? difference(data.image, data.other, 0.25) : this.pixels, 0, 0);
     if (compared === "wipe" || compared === "beside") theirs.putImageData(windowed(data.other, state.low, state.high), 0, 0);
     const {scale, left, top, panel} = this.frame();
     paint.imageSmoothingEnabled = scale < 6;
@@ -171,6 +180,26 @@ export class SliceView {
     }
   }
 
+  /* The windowed slice with the masks' edges drawn on, as an ImageData. */
+  withEdges() {
+    const {pixels, data: {mask}, width, height} = this;
+    if (!mask || this.state.mask === "none") return pixels;
+    const out = new ImageData(new Uint8ClampedArray(pixels.data), width, height);
+    for (const label of this.labels) {
+      const inside = this.insideOf(label), rgb = bytesOf(label.colour);
+      for (let at = width; at < width * (height - 1); at++) {
+        if (inside(at) && !(inside(at - 1) && inside(at + 1) && inside(at - width) && inside(at + width))) out.data.set(rgb, 4 * at);
+      }
+    }
+    return out;
+  }
+
+  /* Whether the pixel at an index is inside a label. */
+  insideOf(label) {
+    const values = this.data.mask.data;
+    return this.labels.length === 1 ? (at) => values[at] >= 128 : (at) => values[at] === label.id;
+  }
+
   overlays(state, scale) {
     const {context: paint, data} = this;
     if (data.mask && state.mask !== "none") {
@@ -196,13 +225,13 @@ export class SliceView {
       }
     }
     if (data.ellipses && state.ellipses) {
-      const {data: values, shape: [count]} = data.ellipses;
-      const [low, high] = this.range(state.colour);
+      const {data: values, shape: [count, stride]} = data.ellipses;
+      const [low, high] = this.range(state.colour), scaled = state.colour === "head" ? between : viridis;
       paint.lineWidth = (0.8 * devicePixelRatio) / scale;
       for (let k = 0; k < count; k++) {
-        const [u, v, a, b, angle, opacity, sigma] = values.subarray(7 * k, 7 * k + 7);
-        const value = state.colour === "sigma" ? Math.log(sigma) : opacity;
-        paint.strokeStyle = `rgb(${viridis((value - low) / (high - low))})`;
+        const [u, v, a, b, angle, opacity, sigma, inMasks] = values.subarray(stride * k, stride * (k + 1));
+        const value = {opacity, sigma: Math.log(sigma), head: inMasks / (opacity + inMasks)}[state.colour];
+        paint.strokeStyle = `rgb(${scaled((value - low) / (high - low))})`;
         paint.beginPath();
         paint.ellipse(u, v, Math.min(a, 2000), Math.min(b, 2000), angle, 0, 2 * Math.PI);
         paint.stroke();
@@ -227,11 +256,11 @@ export class SliceView {
     }
   }
 
-  /* Ends of the colour scale: opacity from 0 to 1, the logarithm of sigma over what is shown. */
+  /* Ends of the colour scale: opacity and share of a head from 0 to 1, the logarithm of sigma over what is shown. */
   range(colour) {
     if (colour !== "sigma" || !this.data?.ellipses?.shape[0]) return [0, 1];
-    const logs = [];
-    for (let k = 0; k < this.data.ellipses.shape[0]; k++) logs.push(Math.log(this.data.ellipses.data[7 * k + 6]));
+    const {data, shape: [count, stride]} = this.data.ellipses, logs = [];
+    for (let k = 0; k < count; k++) logs.push(Math.log(data[stride * k + 6]));
     logs.sort((p, q) => p - q);
     return [logs[Math.floor(0.02 * logs.length)], logs[Math.floor(0.98 * (logs.length - 1))] + 1e-6];
   }

@@ -1,5 +1,5 @@
 // The page: state in the address, slices on request, mouse and keyboard.
-import {SliceView, unpack, viridis} from "./slices.js";
+import {between, SliceView, unpack, viridis} from "./slices.js";
 
 const $ = (id) => document.getElementById(id);
 const PRESETS = {"Soft tissue": [40, 400], "Lung": [-600, 1500], "Bone": [400, 1800], "Brain": [40, 80],
@@ -96,6 +96,7 @@ function paint() {
     const low = (state.level - state.width / 2 - windowLow) / span, high = (state.level + state.width / 2 - windowLow) / span;
     view.draw({...state, low, high});
     $("bottom-left").textContent = `L ${round(state.level)}  W ${round(state.width)}`;
+    showSlice();
     remember();
   });
 }
@@ -126,8 +127,7 @@ function tellWhere() {
 function tell() {
   const {header} = view.data, rows = [];
   rows.push(["Frame time", `${header.ms.toFixed(1)} ms`], ["Round trip", `${header.roundTrip.toFixed(0)} ms`]);
-  rows.push(["Gaussians", current.gaussians.toLocaleString("en")]);
-  if (header.gaussians) rows.push(["active here", header.gaussians.active.toLocaleString("en")]);
+  rows.push(["Gaussians", current.gaussians.toLocaleString("en")], ["active here", header.active.toLocaleString("en")]);
   if (header.scores) {
     rows.push([header.scores.of, ""], ["PSNR", `${header.scores.psnr.toFixed(2)} dB`], ["SSIM", header.scores.ssim.toFixed(4)]);
   }
@@ -139,9 +139,11 @@ function tell() {
     ? `${header.scores.of}\n${header.scores.psnr.toFixed(2)} dB, SSIM ${header.scores.ssim.toFixed(3)}` : "in between";
   $("compared").textContent = header.against
     ? `${header.against.words}${Math.abs(header.against.t - header.t) > 1e-4 ? `, at ${header.against.t.toFixed(2)}` : ""}` : "";
-  const [low, high] = view.range(state.colour), ends = state.colour === "sigma" ? [Math.exp(low), Math.exp(high)] : [low, high];
+  const [low, high] = view.range(state.colour);
+  const ends = {opacity: "0 to 1", head: "opacity in images to in masks",
+    sigma: `${Math.exp(low).toFixed(3)} to ${Math.exp(high).toFixed(3)} of the sequence`}[state.colour];
   $("scale-words").textContent = header.gaussians
-    ? `${ends[0].toFixed(3)} to ${ends[1].toFixed(3)}; ${Math.min(header.gaussians.active, ELLIPSES).toLocaleString("en")} shown` : "";
+    ? `${ends}; ${Math.min(header.gaussians.active, ELLIPSES).toLocaleString("en")} shown` : "";
 }
 
 function tellCursor() {
@@ -171,14 +173,16 @@ async function loadVolume() {
     const image = await get("image.nii");
     const mask = about.masks ? await get("mask.nii") : null;
     const found = about.mesh ? await fetch("/api/volume/mesh.ply") : null;
-    const mesh = found?.ok ? await found.arrayBuffer() : null;
+    const meshes = found?.ok ? [{id: 1, buffer: await found.arrayBuffer()}] : [];
     const canvas = $("volume").cloneNode(); // each checkpoint is a new scene
     $("volume").replaceWith(canvas);
-    volume = await mountVolume(canvas, {image, mask, mesh, labels: about.labels, dark: state.theme === "dark", moved: fromVolume});
+    volume = await mountVolume(canvas, {image, mask, meshes, labels: about.labels, dark: state.theme === "dark", moved: fromVolume});
     $("waiting").hidden = true;
     volume.setLayout(state.layout);
     volume.setWindow(state.level - state.width / 2, state.level + state.width / 2);
     setMask();
+    $("cloud").hidden = !meshes.length;
+    $("cloud").setAttribute("aria-pressed", volume.isCloud());
     if (!view.cross) view.cross = [(about.width - 1) / 2, (about.height - 1) / 2];
     sync();
     paint();
@@ -196,7 +200,6 @@ function fromVolume(mm) {
   view.cross = [u, v];
   tellPlace(mm);
   moveTo(t, false);
-  setFrame();
 }
 
 /* The slice or its crosshair moved: the volume's follows. */
@@ -208,7 +211,6 @@ function sync() {
     const mm = toPatient(...(view.cross ?? [0, 0]), state.t);
     volume.goTo(mm);
     tellPlace(mm);
-    setFrame();
   });
 }
 
@@ -216,15 +218,16 @@ function tellPlace(mm) {
   $("place").textContent = about.unit === "mm" ? `R ${mm[0].toFixed(1)}  A ${mm[1].toFixed(1)}  S ${mm[2].toFixed(1)} mm` : "";
 }
 
-let framing = Promise.resolve();
-function setFrame() {
-  const [right, bottom] = [about.width - 0.5, about.height - 0.5];
-  const corners = [[-0.5, -0.5], [right, -0.5], [right, bottom], [-0.5, bottom]].map(([u, v]) => toPatient(u, v, state.t));
-  framing = framing.then(() => volume?.setFrame(corners)).then(() => volume?.redraw());
+/* The slice as it is drawn, with the mask's edge, through the mesh in 3-D. */
+function showSlice() {
+  if (!volume || !view.pixels) return;
+  const {t} = view.data.header, corners = [[0, 0], [about.width - 1, 0], [0, about.height - 1]].map(([u, v]) => toPatient(u, v, t));
+  volume.setSlice(corners, view.withEdges());
 }
 
 function setMask() {
-  volume?.setMask(state.mask === "none" ? 0 : state.opacity * 0.45);
+  const outlined = state.mask === "outline";
+  volume?.setMask(state.mask === "none" ? 0 : state.opacity * (outlined ? 1 : 0.45), outlined);
 }
 
 function setWindow(level, width) {
@@ -276,9 +279,9 @@ function drawMarks() {
 }
 
 function drawScale() {
-  const paint = $("scale").getContext("2d");
+  const paint = $("scale").getContext("2d"), scaled = state.colour === "head" ? between : viridis;
   for (let x = 0; x < 230; x++) {
-    paint.fillStyle = `rgb(${viridis(x / 229)})`;
+    paint.fillStyle = `rgb(${scaled(x / 229)})`;
     paint.fillRect(x, 0, 1, 12);
   }
 }
@@ -471,7 +474,7 @@ bind("opacity", "opacity", () => (setMask(), paint()));
 bind("against", "against", ask);
 bind("how", "how", paint);
 bind("ellipses", "ellipses", ask);
-bind("colour", "colour", () => (paint(), tell()));
+bind("colour", "colour", () => (drawScale(), paint(), tell()));
 $("t").max = last;
 $("t").addEventListener("input", () => moveTo(Number($("t").value)));
 for (const [id, act] of Object.entries({play, save: savePicture, link: copyLink, help: () => $("keys").showModal()})) {
@@ -479,6 +482,10 @@ for (const [id, act] of Object.entries({play, save: savePicture, link: copyLink,
 }
 $("theme").addEventListener("click", () => setTheme(state.theme === "light" ? "dark" : "light"));
 $("follow").addEventListener("click", () => follow($("follow").getAttribute("aria-pressed") !== "true"));
+$("cloud").addEventListener("click", () => {
+  volume?.setCloud(!volume.isCloud());
+  $("cloud").setAttribute("aria-pressed", volume?.isCloud());
+});
 for (const button of document.querySelectorAll("[data-layout]")) {
   button.addEventListener("click", () => {
     state.layout = button.dataset.layout;
@@ -495,6 +502,8 @@ new ResizeObserver(() => {
   paint();
 }).observe($("slice"));
 
+if (about.heads.length < 2) $("colour").querySelector("[value=head]").remove();
+if (!$("colour").value) $("colour").value = state.colour = "opacity";
 title();
 drawScale();
 setTheme(state.theme);
