@@ -8,7 +8,8 @@ slightly away from the linear blend of the two frames, towards which both lean w
   (`in_between.rows`).
 
 Masks are carried along the same flow as signed distances, then corrected by a network that has learned, on frames
-between two others, how contours follow the image (`in_between.contours`).
+between two others, how contours follow the image (`in_between.contours`). Of a label map, so is each label and the
+background; the largest distance decides (`in_between.exclusive`).
 """
 
 from __future__ import annotations
@@ -23,15 +24,16 @@ import torch
 from torch import Tensor
 
 from in_between.contours import distances_of, learn_contours
+from in_between.exclusive import Ranked, ranked
 from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
-from in_between.progress import Progress, Report, part_of, silent
+from in_between.progress import Done, Progress, Report, part_of, silent
 from in_between.rows import fill_stack, learn_rows, matching_gap
 from in_between.settings import DEFAULT, STEPS, Settings
 from patient.geometry import Geometry
 from utils.files import atomic_write
 
 Box = tuple[EllipsisType, slice, slice]
-_VERSION = 4  # incremented when the prediction changes, so that caches of earlier code are not reused
+_VERSION = 5  # incremented when the prediction changes, so that caches of earlier code are not reused
 
 
 class InBetween:
@@ -40,6 +42,7 @@ class InBetween:
 
     frames: (K, C, H, W) in [0, 1], K >= 2, evenly spaced; on the device where everything is computed and kept.
     masks: (K, 1, H, W) of the same frames, inside where >= 0.5.
+    labels: instead of masks, a label map (K, 1, H, W) of indices, 0 the background, and the number of labels.
     gap: the distance between neighbouring frames in pixels, where known; otherwise it is estimated from the
         frames (`rows.matching_gap`).
     seed: of the small networks' training.
@@ -58,6 +61,7 @@ class InBetween:
         seed: int = 0,
         settings: Settings = DEFAULT,
         report: Report = silent,
+        labels: tuple[Tensor, int] | None = None,
     ) -> None:
         if frames.ndim != 4 or len(frames) < 2:
             raise ValueError(f"frames of shape {tuple(frames.shape)}: (K, C, H, W) with K >= 2 is needed")
@@ -69,14 +73,18 @@ class InBetween:
         self.settings = settings
         frames = frames.float()
         self.gap = matching_gap(frames) if gap is None else gap
-        progress = Progress(report, self._costs(frames, masks is not None))
+        self.count = 0 if labels is None else labels[1]
+        progress = Progress(report, self._costs(frames, masks is not None or labels is not None))
         with torch.no_grad():
-            self._build(frames, masks, torch.Generator().manual_seed(seed), progress)
+            self._build(
+                frames, masks if labels is None else labels[0], torch.Generator().manual_seed(seed), progress
+            )
         report("done", 1.0)
 
     def _costs(self, frames: Tensor, with_masks: bool) -> dict[str, float]:
         """The rough cost of each part: seconds of a CPU core."""
         rows, contours = self.settings.rows.network.iterations, self.settings.contours.network.iterations
+        contours *= self.count + 1
         pixels = frames.numel() / frames.shape[1] / 1e6
         costs = {"motion": 2.5 * pixels, "rows": 0.035 * rows, "filling": 8 * pixels}
         return costs | (
@@ -120,29 +128,43 @@ class InBetween:
                     stack[s::STEPS] = torch.lerp(linear, mixture, 1 + settings.excess)
         self._images = everywhere[[0]].half().repeat(len(stack), 1, 1, 1)
         self._images[box] = stack.clamp_(0, 1).half()
-        self._distances = None
+        self._distances, self._ranked = None, None
         if masks is not None:
-            self._distances = self._carry_masks(frames, masks, box, paths, generator, progress)
+            wide = []
+            if len(frames) > 2:  # to learn on each frame that lies between two others
+                wide = find_paths(frames, self.settings.flow, 2, progress.part("contours' motion"))
+            done = progress.part("contours")
+            if not self.count:
+                self._distances = self._carry_mask(frames, masks, box, paths, wide, generator, done).half()
+            else:
+                numbers = (*range(1, self.count + 1), 0)  # where distances are equal, labels lead
+                fields = (
+                    (n, self._carry_mask(frames, (masks == n).float(), box, paths, wide, generator, part))
+                    for place, n in enumerate(numbers)
+                    for part in [part_of(done, place, len(numbers))]
+                )
+                self._ranked = ranked(fields, self.count)
 
-    def _carry_masks(
+    def _carry_mask(
         self,
         frames: Tensor,
         masks: Tensor,
         box: Box,
         paths: list[Paths],
+        wide: list[Paths],
         generator: torch.Generator,
-        progress: Progress,
+        done: Done,
     ) -> Tensor:
-        """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W), half precision. frames, paths: of the box."""
+        """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W). frames, paths: of the box. wide: the paths from
+        each frame to the next but one, if there are any."""
         settings = self.settings.contours
         everywhere = distances_of(masks, self.gap)
         levels = everywhere.new_zeros(len(self._images), 1, *masks.shape[2:])
         levels[::STEPS] = everywhere
         distances, masks = everywhere[box], masks[box]
         network = None
-        if len(frames) > 2:  # learn on each frame that lies between two others
+        if wide:
             before, after = distances[:-2], distances[2:]
-            wide = find_paths(frames, self.settings.flow, 2, progress.part("contours' motion"))
             network = learn_contours(
                 blend_paths(before, after, wide, 0.5),
                 (before + after) / 2,
@@ -150,7 +172,7 @@ class InBetween:
                 (masks[1:-1] >= 0.5).float(),
                 settings,
                 generator,
-                progress.part("contours"),
+                done,
             )
         for s in range(1, STEPS):
             alpha = s / STEPS
@@ -161,16 +183,23 @@ class InBetween:
                 moved = moved + settings.trust * network(moved, still, images)
             levels[s::STEPS] = torch.lerp(everywhere[:-1], everywhere[1:], alpha)
             levels[s::STEPS][box] = moved
-        return levels.clamp_(-settings.farthest, settings.farthest).half()
+        return levels.clamp_(-settings.farthest, settings.farthest)
 
-    def save(self, path: Path, frames: Tensor, masks: Tensor | None) -> None:
-        """Saves what was computed from ``frames`` and ``masks``, for `load`."""
+    def save(
+        self,
+        path: Path,
+        frames: Tensor,
+        masks: Tensor | None,
+        labels: tuple[Tensor, int] | None = None,
+    ) -> None:
+        """Saves what was computed from ``frames`` and ``masks`` or ``labels``, for `load`."""
         contents = {
-            "key": _digest(frames, masks, *self._asked),
+            "key": _digest(frames, masks, *self._asked, labels),
             "gap": self.gap,
             "flow": self.flow.cpu(),
             "images": self._images.cpu(),
             "distances": None if self._distances is None else self._distances.cpu(),
+            "ranked": None if self._ranked is None else [part.cpu() for part in self._ranked.parts],
         }
         with atomic_write(path, sync=False) as temporary:
             torch.save(contents, temporary)
@@ -184,6 +213,7 @@ class InBetween:
         gap: float | None = None,
         seed: int = 0,
         settings: Settings = DEFAULT,
+        labels: tuple[Tensor, int] | None = None,
     ) -> InBetween | None:
         """The prediction that `save` wrote for the same arguments; None where there is none.
 
@@ -191,14 +221,16 @@ class InBetween:
         """
         try:
             contents = torch.load(path, map_location=frames.device, weights_only=True)
-            same = contents["key"] == _digest(frames, masks, gap, seed, settings)
-            kept = [contents[name] for name in ("gap", "flow", "images", "distances")]
+            same = contents["key"] == _digest(frames, masks, gap, seed, settings, labels)
+            kept = [contents[name] for name in ("gap", "flow", "images", "distances", "ranked")]
         except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
             return None  # missing or truncated: it can be computed again
         if not same:
             return None
         made = cls.__new__(cls)
-        made.gap, made.flow, made._images, made._distances = kept
+        made.gap, made.flow, made._images, made._distances, parts = kept
+        made._ranked = None if parts is None else Ranked(*parts)
+        made.count = 0 if labels is None else labels[1]
         made._asked, made.settings = (gap, seed, settings), settings
         return made
 
@@ -210,16 +242,25 @@ class InBetween:
         return self._look_up(self._images, k, alpha)
 
     def masks(self, k: Tensor, alpha: Tensor) -> Tensor:
-        """Masks at those times, (B, 1, H, W) in [0, 1], whose edge is one pixel wide. As `images`."""
+        """Masks at those times, (B, 1, H, W) in [0, 1], whose edge is one pixel wide; of a label map, the shares of the
+        labels (B, labels, H, W), likewise. As `images`."""
+        if self._ranked is not None:
+            index, seen, late = self._around(k, alpha)
+            before, after = (self._ranked[at].channels(self.count) for at in (index, index + 1))
+            return blend_along(before, after, seen, late, "bilinear")
         if self._distances is None:
             raise ValueError("masks in between: none were given")
         return (self._look_up(self._distances, k, alpha) + 0.5).clamp(0, 1)
 
     def _look_up(self, levels: Tensor, k: Tensor, alpha: Tensor) -> Tensor:
+        index, seen, late = self._around(k, alpha)
+        return blend_along(levels[index].float(), levels[index + 1].float(), seen, late)
+
+    def _around(self, k: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The level before those times (B,), the motion from it to the next one, and how far after it they are, 0 to
+        1 (B,)."""
         step = (alpha * STEPS).floor().clamp(0, STEPS - 1)
-        index = k * STEPS + step.long()
-        seen = flow_at(self.flow[k], alpha) / STEPS
-        return blend_along(levels[index].float(), levels[index + 1].float(), seen, alpha * STEPS - step)
+        return k * STEPS + step.long(), flow_at(self.flow[k], alpha) / STEPS, alpha * STEPS - step
 
 
 def _changing(frames: Tensor, margin: int) -> Box:
@@ -243,9 +284,17 @@ def pixel_gap(geometry: Geometry | None, columns: int) -> float | None:
     return frame / math.sqrt(column * row) * columns / geometry.size[0]  # --resolution changes pixels
 
 
-def _digest(frames: Tensor, masks: Tensor | None, gap: float | None, seed: int, settings: Settings) -> str:
-    digest = hashlib.blake2b(f"{_VERSION} {gap} {seed} {settings}".encode(), digest_size=16)
-    for values in (frames, masks):
+def _digest(
+    frames: Tensor,
+    masks: Tensor | None,
+    gap: float | None,
+    seed: int,
+    settings: Settings,
+    labels: tuple[Tensor, int] | None = None,
+) -> str:
+    index, count = labels or (None, 0)
+    digest = hashlib.blake2b(f"{_VERSION} {gap} {seed} {settings} {count}".encode(), digest_size=16)
+    for values in (frames, masks, index):
         if values is not None:
             digest.update(str(tuple(values.shape)).encode())
             digest.update(values.float().cpu().contiguous().numpy().data)

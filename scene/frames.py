@@ -182,6 +182,12 @@ class Frames:
             return torch.where(mirrored, frames.flip(-1), frames)
         return frames.flip(-1) if mirrored else frames
 
+    def index(self, indices: Sequence[int] | slice = slice(None)) -> Tensor:
+        """Frames `indices` of a label map as indices of `labels`, (B, 1, H, W) uint8 or int16, on `device`."""
+        if self.labels is None:
+            raise ValueError("these frames are no label map")
+        return _send(self.levels[indices], self.device)
+
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
     """``tensor`` on ``device``. Only copies to a GPU need not wait: what is read from one must have arrived."""

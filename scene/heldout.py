@@ -12,6 +12,7 @@ from torch import Tensor
 
 from arguments import TrainOptions
 from in_between.classical import interpolate, interpolate_masks
+from in_between.exclusive import interpolate_labels
 from patient.geometry import HELDOUT, Geometry
 from scene.frames import Frames
 from utils.errors import UserError
@@ -43,11 +44,16 @@ class HeldOut:
 
     def classical(self, method: str, background: Tensor, only: Sequence[int] | None = None) -> np.ndarray:
         """The held-out frames (or ``only`` some of them) interpolated from the kept ones, (M, C, H, W) in [0, 1]:
-        method "linear" or "cubic", or "sdf" and "cubic sdf" for masks, through signed distances (0 and 1).
+        method "linear" or "cubic", or "sdf" and "cubic sdf" for masks, through signed distances (0 and 1). Label maps
+        are (M, 1, H, W), indices of the labels.
 
         Like an image file's, values are rounded to the frames' levels, halves to even; on levels, halves are exact.
         """
         at = self.positions if only is None else self.positions[list(only)]
+        if self.kept.labels is not None:
+            index, count = self.kept.index()[:, 0].cpu().numpy(), len(self.kept.labels)
+            places = self.kept_positions
+            return interpolate_labels(index, places, at, count, self.spacing, method)[:, None]
         values = self.kept(range(len(self.kept)), background=background).cpu().numpy()
         if not method.endswith("sdf"):
             top = 2**self.kept.bits - 1 if self.kept.bits <= 16 else None

@@ -90,18 +90,24 @@ def expected_between(options: TrainOptions, data: Data, say: Callable[[str], obj
     wanted = weights.get(options.pipeline, (of_images, of_masks))
     if options.ibfr_target != "motion" or not any(wanted) or options.seg_head_only or len(frames) < 2:
         return None
-    images = frames(range(len(frames)))
-    truth = images if options.pipeline == "seg" else None if masks is None else masks(range(len(frames)))
-    truth = None if truth is None else truth.mean(1, keepdim=True)
+    last = frames if options.pipeline == "seg" else masks
+    labels = None if last is None or last.labels is None else (last.index(), len(last.labels))
+    if options.pipeline == "seg" and labels is not None:
+        images = (labels[0] / labels[1]).float()  # a label map has no motion but its own: ids as grey levels
+    else:
+        images = frames(range(len(frames)))
+    truth = None
+    if last is not None and labels is None:
+        truth = (images if last is frames else last(range(len(last)))).mean(1, keepdim=True)
     gap = pixel_gap(geometry, images.shape[-1])
     path = Path(options.model_path) / "in_between.pt"
-    kept = InBetween.load(path, images, truth, gap, options.seed)
+    kept = InBetween.load(path, images, truth, gap, options.seed, labels=labels)
     if kept is not None:
         return kept
     start = time.perf_counter()
     with shown("motion between the frames", options.quiet) as report:
-        made = InBetween(images, truth, gap, options.seed, report=report)
-    made.save(path, images, truth)
+        made = InBetween(images, truth, gap, options.seed, report=report, labels=labels)
+    made.save(path, images, truth, labels)
     say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
     return made
 

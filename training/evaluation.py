@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from gaussian_renderer import render_frames
+from patient.label_channels import colours_of, colours_of_index, index_of
+from patient.labels import LabelTable
 from pictures.figures import montage_choice
 from scene.heldout import HeldOut
 from training.iteration import Objective
 from training.pipelines import Task
-from utils.metrics import Scores
+from utils.metrics import LabelScores, Scores, psnr
 
 _AT_ONCE = 4  # frames rendered together: as much memory as an iteration takes
 
@@ -23,7 +25,8 @@ CLASSICAL = {"img": ("linear", "cubic"), "seg": ("sdf", "cubic sdf", "linear")}
 
 @dataclass(frozen=True)
 class Comparison:
-    """Some held-out frames and their interpolations; (M, C, H, W) each, on the CPU, in [0, 1]."""
+    """Some held-out frames and their interpolations; (M, C, H, W) each, on the CPU, in [0, 1]; label maps in the
+    labels' colours."""
 
     places: list[int]  # of the M among the held-out frames
     frames: Tensor
@@ -47,6 +50,7 @@ class TaskScores:
     """The scores of one task."""
 
     task: str
+    labels: LabelTable | None  # whose scores they are
     scores: Scores  # of the training frames
     rendered: Tensor  # (C, H, W), the frame in the middle, and
     frame: Tensor  # what it should show
@@ -67,9 +71,11 @@ class Evaluation:
             scores, rendered = evaluate(objective, task, middle)
             assert rendered is not None
             frame = task.targets([middle], objective.background)[0]
+            if task.labels is not None:
+                rendered, frame = (colours_of(image, task.labels) for image in (rendered, frame))
             held = self.heldout.get(task.name)
             heldout = None if held is None else self._heldout(objective, task, held, compare)
-            yield TaskScores(task.name, scores, rendered, frame, heldout)
+            yield TaskScores(task.name, task.labels, scores, rendered, frame, heldout)
 
     def _heldout(self, objective: Objective, task: Task, test: HeldOut, compare: bool) -> HeldOutScores:
         if task.name not in self._classical:
@@ -83,10 +89,10 @@ class Evaluation:
 @torch.no_grad()
 def evaluate(objective: Objective, task: Task, sample: int | None = None) -> tuple[Scores, Tensor | None]:
     """Renders all frames of ``task`` and scores them; also returns the render (C, H, W) of frame ``sample``."""
-    scores, kept = Scores(), None
+    scores, kept = _no_scores(task), None
     for index in _chunks(len(task.frames)):
         images = _render(objective, task, [float(k) for k in index])
-        scores += Scores.of(images, task.targets(index, objective.background))
+        scores += _scores(task, images, task.targets(index, objective.background))
         if sample in index:
             kept = images[index.index(sample)]
     return scores, kept
@@ -95,11 +101,11 @@ def evaluate(objective: Objective, task: Task, sample: int | None = None) -> tup
 @torch.no_grad()
 def evaluate_heldout(objective: Objective, task: Task, test: HeldOut) -> Scores:
     """Renders the frames held out of ``task`` and scores them, quantised to the frames' bits as in an image file."""
-    scores = Scores()
+    scores = _no_scores(task)
     for index in _chunks(len(test)):
         images = _render(objective, task, [test.indices[k] for k in index])
         targets = _targets(task, test, index, objective.background)
-        scores += Scores.of(quantised(images, test.frames.bits), targets)
+        scores += _scores(task, quantised(images, test.frames.bits), targets)
     return scores
 
 
@@ -109,12 +115,30 @@ def evaluate_classical(task: Task, test: HeldOut, background: Tensor) -> dict[st
     out = {}
     for method in CLASSICAL[task.name]:
         predicted = test.classical(method, background)  # (M, c, H, W)
-        out[method] = Scores()
+        out[method] = _no_scores(task)
         for index in _chunks(len(test)):
+            if task.labels is not None:
+                truth = test.frames.index(index)[:, 0].cpu()
+                found = torch.from_numpy(predicted[index, 0])
+                out[method] += LabelScores.of_labels(found, truth, len(task.labels))
+                continue
             targets = _targets(task, test, index, background).cpu()
             images = torch.from_numpy(predicted[index]).expand_as(targets)
             out[method] += Scores.of(images, targets)
     return out
+
+
+def _no_scores(task: Task) -> Scores:
+    """To add to."""
+    return Scores() if task.labels is None else LabelScores()
+
+
+def _scores(task: Task, images: Tensor, targets: Tensor) -> Scores:
+    """Of renders and what they should show, (B, C, H, W) each."""
+    if task.labels is None:
+        return Scores.of(images, targets)
+    index, truth = index_of(images), index_of(targets)
+    return LabelScores.of_labels(index, truth, len(task.labels), psnr(images, targets))
 
 
 def quantised(images: Tensor, bits: int) -> Tensor:
@@ -126,11 +150,23 @@ def quantised(images: Tensor, bits: int) -> Tensor:
 def _compare(objective: Objective, task: Task, test: HeldOut, scores: Scores) -> Comparison:
     method = CLASSICAL[task.name][0]
     places = montage_choice(scores.sizes if task.name == "seg" else [1] * len(test))
+    at = [test.indices[k] for k in places]
+    if task.labels is not None:
+        labels = task.labels
+        shown, ours, theirs = (
+            colours_of_index(index.cpu(), labels)
+            for index in (
+                test.frames.index(places)[:, 0],
+                index_of(_render(objective, task, at)),
+                torch.from_numpy(test.classical(method, objective.background, places))[:, 0],
+            )
+        )
+        return Comparison(places, shown, ours, theirs, method, test.spacing[0] / test.spacing[1])
     frames = _targets(task, test, places, objective.background).cpu()
     return Comparison(
         places,
         frames,
-        _render(objective, task, [test.indices[k] for k in places]).cpu(),
+        _render(objective, task, at).cpu(),
         torch.from_numpy(test.classical(method, objective.background, places)).expand_as(frames),
         method,
         test.spacing[0] / test.spacing[1],

@@ -14,17 +14,19 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from patient.labels import LabelTable
 from pictures.figures import draw_montage, plot_scores
 from training.evaluation import Comparison, HeldOutScores, TaskScores
 from training.finite import not_finite
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.metrics import Scores
+from utils.metrics import LabelScores, Scores
 from utils.timing import BEGUN
 
 EVALUATION_FILE = "evaluation.json"
 BAR_INTERVAL = 10  # iterations between two readings of the loss: each waits for the device
 _HISTOGRAM_INTERVAL = 1000  # iterations
+_MOST_LABELS = 12  # whose scores are printed
 
 NAMES = {"model": "ours", "linear": "linear", "cubic": "cubic spline", "sdf": "signed distance"}
 NAMES["cubic sdf"] = "cubic signed distance"
@@ -136,12 +138,14 @@ class Report:
         """Prints, logs, plots and saves the scores of an evaluation."""
         for evaluated in tasks:
             name, scores = evaluated.task, evaluated.scores
-            also = f", Dice {_dice(scores.dice)}" if name == "seg" else ""
-            self.say(
-                f"[{iteration}] {name}: L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, "
-                f"SSIM {scores.mean_ssim:.4f}{also} on {len(scores)} frames"
-            )
-            self._record(iteration, name, "training", "model", scores)
+            labels = evaluated.labels
+            if labels is None:
+                also = f", Dice {_dice(scores.dice)}" if name == "seg" else ""
+                words = f"L1 {scores.mean_l1:.5f}, PSNR {scores.mean_psnr:.2f} dB, SSIM {scores.mean_ssim:.4f}{also}"
+            else:
+                words = f"wrong {scores.mean_l1:.2%}, mean Dice of {len(labels)} labels {_dice(scores.dice)}"
+            self.say(f"[{iteration}] {name}: {words} on {len(scores)} frames")
+            self._record(iteration, name, "training", "model", scores, labels)
             plot_scores(
                 self._plot(name, iteration),
                 f"{name}, iteration {iteration}",
@@ -153,18 +157,20 @@ class Report:
                 pair = torch.stack([evaluated.rendered.cpu(), evaluated.frame.cpu()])
                 self.writer.add_images(f"{name}/render_and_frame", pair, iteration)
             if evaluated.heldout is not None:
-                self._heldout(iteration, name, evaluated.heldout)
+                self._heldout(iteration, name, evaluated.heldout, labels)
         rows = "[\n" + ",\n".join(f" {json.dumps(row)}" for row in self.rows) + "\n]\n"
         with atomic_write(self.folder / EVALUATION_FILE) as temporary:
             temporary.write_text(rows, encoding="utf-8")
 
-    def _heldout(self, iteration: int, task: str, heldout: HeldOutScores) -> None:
+    def _heldout(
+        self, iteration: int, task: str, heldout: HeldOutScores, labels: LabelTable | None = None
+    ) -> None:
         """The model's scores on held-out frames beside those of classical interpolation."""
         mask, everyone = task == "seg", heldout.by_method
 
         def words(scores: Scores) -> str:
             return (
-                f"Dice {_dice(scores.dice)}"
+                f"{'Dice' if labels is None else 'mean Dice'} {_dice(scores.dice)}"
                 if mask
                 else f"{scores.mean_psnr:.2f} dB / {scores.mean_ssim:.4f}"
             )
@@ -173,8 +179,18 @@ class Report:
         what = "" if mask else " (PSNR / SSIM)"
         count = len(heldout.slices)
         self.say(f"[{iteration}] {task} on {count} held-out frames{what}: {ours}; {', '.join(others)}")
+        for place, label in enumerate(labels or ()):
+            if place == _MOST_LABELS:
+                self.say(f"  and {len(labels or ()) - place} more labels in {EVALUATION_FILE}")
+                break
+            each = (
+                f"{NAMES[method]} {_dice(scores.label_dice[place])}"
+                for method, scores in everyone.items()
+                if isinstance(scores, LabelScores)
+            )
+            self.say(f"  {label.id} {label.name}: {', '.join(each)}")
         for method, scores in everyone.items():
-            self._record(iteration, task, "heldout", method, scores)
+            self._record(iteration, task, "heldout", method, scores, labels)
         plot_scores(
             self._plot(f"{task}_heldout", iteration),
             f"{task}, held-out frames, iteration {iteration}",
@@ -183,9 +199,11 @@ class Report:
             "Dice" if mask else "PSNR (dB)",
         )
         if heldout.comparison is not None:
-            self._montage(task, heldout, heldout.comparison)
+            self._montage(task, heldout, heldout.comparison, labels is not None)
 
-    def _montage(self, task: str, heldout: HeldOutScores, pictures: Comparison) -> None:
+    def _montage(
+        self, task: str, heldout: HeldOutScores, pictures: Comparison, coloured: bool = False
+    ) -> None:
         """Held-out frames beside the classical method to beat, ours, and the error of each."""
         mask = task == "seg"
 
@@ -207,25 +225,33 @@ class Report:
                 for method, images in methods.items()
             },
             pictures.aspect,
-            mask,
+            mask and not coloured,
         )
 
     def _plot(self, name: str, iteration: int) -> Path:
         return self.folder / "plots" / f"{name}_{iteration}.png"
 
-    def _record(self, iteration: int, task: str, frames: str, method: str, scores: Scores) -> None:
-        """A row of ``evaluation.json``, and TensorBoard's."""
+    def _record(
+        self,
+        iteration: int,
+        task: str,
+        frames: str,
+        method: str,
+        scores: Scores,
+        labels: LabelTable | None = None,
+    ) -> None:
+        """A row of ``evaluation.json``, and TensorBoard's. Of ``labels``, "labels" has the Dice of each, by its id."""
         means = {"l1": scores.mean_l1, "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
         if task == "seg":
             means["dice"] = scores.dice
         about = {"iteration": iteration, "task": task, "frames": frames, "method": method}
-        stated = {
-            name: None if math.isnan(value) else value for name, value in means.items()
-        }  # JSON has no NaN
+        stated: dict[str, Any] = _stated(means)
+        if labels is not None and isinstance(scores, LabelScores):
+            stated["labels"] = _stated(dict(zip(map(str, labels.ids), scores.label_dice, strict=True)))
         self.rows.append({**about, "count": len(scores), **stated})
         if self.writer is not None:
             place = "/".join([task] + [frames] * (frames != "training") + [method] * (method != "model"))
-            for name in means.keys() - {"l1"}:
+            for name in stated.keys() & means.keys() - {"l1"}:
                 self.writer.add_scalar(f"{place}/{name}", means[name], iteration)
 
     def close(self, parts: Mapping[str, float]) -> None:
@@ -249,6 +275,11 @@ class Report:
 def _arrays(images: Tensor) -> Sequence[Any]:
     """(M, C, H, W) -> M arrays (H, W, C)."""
     return [image.permute(1, 2, 0).numpy() for image in images]
+
+
+def _stated(values: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON has no NaN."""
+    return {name: None if math.isnan(value) else value for name, value in values.items()}
 
 
 def _dice(value: float) -> str:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
@@ -68,7 +69,7 @@ class Scores:
         )
 
     def __add__(self, other: Scores) -> Scores:
-        return Scores(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
+        return type(self)(*(getattr(self, name) + getattr(other, name) for name in self.__dataclass_fields__))
 
     def __len__(self) -> int:
         return len(self.psnr)
@@ -100,6 +101,61 @@ class Scores:
     def frame_dice(self) -> list[float]:
         """Of each frame; NaN where both are empty."""
         return [_dice(*counts) for counts in zip(self.overlaps, self.sizes, strict=True)]
+
+
+@dataclass(frozen=True)
+class LabelScores(Scores):
+    """Scores of a sequence of label maps. `l1` is the share of a frame's pixels that is labelled wrongly, `psnr` that
+    of the labels' channels, `ssim` undefined; a Dice is the mean over the labels, without the background."""
+
+    by_label: list[np.ndarray] = field(default_factory=list)
+    """(K, 2) int64 of each frame: pixels with the label in both, and in one plus in the other."""
+
+    @classmethod
+    def of_labels(
+        cls, index: Tensor, truth: Tensor, count: int, decibels: Tensor | None = None
+    ) -> LabelScores:
+        """Of label maps (B, H, W), indices with 0 for the background and ``count`` labels. decibels: (B,) `psnr` of the
+        channels that ``index`` was taken from, if it was taken from any."""
+        wrong = (index != truth).flatten(1).float().mean(1)
+        counts = []
+        for drawn, true in zip(index.flatten(1).cpu(), truth.flatten(1).cpu(), strict=True):
+            both, first, second = (
+                torch.bincount(values.long(), minlength=count + 1)[1:]
+                for values in (drawn[drawn == true], drawn, true)
+            )
+            counts.append(torch.stack([both, first + second], 1).numpy())
+        return cls(
+            wrong.tolist(),
+            [math.nan] * len(index) if decibels is None else decibels.tolist(),
+            [math.nan] * len(index),
+            [int(of_frame[:, 0].sum()) for of_frame in counts],
+            [int(of_frame[:, 1].sum()) for of_frame in counts],
+            counts,
+        )
+
+    @property
+    def label_dice(self) -> list[float]:
+        """Of each label, pooled over all frames; NaN where no frame has it."""
+        return [_dice(*of_label) for of_label in np.sum(self.by_label, 0).tolist()]
+
+    @property
+    def dice(self) -> float:
+        return _mean(self.label_dice)
+
+    @property
+    def iou(self) -> float:
+        return _mean([dice / (2 - dice) for dice in self.label_dice])
+
+    @property
+    def frame_dice(self) -> list[float]:
+        return [_mean([_dice(*of_label) for of_label in of_frame.tolist()]) for of_frame in self.by_label]
+
+
+def _mean(values: list[float]) -> float:
+    """Of those that are defined."""
+    defined = [value for value in values if not math.isnan(value)]
+    return sum(defined) / len(defined) if defined else math.nan
 
 
 def _dice(overlap: int, size: int) -> float:
