@@ -13,7 +13,6 @@ from __future__ import annotations
 import utils.threads  # noqa: F401  # isort: skip  (before torch)
 
 import argparse
-import contextlib
 import json
 import os
 import re
@@ -21,24 +20,28 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import prepare
 import report
 import slices_to_ply
 from arguments import PRESETS, render_parser, train_options
-from cases.case import STEPS, Case, CaseResult, plan, run_case
+from cases.case import STEPS, Case, CaseResult, Place, as_file, do_case, plan, tell_plan
 from cases.gpus import one_gpu, visible_gpus
-from cases.steps import STOPPED, PassedOn
+from cases.processes import Forked, PassedOn, Spawned, Start
+from cases.steps import STOPPED
 from cases.summary import SummaryRow, summarise
 from cases.table import Row, part, read_cases
 from utils.errors import ArgumentParser, UserError, positive, run
-from utils.files import atomic_write
+from utils.files import atomic_write, own_folder
 from utils.threads import processors
+from utils.timing import in_words
 
 __all__ = ["CaseResult", "run_case"]
 
@@ -55,6 +58,7 @@ _OWN = {  # options of the steps that medgs.py itself gives
         "preset",
         "device",
         "start_checkpoint",
+        "time",
     },
     "render": {"model_path", "interp", "pipeline", "device"},
     "mesh": {"input", "output", "inter"},
@@ -94,6 +98,12 @@ def parser() -> argparse.ArgumentParser:
         choices=("auto", *PRESETS),
         default="auto",
         help="of train.py; auto takes the one that suits this machine, and says which (default: auto)",
+    )
+    parser.add_argument(
+        "--time",
+        type=minutes,
+        metavar="MINUTES",
+        help="that training may take: as many iterations as fit",
     )
     parser.add_argument(
         "--keep_every",
@@ -149,6 +159,17 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def minutes(text: str) -> float:
+    """The type of --time."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number of minutes")
+    return value
+
+
 def split_steps(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str]]]:
     """The command line without the options of single steps; and those, by step."""
     rest: list[str] = []
@@ -166,8 +187,10 @@ def split_steps(arguments: Sequence[str]) -> tuple[list[str], dict[str, list[str
     return rest, steps
 
 
-def check(steps: dict[str, list[str]]) -> None:
+def check(steps: Mapping[str, Sequence[str]]) -> None:
     """Refuse options of a step that its program would refuse, before anything starts."""
+    if unknown := sorted(set(steps) - set(STEPS)):
+        raise UserError(f"there is no step {unknown[0]}: the steps are {', '.join(STEPS)}")
     parsers = {
         "prepare": (prepare.parser, "-i x -o x"),
         "mesh": (slices_to_ply.parser, "-i x -o x"),
@@ -199,13 +222,104 @@ def preset_for(name: str, device: str = "auto") -> str:
 # ---- one case --------------------------------------------------------------------------------------------------------
 
 
+def run_case(
+    image: str | os.PathLike[str] | np.ndarray,
+    label: str | os.PathLike[str] | np.ndarray | Sequence[str | os.PathLike[str] | np.ndarray] | None = None,
+    output: str | os.PathLike[str] = "output/case",
+    *,
+    affine: np.ndarray | None = None,
+    name: str | None = None,
+    preset: str = "auto",
+    time: float | None = None,
+    keep_every: int = 1,
+    interp: int = 4,
+    device: str = "auto",
+    options: Mapping[str, Sequence[str]] | None = None,
+    only: Sequence[str] = STEPS,
+    say: Callable[[str], object] = print,
+    start: Start = Spawned,
+    place: Place | None = None,
+) -> CaseResult:
+    """Do a whole case: prepare, train, render, mesh and report, in one folder.
+
+    image, label: a path that prepare.py reads, or an array (columns, rows, slices) whose `affine` (4, 4) maps indices
+    to RAS+ millimetres; several labels are one per structure. output: the case's folder; name: of the case, the
+    folder's if None. preset: of train.py, or "auto", which suits this machine. time: minutes that training may take.
+    keep_every: train on one slice in N, and score the others. interp: rendered slices per frame. options: of single
+    steps, `{"train": ["--lambda_seg", "2"]}`. only: the steps to do; those that are there and current are skipped. say:
+    gets a line at a time. start, place: how the steps' programs are started, and on which GPU (`cases.case.do_case`).
+
+    Returns what came out, also where a step failed or was stopped: see `CaseResult.record.failure`. Raises `UserError`
+    where the input does not exist or an option cannot be, before anything starts.
+    """
+    folder, steps = Path(output), dict(options or {})
+    check_case(preset, time, keep_every, interp, device, steps, only)
+    labels = label if isinstance(label, (list, tuple)) else [] if label is None else [label]
+    for given in (image, *labels):
+        if not isinstance(given, np.ndarray) and not Path(given).exists():
+            raise UserError(f"{given} does not exist")
+    with own_folder(folder, "-o"):
+        case = Case(
+            name or folder.resolve().name,
+            as_file(image, affine, folder / "input" / "image.nii.gz"),
+            tuple(
+                as_file(one, affine, folder / "input" / f"label_{k}.nii.gz") for k, one in enumerate(labels)
+            ),
+            preset_for(preset, device),
+            keep_every,
+            interp,
+            device,
+            time,
+            steps,
+        )
+        say(_headline(case, preset))
+        return do_case(case, folder, only, say=say, start=start, place=place)
+
+
+def check_case(
+    preset: str,
+    time: float | None,
+    keep_every: int,
+    interp: int,
+    device: str,
+    steps: Mapping[str, Sequence[str]],
+    only: Sequence[str],
+) -> None:
+    """Refuse what the command line would refuse."""
+    words = [
+        "-o",
+        "x",
+        "--preset",
+        preset,
+        "--keep_every",
+        keep_every,
+        "--interp",
+        interp,
+        "--device",
+        device,
+    ]
+    words += [] if time is None else ["--time", time]
+    parser().parse_args([*map(str, words), "--only", *only])
+    check(steps)
+
+
+def _headline(case: Case, asked: str) -> str:
+    labels = f" with {', '.join(map(str, case.labels))}" if case.labels else ""
+    chosen = "" if asked != "auto" else f" (for {'a GPU' if case.preset == 'best' else 'a CPU'})"
+    return f"{case.name}: {case.image}{labels}; preset {case.preset}{chosen}"
+
+
 def one_case(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     row = Row(Path(options.output).resolve().name, Path(options.input), tuple(map(Path, options.label or ())))
-    return _do(row, Path(options.output), options, steps, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return _do(row, Path(options.output), options, steps)
 
 
 def _do(
-    row: Row, folder: Path, options: argparse.Namespace, steps: dict[str, list[str]], gpu: str | None
+    row: Row,
+    folder: Path,
+    options: argparse.Namespace,
+    steps: dict[str, list[str]],
+    place: Place | None = None,
 ) -> int:
     """Run one case; its exit status, the reason already printed by the step itself."""
 
@@ -213,35 +327,41 @@ def _do(
         if not options.quiet:
             print(line, flush=True)
 
-    preset = preset_for(options.preset, options.device)
     quiet = {name: ["--quiet", *steps.get(name, ())] for name in STEPS} if options.quiet else dict(steps)
-    case = Case(
-        row.name, row.image, row.labels, preset, options.keep_every, options.interp, options.device, quiet
-    )
-    for path in (case.image, *case.labels):
-        if not path.exists():
-            raise UserError(f"{path} does not exist")
-    chosen = "" if options.preset != "auto" else f" (for {'a GPU' if preset == 'best' else 'a CPU'})"
-    labels = f" with {', '.join(map(str, row.labels))}" if row.labels else ""
-    say(f"{row.name}: {row.image}{labels}; preset {preset}{chosen}")
-    for name, state in plan(case, folder):
-        if name in options.only:
-            say(f"  {name:8} {state}")
     if options.dry_run:
+        preset = preset_for(options.preset, options.device)
+        case = Case(
+            row.name,
+            row.image,
+            row.labels,
+            preset,
+            options.keep_every,
+            options.interp,
+            options.device,
+            options.time,
+            quiet,
+        )
+        for path in (case.image, *case.labels):
+            if not path.exists():
+                raise UserError(f"{path} does not exist")
+        say(_headline(case, options.preset))
+        tell_plan(plan(case, folder), options.only, case, folder, say, forked=True)
         return 0
     result = run_case(
         row.image,
         row.labels,
         folder,
         name=row.name,
-        preset=preset,
+        preset=options.preset,
+        time=options.time,
         keep_every=options.keep_every,
         interp=options.interp,
         device=options.device,
         options=quiet,
         only=options.only,
-        environment={} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu},
         say=say,
+        start=Forked if sys.platform == "linux" else Spawned,
+        place=place,
     )
     ran = result.record.steps
     failed = [ran[name] for name in options.only if name in ran and ran[name].status not in (0, None)]
@@ -249,7 +369,7 @@ def _do(
         return failed[0].status or 1
     seconds = sum(step.seconds for step in result.record.steps.values())
     if not result.missing:
-        say(f"done in {seconds:.0f} s: {folder} (open {folder / 'report.html'})")
+        say(f"done in {in_words(seconds)}: {folder} (open {folder / 'report.html'})")
     return 0
 
 
@@ -305,14 +425,9 @@ def _options_of(
 
 def _attempt(row: Row, out: Path, options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     """A case among others: what goes wrong is its own."""
-    needs_gpu = not options.dry_run and ("train" in options.only or "render" in options.only)
+    place = partial(one_gpu, options.per_gpu) if options.device == "auto" else None
     try:
-        with (
-            one_gpu(options.per_gpu)
-            if needs_gpu and options.device == "auto"
-            else contextlib.nullcontext() as gpu
-        ):
-            return _do(row, out / row.name, options, steps, gpu)
+        return _do(row, out / row.name, options, steps, place)
     except UserError as error:
         print(f"medgs.py: {row.name}: error: {error}", file=sys.stderr)
         return 2
@@ -330,6 +445,7 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
     out = Path(options.output).resolve()
     out.mkdir(parents=True, exist_ok=True)
     passed = ["--preset", options.preset, "--keep_every", options.keep_every, "--interp", options.interp]
+    passed += ["--time", options.time] if options.time is not None else []
     passed += [
         "--device",
         options.device,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,11 +14,15 @@ from typing import Any
 import nibabel
 import numpy as np
 
+from arguments import train_options
+from cases.estimate import Load, load_of, seconds_of
+from cases.gpus import gpu_names
+from cases.processes import Spawned, Start
 from cases.steps import RECORD, Record, Step, StepRecord, digest, versions
 from patient.geometry import FILE_NAME, Geometry
 from patient.readers.itk_files import read_text_header
 from utils.errors import UserError
-from utils.files import own_folder
+from utils.timing import in_words
 
 STEPS = ("prepare", "train", "render", "mesh", "report")
 """In order. Each has options of its own: `--train.lambda_seg 2`."""
@@ -32,9 +36,15 @@ PROGRAMS = {
 DATA, MODEL, MESHES, REPORT = "data", "model", "meshes", "report.html"
 SHOWN = {"images": "render_img", "masks": "render_mask"}
 """Links in a case's folder to what render.py writes in the model's."""
+MESH_SUFFIXES = (".ply", ".stl", ".obj", ".glb")
 CHECKPOINTS = 500  # iterations: what a preempted run loses at most, a second or so on a GPU
 
+ON_GPU = ("train", "render", "report")
+"""Steps that use a GPU where there is one; the others leave it to the next case."""
+
 Say = Callable[[str], object]
+Place = Callable[[], AbstractContextManager[str | None]]
+"""A place on a GPU, held while a step uses it: the GPU as CUDA_VISIBLE_DEVICES names it."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,8 @@ class Case:
     """What to do.
 
     image, labels: files or folders that prepare.py reads; several labels are one file per structure. keep_every: train
-    on one slice in N and score the others. interp: rendered slices per frame. steps: options of single steps as they
-    stand on the command line, `{"train": ["--lambda_seg", "2"]}`.
+    on one slice in N and score the others. interp: rendered slices per frame. minutes: that training may take. steps:
+    options of single steps as they stand on the command line, `{"train": ["--lambda_seg", "2"]}`.
     """
 
     name: str
@@ -53,6 +63,7 @@ class Case:
     keep_every: int = 1
     interp: int = 4
     device: str = "auto"
+    minutes: float | None = None
     steps: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
@@ -111,61 +122,41 @@ class CaseResult:
         return found
 
 
-MESH_SUFFIXES = (".ply", ".stl", ".obj", ".glb")
-
-
-def run_case(
-    image: str | os.PathLike[str] | np.ndarray,
-    label: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | np.ndarray | None = None,
-    output: str | os.PathLike[str] = "output/case",
-    *,
-    affine: np.ndarray | None = None,
-    name: str | None = None,
-    preset: str = "published",
-    keep_every: int = 1,
-    interp: int = 4,
-    device: str = "auto",
-    options: Mapping[str, Sequence[str]] | None = None,
+def do_case(
+    case: Case,
+    folder: Path,
     only: Sequence[str] = STEPS,
-    environment: Mapping[str, str] | None = None,
+    *,
     say: Say = print,
+    start: Start = Spawned,
+    place: Place | None = None,
 ) -> CaseResult:
-    """Do a whole case: prepare, train, render, mesh and report, in one folder.
+    """Do what is not current of a case, step by step, after a plan with times.
 
-    image, label: a path that prepare.py reads, or an array (columns, rows, slices) whose `affine` (4, 4) maps indices
-    to RAS+ millimetres. options: of single steps, `{"train": ["--lambda_seg", "2"]}`. only: the steps to do; those that
-    are there and current are skipped. environment: variables for the steps' processes.
+    folder: the case's, held by the caller (`own_folder`). only: the steps to do. start: how their programs are started.
+    place: a GPU for those in ON_GPU.
 
     Returns what came out, also where a step failed or was stopped: see `CaseResult.record.failure`. Raises `UserError`
-    where the input does not exist or the options cannot be.
+    where the input does not exist, or a step is asked for whose predecessor is not done.
     """
-    folder = Path(output)
-    with own_folder(folder):
-        image_path = _as_file(image, affine, folder / "input" / "image.nii.gz")
-        labels = label if isinstance(label, (list, tuple)) else [] if label is None else [label]
-        label_paths = tuple(
-            _as_file(one, affine, folder / "input" / f"label_{k}.nii.gz") for k, one in enumerate(labels)
-        )
-        case = Case(
-            name or folder.resolve().name,
-            image_path,
-            label_paths,
-            preset,
-            keep_every,
-            interp,
-            device,
-            options or {},
-        )
-        _run(case, folder, only, environment, say)
+    names = _names(case)
+    if not set(only) & set(names):
+        raise UserError(f"nothing to do: this case has the steps {', '.join(names)}, and mesh with a label")
+    record, inputs = _load(folder), _inputs(case)
+    tell_plan(_plan(case, folder, record, inputs), only, case, folder, say, start is not Spawned)
+    _run(case, folder, record, inputs, only, say, start, place)
     return CaseResult(folder)
 
 
 def plan(case: Case, folder: Path) -> list[tuple[str, str]]:
     """Each step, and `current`, `resume` or `run`."""
-    record = _load(folder)
+    return _plan(case, folder, _load(folder), _inputs(case))
+
+
+def _plan(case: Case, folder: Path, record: Record, inputs: Mapping[str, str]) -> list[tuple[str, str]]:
     found, before = [], ""
     for name in _names(case):
-        step = _step(name, case, folder, _inputs(case), before)
+        step = _step(name, case, folder, inputs, before)
         stopped = name in record.steps and record.steps[name].key == step.key and name == "train"
         current = step.is_current(record)
         found.append((name, "current" if current else "resume" if stopped else "run"))
@@ -173,21 +164,61 @@ def plan(case: Case, folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+def tell_plan(
+    steps: Sequence[tuple[str, str]], only: Sequence[str], case: Case, folder: Path, say: Say, forked: bool
+) -> None:
+    """A line per step, with the time that it will take as far as that can be told before it starts."""
+    load = load_of(case.image, folder / DATA / FILE_NAME, case.keep_every, case.interp, len(case.labels))
+    total, known = 0.0, True
+    for name, state in steps:
+        if name not in only:
+            continue
+        line = f"  {name:8} {state}"
+        if state != "current":
+            seconds = _estimate(name, case, load, forked)
+            known = known and seconds is not None
+            total += seconds or 0.0
+            line += f"{'':{9 - len(state)}}{'at most ' if state == 'resume' else ''}{_about(seconds)}"
+        say(line)
+    if total:
+        more = "" if known else "more than "
+        say(f"  {more}{_about(total)} in all, by estimate; {RECORD} will have the real times")
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown, as its size is" if seconds is None else f"about {in_words(seconds)}"
+
+
+def _estimate(name: str, case: Case, load: Load | None, forked: bool) -> float | None:
+    words = ["-s", "x", "-m", "x", "--preset", case.preset, *_minutes(case), *case.steps.get("train", ())]
+    on_gpu = case.device != "cpu" and bool(gpu_names())
+    return None if load is None else seconds_of(name, load, train_options(words), on_gpu, forked)
+
+
+def _minutes(case: Case) -> list[str]:
+    return [] if case.minutes is None else ["--time", f"{case.minutes:g}"]
+
+
 def _run(
-    case: Case, folder: Path, only: Sequence[str], environment: Mapping[str, str] | None, say: Say
+    case: Case,
+    folder: Path,
+    record: Record,
+    inputs: dict[str, str],
+    only: Sequence[str],
+    say: Say,
+    start: Start,
+    place: Place | None,
 ) -> StepRecord | None:
     """Run what is not current; the record of the step that failed, or None."""
-    record = _load(folder)
-    inputs = _inputs(case)
     names = _names(case)
-    if not set(only) & set(names):
-        raise UserError(f"nothing to do: this case has the steps {', '.join(names)}, and mesh with a label")
-    record.case, record.inputs, record.versions = case.name, inputs, versions()
+    device = "CPU" if case.device == "cpu" else ", ".join(dict.fromkeys(gpu_names())) or "CPU"
+    record.case, record.inputs, record.versions = case.name, inputs, {**versions(), "device": device}
     record.options = {
         "preset": case.preset,
         "keep_every": case.keep_every,
         "interp": case.interp,
         "device": case.device,
+        "time": case.minutes,
         "steps": {name: list(given) for name, given in case.steps.items()},
         "steps_to_do": list(names),
     }
@@ -211,7 +242,8 @@ def _run(
                 record.steps.pop(later, None)
             for made in {"train": (MODEL, MESHES), "mesh": (MESHES,)}.get(name, ()):
                 shutil.rmtree(folder / made, ignore_errors=True)
-        done = step.run(record, environment)
+        with place() if place and name in ON_GPU else nullcontext() as gpu:
+            done = step.run(record, start, {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
         if done.status != 0:
             return done
         _finish(name, case, folder)
@@ -284,7 +316,7 @@ def _step(name: str, case: Case, folder: Path, inputs: Mapping[str, str], before
             "--force",
         ],
         "train": [
-            *("-s", str(data / "img"), "-m", str(model), "--preset", case.preset, *device),
+            *("-s", str(data / "img"), "-m", str(model), "--preset", case.preset, *device, *_minutes(case)),
             *(("--pipeline", "joint", "--seg_source_path", str(data / "seg")) if joint else ()),
             *(
                 "--start_checkpoint",
@@ -357,7 +389,7 @@ def _link(link: Path, target: Path) -> None:
         shutil.copytree(link.parent / target, link)
 
 
-def _as_file(given: Any, affine: np.ndarray | None, path: Path) -> Path:
+def as_file(given: Any, affine: np.ndarray | None, path: Path) -> Path:
     """A path as it is; an array written as NIfTI, so that a second call with the same values finds the same file."""
     if not isinstance(given, np.ndarray):
         return Path(given)

@@ -9,9 +9,10 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
-_WAIT = 1.0  # seconds between two looks for a free place
+_WAIT = 0.2  # seconds between two looks for a free place
 
 
 def visible_gpus() -> list[str]:
@@ -19,16 +20,28 @@ def visible_gpus() -> list[str]:
     given = os.environ.get("CUDA_VISIBLE_DEVICES")
     if given is not None:
         return [name for name in given.split(",") if name.strip() and name.strip() != "-1"]
-    try:  # not torch: it would hold memory on a GPU that another process is to use
+    return list(_ask("index"))
+
+
+def gpu_names() -> list[str]:
+    """What is written on them: "NVIDIA H100 80GB HBM3"."""
+    return [name for gpu in visible_gpus() for name in _ask("name", "-i", gpu)]
+
+
+@cache
+def _ask(what: str, *words: str) -> list[str]:
+    """One line per GPU from nvidia-smi. Not torch: it would hold memory on a GPU that another process is to use, and no
+    fork of this process could use one."""
+    try:
         listed = subprocess.run(
-            ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"],
+            ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader", *words],
             capture_output=True,
             text=True,
             check=True,
         )
     except (FileNotFoundError, subprocess.CalledProcessError):
         return []
-    return listed.stdout.split()
+    return listed.stdout.splitlines()
 
 
 @contextmanager

@@ -6,18 +6,21 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import signal
-import subprocess
 import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from cases.processes import PassedOn, Spawned, Start
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.version import VERSION
 
 RECORD = "run.json"
 STOPPED = (130, 143)
@@ -121,7 +124,9 @@ class Step:
             and all(path.exists() for path in self.outputs)
         )
 
-    def run(self, record: Record, environment: Mapping[str, str] | None = None) -> StepRecord:
+    def run(
+        self, record: Record, start: Start = Spawned, environment: Mapping[str, str] | None = None
+    ) -> StepRecord:
         """Run the program, showing what it prints and keeping it in `log.txt`; returns what came of it.
 
         SIGTERM and Ctrl-C are passed on, and the program's own end is waited for: train.py saves a checkpoint. Where it
@@ -137,9 +142,11 @@ class Step:
         record.save()
         started = time.monotonic()
         with PassedOn() as asked:
-            entry.status, entry.reason = _process(self, record.path.with_name(LOG), environment, asked)
+            entry.status, entry.reason = _process(
+                self, record.path.with_name(LOG), start, environment or {}, asked
+            )
         entry.seconds = round(entry.seconds + time.monotonic() - started, 2)
-        entry.finished = time.strftime("%Y-%m-%dT%H:%M:%S")
+        entry.finished = datetime.now().astimezone().isoformat(timespec="milliseconds")
         record.save()
         if asked.signal and entry.status == 0:
             signal.raise_signal(asked.signal)
@@ -147,27 +154,19 @@ class Step:
 
 
 def _process(
-    step: Step, log: Path, environment: Mapping[str, str] | None, asked: PassedOn
+    step: Step, log: Path, start: Start, environment: Mapping[str, str], asked: PassedOn
 ) -> tuple[int, str]:
     """(exit status, the line of the error if there was one)."""
-    command = [sys.executable, str(PROGRAMS / step.program), *step.arguments]
+    command = [str(PROGRAMS / step.program), *step.arguments]
     with log.open("ab") as kept:
-        kept.write(f"\n$ {' '.join(command)}\n".encode())
+        kept.write(f"\n$ {shlex.join([sys.executable, *command])}\n".encode())
         kept.flush()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **(environment or {})},
-            start_new_session=True,  # a terminal's Ctrl-C reaches it once, through us
-        )
+        process = start(command, environment)
         asked.to(process)
         last_words = bytearray()
-        assert process.stdout is not None and process.stderr is not None
         readers = [
-            threading.Thread(target=_copy, args=(process.stdout.fileno(), 1, kept.fileno(), None)),
-            threading.Thread(target=_copy, args=(process.stderr.fileno(), 2, kept.fileno(), last_words)),
+            threading.Thread(target=_copy, args=(process.stdout_pipe, 1, kept.fileno(), None)),
+            threading.Thread(target=_copy, args=(process.stderr_pipe, 2, kept.fileno(), last_words)),
         ]
         for reader in readers:
             reader.start()
@@ -177,39 +176,6 @@ def _process(
     if status < 0:  # killed by a signal
         status = 128 - status
     return status, "" if status == 0 else _reason(bytes(last_words), status)
-
-
-class PassedOn:
-    """Within it, SIGTERM and SIGINT go to a process, or to the group that it leads; a third one kills it."""
-
-    def __init__(self, group: bool = False) -> None:
-        self.process: subprocess.Popen[bytes] | None = None
-        self.group = group
-        self.signal, self.count = 0, 0
-        self.before: dict[int, Any] = {}
-
-    def to(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-        if self.signal:  # it came while the process was started
-            self._send(self.signal)
-
-    def __enter__(self) -> PassedOn:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self._pass)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _pass(self, number: int, _: Any) -> None:
-        self.signal, self.count = number, self.count + 1
-        self._send(number if self.count < 3 else signal.SIGKILL)
-
-    def _send(self, number: int) -> None:
-        if self.process is not None and self.process.poll() is None:
-            (os.killpg if self.group else os.kill)(self.process.pid, number)
 
 
 def _copy(source: int, shown: int, kept: int, last_words: bytearray | None) -> None:
@@ -223,6 +189,7 @@ def _copy(source: int, shown: int, kept: int, last_words: bytearray | None) -> N
         if last_words is not None:
             last_words += data
             del last_words[:-_LAST_WORDS]
+    os.close(source)
 
 
 def _reason(last_words: bytes, status: int) -> str:
@@ -261,8 +228,7 @@ def digest(path: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """What results may depend on."""
+    """What results may depend on, beside the GPU."""
     import torch
 
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"python": platform.python_version(), "torch": torch.__version__, "device": device}
+    return {"medgs": VERSION, "python": platform.python_version(), "torch": torch.__version__}

@@ -65,4 +65,4 @@ def test_its_commands_run(wheel, tmp_path):
     assert ran.returncode == 2 and ran.stderr.startswith("train.py: error: ")
     code = "import medgs, sys; before = 'scene' in sys.modules; print(medgs.run_case.__module__, before)"
     ran = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert ran.stdout.split() == ["cases.case", "False"], ran.stderr
+    assert ran.stdout.split() == ["medgs.program", "False"], ran.stderr

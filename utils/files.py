@@ -91,11 +91,12 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 @contextmanager
-def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def own_folder(path: str | os.PathLike[str], option: str = "-m") -> Iterator[Path]:
     """Create the folder `path` if it is missing, and lock it against other runs while the body runs.
 
     The lock is the operating system's, on the file `.lock`: it is released however the process ends, and the file left
-    behind blocks nobody. Folders created here that are still empty at the end are removed.
+    behind blocks nobody. Folders created here that are still empty at the end are removed. option: which one named it,
+    for messages.
 
     Raises `UserError` if another run holds the folder, or a file of that name is in the way.
     """
@@ -104,9 +105,9 @@ def own_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"-m {folder}: a file of that name is in the way") from error
+        raise UserError(f"{option} {folder}: a file of that name is in the way") from error
     try:
-        descriptor = _lock(folder)
+        descriptor = _lock(folder, option)
         try:
             yield folder
         finally:
@@ -146,7 +147,7 @@ def _sibling(target: Path) -> Path:
     return target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, option: str) -> int:
     """The descriptor of the lock file, locked. Raises `UserError` if another process holds it."""
     file = folder / LOCK
     while True:
@@ -157,7 +158,7 @@ def _lock(folder: Path) -> int:
             holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "another process"
             os.close(descriptor)
             raise UserError(
-                f"{folder} is in use by another run ({holder}): wait for it, stop it, or give another -m"
+                f"{folder} is in use by another run ({holder}): wait for it, stop it, or give another {option}"
             ) from None
         except OSError as error:
             if error.errno not in (

@@ -6,6 +6,7 @@ theirs and no one else's. Their commands are `medgs`, `medgs-train`, `medgs-rend
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 PROGRAMS = Path(__file__).parent / "programs"
 
 if TYPE_CHECKING:
-    from cases.case import CaseResult, run_case
+    from cases.case import CaseResult
+
+    run_case: Any
 
 __all__ = ["CaseResult", "run_case"]
 
@@ -24,6 +27,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     if str(PROGRAMS) not in sys.path:
         sys.path.append(str(PROGRAMS))
-    from cases import case
-
-    return getattr(case, name)
+    spec = importlib.util.spec_from_file_location("medgs.program", PROGRAMS / "medgs.py")
+    assert spec is not None and spec.loader is not None
+    program = sys.modules.setdefault(spec.name, importlib.util.module_from_spec(spec))
+    if not hasattr(program, name):
+        spec.loader.exec_module(program)
+    return getattr(program, name)
