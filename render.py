@@ -15,7 +15,7 @@ import re
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from tqdm import tqdm
 from arguments import RenderOptions, render_options
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
 from patient.geometry import FILE_NAME, Geometry
+from patient.label_channels import ids_of
+from patient.labels import LabelTable
 from patient.rendered_volume import Grid, RenderedVolume
 from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
@@ -42,16 +44,45 @@ MEMORY = 2**30  # bytes
 BYTES_PER_GAUSSIAN, BYTES_PER_VALUE = 100, 16
 WRITERS = min(32, os.cpu_count() or 1)  # threads that encode images while the next ones are rendered
 
+EXACT = (".png", ".tif", ".tiff")  # image files that hold ids
+
 Say = Callable[[str], object]
 
 
 @dataclass(frozen=True)
 class Output:
-    """A folder of images: which head they show, by which activity test."""
+    """A folder of images: which head they show, by which activity test, and what labels if it is a label map."""
 
     folder: Path
     head: str
     test: int
+    labels: LabelTable | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Stream:
+    """A sequence of files, one per position, and a volume of them, if there is one."""
+
+    folder: Path
+    output: int
+    """Place of what they are made from among the renderer's outputs."""
+    labels: LabelTable | None
+    """Of a label map: files and volume hold ids."""
+    share_of: int | None
+    """Place in its table of the label whose shares they hold."""
+    volume: RenderedVolume | None
+
+    def values(self, images: Sequence[Tensor]) -> Tensor:
+        """(V, C, H, W) of these images (V, C, H, W) of each output, in [0, 1]; of a label map ids, C = 1."""
+        own = images[self.output]
+        if self.labels is not None:
+            return ids_of(own, self.labels)[:, None]
+        return own if self.share_of is None else own[:, [self.share_of]]
+
+    @property
+    def file_type(self) -> type:
+        """Of ids, the smallest that holds them; of levels with more than 8 bits."""
+        return np.uint8 if self.labels is not None and max(self.labels.ids) < 256 else np.uint16
 
 
 @dataclass(frozen=True)
@@ -68,13 +99,14 @@ class Renderer:
     modify: editing.Modification | None
 
     @torch.no_grad()
-    def __call__(self, positions: Sequence[float]) -> Tensor:
-        """Images (outputs, V, C, H, W) at ``positions`` (frame index plus fraction)."""
+    def __call__(self, positions: Sequence[float]) -> list[Tensor]:
+        """Images (V, C, H, W) of each output at ``positions`` (frame index plus fraction), with its head's C."""
         if self.mask is None and self.modify is None:
             return self._splat(self.model, positions)
-        return torch.cat([self._edited(position) for position in positions], dim=1)
+        every = [self._edited(position) for position in positions]
+        return [torch.cat(views) for views in zip(*every, strict=True)]
 
-    def _splat(self, model: GaussianModel, positions: Sequence[float]) -> Tensor:
+    def _splat(self, model: GaussianModel, positions: Sequence[float]) -> list[Tensor]:
         """All outputs from one fold and one blend."""
         views = len(positions)
         renders = [Render(view, out.head, out.test) for out in self.outputs for view in range(views)]
@@ -88,10 +120,12 @@ class Renderer:
             self.rasterizer,
             antialiasing=self.antialiasing,
         )
-        return drawn.images.unflatten(0, (-1, views))
+        images = drawn.images.split(views)
+        return [own[:, : model.channels_of(out.head)] for own, out in zip(images, self.outputs, strict=True)]
 
-    def _edited(self, position: float) -> Tensor:
-        """One view, (outputs, 1, C, H, W), of the Gaussians that the mask keeps, changed by the user's function."""
+    def _edited(self, position: float) -> list[Tensor]:
+        """One view, (1, C, H, W) of each output, of the Gaussians that the mask keeps, changed by the user's
+        function."""
         cut = editing.cut(self.model, position)
         drawn = torch.stack([cut.active(out.test) for out in self.outputs])  # (outputs, N)
         if self.mask is not None:
@@ -102,14 +136,15 @@ class Renderer:
             drawn &= some
         assert self.modify is not None
         cut = self.modify(cut)
-        heads = [out.head for out in self.outputs]
-        opacities = self.model.opacities(heads)
-        colours = to_colour(self.model.raw_colours(heads, self.camera))
-        images = [
-            editing.draw(cut, *gaussians, self.camera, self.background, self.antialiasing)
-            for gaussians in zip(drawn, opacities, colours, strict=True)
-        ]
-        return torch.stack(images)[:, None]
+        images = []
+        for out, some in zip(self.outputs, drawn, strict=True):
+            opacities = self.model.opacities([out.head])[0]
+            colours = to_colour(self.model.raw_colours([out.head], self.camera))[0]
+            behind = self.model.background_of(out.head, self.background)
+            images.append(
+                editing.draw(cut, some, opacities, colours, self.camera, behind, self.antialiasing)[None]
+            )
+        return images
 
 
 def main() -> None:
@@ -127,6 +162,7 @@ def main() -> None:
     model, path = trained.model, trained.path
     mask = editing.PointMask(options.mask_path, model.num_frames) if options.mask_path else None
     outputs = outputs_of(options, model)
+    check_labels(options, outputs)
     if outputs[-1].test == ACTIVE_SEGMENTATION and SEGMENTATION not in model.heads:
         print(f"{path} has no segmentation head: masks come from its image head", flush=True)
     keep_geometry(options, model.num_frames, say)
@@ -141,9 +177,9 @@ def main() -> None:
         mask,
         modify,
     )
-    volumes = volumes_of(renderer, options)
-    names = write_images(renderer, trained.bits, volumes, options, say)
-    write_volumes(renderer, volumes, say)
+    streams = streams_of(renderer, options)
+    names = write_images(renderer, trained.bits, streams, options, say)
+    write_volumes(streams, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
     if options.html:
@@ -168,7 +204,22 @@ def outputs_of(options: RenderOptions, model: GaussianModel) -> list[Output]:
     folder = Path(options.model_path)
     images = Output(folder / "render_img", IMAGE, ACTIVE)
     masks = Output(folder / "render_mask", model.heads[-1], ACTIVE_SEGMENTATION)
-    return {"img": [images], "seg": [masks], "both": [images, masks]}[options.pipeline]
+    outputs = {"img": [images], "seg": [masks], "both": [images, masks]}[options.pipeline]
+    return [replace(out, labels=model.labels if out.head == model.label_head else None) for out in outputs]
+
+
+def check_labels(options: RenderOptions, outputs: Sequence[Output]) -> None:
+    """Refuse what label maps cannot be written as, and probabilities where nothing is a label map."""
+    labelled = any(out.labels is not None for out in outputs)
+    if labelled and options.extension.lower() not in EXACT:
+        raise UserError(
+            f"--extension {options.extension}: a label map needs exact numbers, so its images are {' or '.join(EXACT)}"
+        )
+    if options.probabilities and not labelled:
+        raise UserError(
+            "--probabilities is for models of label maps (--pipeline seg or both): this shows images or one mask, "
+            "whose renders are soft already"
+        )
 
 
 def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
@@ -182,10 +233,25 @@ def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
         say(f"where the frames lie in the patient: {kept}")
 
 
-def volumes_of(renderer: Renderer, options: RenderOptions) -> list[RenderedVolume]:
-    """For ``--nifti``: an empty volume for each output. Refuses models without a place in a patient, or in colour."""
-    if not options.nifti:
-        return []
+def streams_of(renderer: Renderer, options: RenderOptions) -> list[Stream]:
+    """What to write: every output, with ``--probabilities`` every label's shares, with ``--nifti`` each as a volume."""
+    grid = grid_of(renderer, options) if options.nifti else None
+    streams = []
+    for number, out in enumerate(renderer.outputs):
+        mask = out.folder.name == "render_mask" and out.labels is None
+        volume = RenderedVolume(grid, mask, out.labels) if grid else None
+        streams.append(Stream(out.folder, number, out.labels, None, volume))
+        if options.probabilities and out.labels is not None:
+            shares = grid and replace(grid, geometry=replace(grid.geometry, window=(0.0, 1.0)))
+            for place, name in enumerate(out.labels.file_names().values()):
+                folder = out.folder.with_name("render_probabilities") / name
+                volume = RenderedVolume(shares, mask=False) if shares else None
+                streams.append(Stream(folder, number, None, place, volume))
+    return streams
+
+
+def grid_of(renderer: Renderer, options: RenderOptions) -> Grid:
+    """Where the slices of ``--nifti`` lie. Refuses models without a place in a patient, or in colour."""
     path = Path(options.model_path) / FILE_NAME
     if not path.exists():
         raise UserError(
@@ -198,32 +264,33 @@ def volumes_of(renderer: Renderer, options: RenderOptions) -> list[RenderedVolum
             f"--nifti: {path} is for {len(geometry.slices)} frames, the model for {model.num_frames}: put the "
             "frames.json of these frames there"
         )
-    if model.channels != 1:
+    if model.channels != 1 and model.label_head != IMAGE:
         raise UserError(
             "--nifti: a volume holds one intensity, and this is a colour model: leave out --nifti"
         )
-    grid = Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
-    return [RenderedVolume(grid, mask=out.folder.name == "render_mask") for out in renderer.outputs]
+    return Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
 
 
 def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
     """How many views to render together: what --chunks asks for, as far as MEMORY allows."""
     camera, model, outputs = renderer.camera, renderer.model, len(renderer.outputs)
-    pixels = outputs * model.channels * camera.width * camera.height
+    channels = max(map(model.channels_of, model.heads))
+    pixels = outputs * channels * camera.width * camera.height
     fitting = MEMORY // (BYTES_PER_GAUSSIAN * len(model) + BYTES_PER_VALUE * pixels)
     return max(1, min(-(-positions // chunks), fitting, MAX_RENDERS // outputs))
 
 
 def write_images(
-    renderer: Renderer, bits: int, volumes: Sequence[RenderedVolume], options: RenderOptions, say: Say
+    renderer: Renderer, bits: int, streams: Sequence[Stream], options: RenderOptions, say: Say
 ) -> list[str]:
     """Render chunk after chunk while threads write what is done; at most two chunks are in memory, or one image per
-    thread. Fills ``volumes`` too. Returns the names of the files in each output's folder, in order."""
+    thread. Fills the streams' volumes too. Returns the names of the files in each stream's folder, in order."""
     last = renderer.model.num_frames - 1
     numbers = [(k, i) for k in range(last) for i in range(options.interp)]
     numbers += [(last, i) for i in range(options.interp if options.beyond else 1)]
     names = {k + i / options.interp: f"{k:05d}_{i}{options.extension}" for k, i in numbers}
-    slots = {position: slot for slot, position in enumerate(volumes[0].grid.positions)} if volumes else {}
+    grid = next((stream.volume.grid for stream in streams if stream.volume), None)
+    slots = {position: slot for slot, position in enumerate(grid.positions)} if grid else {}
     positions = sorted(names.keys() | slots.keys())
     bits = 8 if bits == 8 else 16
     if bits > 8 and options.extension.lower() in (".jpg", ".jpeg"):
@@ -233,37 +300,36 @@ def write_images(
     floats = options.extension.lower() == ".npy"
     write: Callable[[Path, np.ndarray], None] = write_image if floats else write_levels
     step = views_at_once(renderer, len(positions), options.chunks)
-    folders = [out.folder for out in renderer.outputs]
     waiting: deque[Future[None]] = deque()
-    most = max(step * len(folders), WRITERS)
+    most = max(step * len(streams), WRITERS)
     with (
         ThreadPoolExecutor(WRITERS) as writers,
-        tqdm(total=len(names) * len(folders), desc="rendering", unit="image", disable=options.quiet) as bar,
+        tqdm(total=len(names) * len(streams), desc="rendering", unit="image", disable=options.quiet) as bar,
     ):
         for first in range(0, len(positions), step):
             batch = positions[first : first + step]
-            images = renderer(batch).clamp_(0, 1)  # (outputs, V, C, H, W)
-            for volume, own in zip(volumes, images, strict=bool(volumes)):
-                for position, image in zip(batch, own.cpu().numpy(), strict=True):
-                    if position in slots:
-                        volume.put(slots[position], image[0])
-            stored = images if floats else levels_of(images, bits)
-            arrays = stored.movedim(2, -1).cpu().numpy()
-            for folder, own in zip(folders, arrays, strict=True):
-                for position, array in zip(batch, own, strict=True):
+            images = [own.clamp_(0, 1) for own in renderer(batch)]  # (V, C, H, W) of each output
+            for stream in streams:
+                values = stream.values(images)
+                if stream.volume is not None:
+                    for position, image in zip(batch, values.cpu().numpy(), strict=True):
+                        if position in slots:
+                            stream.volume.put(slots[position], image[0])
+                stored = values if floats or stream.labels else levels_of(values, bits)
+                for position, array in zip(batch, stored.movedim(1, -1).cpu().numpy(), strict=True):
                     if position in names:
-                        array = array.astype(np.uint16) if array.dtype == np.int32 else array
-                        waiting.append(writers.submit(write, folder / names[position], array))
+                        array = array.astype(stream.file_type) if array.dtype == np.int32 else array
+                        waiting.append(writers.submit(write, stream.folder / names[position], array))
             while len(waiting) > most:
                 waiting.popleft().result()  # raises what the thread raised
                 bar.update()
         while waiting:
             waiting.popleft().result()
             bar.update()
-    for folder in folders:
-        removed = remove_older(folder, set(names.values()), options.extension)
+    for stream in streams:
+        removed = remove_older(stream.folder, set(names.values()), options.extension)
         say(
-            f"{len(names)} images in {folder}"
+            f"{len(names)} images in {stream.folder}"
             + (f" ({removed} of an earlier render removed)" if removed else "")
         )
     return list(names.values())
@@ -275,13 +341,14 @@ def levels_of(images: Tensor, bits: int) -> Tensor:
     return levels.to(torch.uint8 if bits == 8 else torch.int32)
 
 
-def write_volumes(renderer: Renderer, volumes: Sequence[RenderedVolume], say: Say) -> None:
-    for out, volume in zip(renderer.outputs, volumes, strict=bool(volumes)):
-        path = out.folder.with_name(f"{out.folder.name}.nii.gz")
+def write_volumes(streams: Sequence[Stream], say: Say) -> None:
+    volumes = {stream.folder: stream.volume for stream in streams if stream.volume}
+    for folder, volume in volumes.items():
+        path = folder.with_name(f"{folder.name}.nii.gz")
         volume.write(path)
         shape = " x ".join(map(str, volume.values.shape))
         say(f"{shape} voxels in {path}")
-    if volumes and not volumes[0].grid.geometry.evenly_spaced:
+    if any(not volume.grid.geometry.evenly_spaced for volume in volumes.values()):
         say("  the frames are unevenly spaced: slices are drawn at even steps between them")
 
 
@@ -291,8 +358,9 @@ def write_sequence(
     """Write the video of the rendered images, up to the last frame."""
     assert options.video is not None
     folders = [out.folder for out in renderer.outputs]
+    tables = [out.labels for out in renderer.outputs]
     shots = [
-        Shot([folder / name for folder in folders], *divmod(k, options.interp), options.interp)
+        Shot([folder / name for folder in folders], *divmod(k, options.interp), options.interp, tables)
         for k, name in enumerate(names[: (renderer.model.num_frames - 1) * options.interp + 1])
     ]
     geometry_file = Path(options.model_path) / FILE_NAME

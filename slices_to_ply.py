@@ -17,7 +17,6 @@ import utils.threads  # noqa: F401  # isort: skip  (before torch)
 import argparse
 import multiprocessing
 import os
-import re
 import shlex
 import sys
 import traceback
@@ -354,7 +353,7 @@ def _mesh_labels(
     meshes = label_surfaces(
         numbers, labels.ids, sigma, volumes, stack.affine, stack.heights, not options.open
     )
-    scene = {}
+    scene, names = {}, labels.file_names()
     for label in labels:
         if label.id not in meshes:
             lines.append(
@@ -372,10 +371,7 @@ def _mesh_labels(
                 mesh = decimate(mesh, options.decimate)
             except ValueError as error:
                 raise UserError(f"{label.name}: {error}") from error
-        name = re.sub(r"[^\w.+-]+", "_", label.name)
-        if sum(re.sub(r"[^\w.+-]+", "_", other.name) == name for other in labels) > 1:
-            name = f"{name}_{label.id}"
-        _write(f"{case.name}_{name}", mesh, None, options, lines)
+        _write(f"{case.name}_{names[label.id]}", mesh, None, options, lines)
         scene[label] = mesh
     if options.decimate:
         lines.append("  note: decimated meshes no longer share their surfaces")

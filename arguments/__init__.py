@@ -463,6 +463,11 @@ class RenderOptions(MachineOptions, DataOptions):
         "also write the rendered sequence as render_img.nii.gz, render_mask.nii.gz: in the source's intensities "
         "and position",
     )
+    probabilities: bool = _option(
+        False,
+        "of a label map, also write each label's share of every pixel: render_probabilities/<label>/, and with --nifti "
+        "render_probabilities/<label>.nii.gz",
+    )
     html: bool = _option(
         False,
         "also write the sequence as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "

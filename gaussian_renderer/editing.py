@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from scipy.spatial import cKDTree
 from torch import Tensor
+from torch.nn.functional import pad
 
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION
 from gaussian_renderer.oracle import MIN_SEGMENTATION_SCALE, MIN_TIME_WEIGHT
@@ -121,17 +122,21 @@ def draw(
             f"--modify draws only what is more than {NEAR_PLANE} plane units from the camera, which stands at "
             f"{camera.distance:g}: train with a greater --distance"
         )
-    rasterise = GaussianRasterizer(general_settings(camera, background.expand(3), antialiasing))
     means = cut.means[drawn]
-    image, _, _ = rasterise(
-        means3D=means,
-        means2D=torch.zeros_like(means),
-        opacities=opacities[drawn],
-        colors_precomp=colours[drawn].expand(-1, 3),
-        scales=cut.scales[drawn],
-        rotations=cut.quaternions[drawn],
-    )
-    return image[: len(background)]  # a grey image is one of three equal channels
+    images = []
+    for shown, behind in zip(colours[drawn].split(3, 1), background.split(3), strict=True):  # it draws RGB
+        missing = 3 - len(behind)
+        rasterise = GaussianRasterizer(general_settings(camera, pad(behind, (0, missing)), antialiasing))
+        image, _, _ = rasterise(
+            means3D=means,
+            means2D=torch.zeros_like(means),
+            opacities=opacities[drawn],
+            colors_precomp=pad(shown, (0, missing)),
+            scales=cut.scales[drawn],
+            rotations=cut.quaternions[drawn],
+        )
+        images.append(image[: len(behind)])
+    return torch.cat(images)
 
 
 def subset(model: GaussianModel, chosen: Tensor) -> GaussianModel:

@@ -411,6 +411,12 @@ class LabelTable:
         fold = _folded(word)
         return next((label.id for label in self.labels if _folded(label.name) == fold), None)
 
+    def file_names(self) -> dict[int, str]:
+        """By id, the name in a form that file names can have; with the id where two would be the same."""
+        names = {label.id: re.sub(r"[^\w.+-]+", "_", label.name) for label in self.labels}
+        every = list(names.values())
+        return {i: name if every.count(name) == 1 else f"{name}_{i}" for i, name in names.items()}
+
     def words(self, most: int = 12) -> str:
         """Ids and names for a message."""
         shown = [str(i.id) if i.name == str(i.id) else f"{i.id} {i.name}" for i in self.labels[:most]]

@@ -11,6 +11,7 @@ import nibabel
 import numpy as np
 
 from patient.geometry import Geometry
+from patient.labels import LabelTable
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -83,14 +84,15 @@ class Grid:
 
 @dataclass
 class RenderedVolume:
-    """Collects slices, two bytes per voxel (one for a mask), and writes them.
+    """Collects slices, two bytes per voxel (one for a mask and for ids below 256), and writes them.
 
-    mask: hold 1 where a value is 0.5 or more, else 0. Otherwise values in [0, 1] become intensities of the geometry's
-    window, in steps of 1/65535 of it.
+    mask: hold 1 where a value is 0.5 or more, else 0. labels: hold the ids of a label map. Otherwise values in [0, 1]
+    become intensities of the geometry's window, in steps of 1/65535 of it.
     """
 
     grid: Grid
     mask: bool
+    labels: LabelTable | None = None
     values: np.ndarray = field(init=False)
     """In the source's axes and directions."""
 
@@ -100,14 +102,18 @@ class RenderedVolume:
         extents = (*self.grid.size, len(self.grid.positions))
         for axis, extent in zip(geometry.axes, extents, strict=True):
             shape[axis] = extent
-        self.values = np.zeros(shape, np.uint8 if self.mask else np.uint16, order="F")
+        most = 1 if self.mask else 65535 if self.labels is None else max(self.labels.ids)
+        self.values = np.zeros(shape, np.uint8 if most < 256 else np.uint16, order="F")
         flips = [slice(None, None, -1 if flip else 1) for flip in geometry.flips]
         # (slice, row, column), a view
         self._slices = self.values.transpose(geometry.axes[::-1])[:, flips[1], flips[0]]
 
     def put(self, slot: int, image: np.ndarray) -> None:
-        """image (H, W), float in [0, 1], is slice ``slot``."""
-        self._slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
+        """image (H, W), float in [0, 1], or ids of a label map, is slice ``slot``."""
+        if self.labels is not None:
+            self._slices[slot] = image
+        else:
+            self._slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
 
     @property
     def image(self) -> nibabel.Nifti1Image:
@@ -118,7 +124,9 @@ class RenderedVolume:
         image.set_qform(self.grid.affine, "scanner")
         if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is not a rotation
             image.set_qform(None, "unknown")
-        if not self.mask:  # stored levels, with their scale in the header: half the size of floats
+        if (
+            not self.mask and self.labels is None
+        ):  # stored levels, with their scale in the header: half the size of floats
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
         return image

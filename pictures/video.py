@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from patient.labels import LabelTable
 from utils.errors import UserError
 from utils.files import atomic_write
-from utils.images import read_image, to_unit
+from utils.images import read_image, read_levels, to_unit
 
 _SIDE = 480  # px: smaller pictures are enlarged to it
 _GAP, _STRIP = 8, 44  # px: between pictures, and the margin below them
@@ -29,6 +30,8 @@ class Shot:
     frame: int
     sub_frame: int
     sub_frames: int
+    labels: Sequence[LabelTable | None] = ()
+    """Of each file, if it is a label map."""
 
     @property
     def position(self) -> float:
@@ -73,7 +76,7 @@ def write_video(path: Path, shots: Sequence[Shot], rate: float, pixel_aspect: fl
         else:
             # Hundredths of a second, rounded so that the total duration is right.
             ends = np.rint(np.arange(len(shots) + 1) * 100 / min(rate, _MOST_GIF))
-            palette = _palette()
+            palette = _palette([table for table in shots[0].labels if table is not None])
             first, *others = (
                 picture.quantize(palette=palette, dither=Image.Dither.NONE) for picture in pictures
             )
@@ -99,7 +102,13 @@ def _pictures(shots: Sequence[Shot], pixel_aspect: float) -> Iterator[Image.Imag
     last = max(shot.frame for shot in shots)
     font = _font(17)
     for shot in shots:
-        images = [_displayed(read_image(file), pixel_aspect) for file in shot.files]
+        tables = shot.labels or [None] * len(shot.files)
+        images = [
+            _displayed(read_image(file), pixel_aspect)
+            if labels is None
+            else _displayed(_coloured(read_levels(file), labels), pixel_aspect, Image.Resampling.NEAREST)
+            for file, labels in zip(shot.files, tables, strict=True)
+        ]
         width = sum(image.width for image in images) + _GAP * (len(images) - 1)
         height = images[0].height + _STRIP
         picture = Image.new("RGB", (width + width % 2, height + height % 2))
@@ -111,13 +120,23 @@ def _pictures(shots: Sequence[Shot], pixel_aspect: float) -> Iterator[Image.Imag
         yield picture
 
 
-def _displayed(array: np.ndarray, pixel_aspect: float) -> Image.Image:
+def _coloured(ids: np.ndarray, labels: LabelTable) -> np.ndarray:
+    """Ids (H, W) in the labels' colours, (H, W, 3) uint8."""
+    palette = np.zeros((max(int(ids.max()), *labels.ids) + 1, 3), np.uint8)
+    for label in labels:
+        palette[label.id] = label.colour
+    return palette[ids]
+
+
+def _displayed(
+    array: np.ndarray, pixel_aspect: float, how: Image.Resampling = Image.Resampling.BICUBIC
+) -> Image.Image:
     """An image with square pixels, enlarged if it is small."""
     unit = to_unit(array)[..., :3] if array.ndim == 3 else to_unit(array)
     image = Image.fromarray(np.rint(unit * 255).astype(np.uint8)).convert("RGB")
     width, height = image.width * max(1.0, 1 / pixel_aspect), image.height * max(1.0, pixel_aspect)
     scale = max(1.0, _SIDE / max(width, height))
-    return image.resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+    return image.resize((round(width * scale), round(height * scale)), how)
 
 
 def _mark(
@@ -155,12 +174,13 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _palette() -> Image.Image:
-    """For GIF: greys, the accent's shades, and a coarse cube of colours."""
+def _palette(tables: Sequence[LabelTable]) -> Image.Image:
+    """For GIF: greys, the accent's shades, the labels' colours, and a coarse cube of colours."""
     greys = [(v, v, v) for v in np.linspace(0, 255, 128).astype(int)]
     shades = [tuple(int(c * share) for c in _ACCENT) for share in (0.25, 0.5, 0.75, 1)]
     cube = [(r, g, b) for r in range(0, 256, 64) for g in range(0, 256, 51) for b in range(0, 256, 64)]
-    colours = (greys + shades + cube)[:256]
+    labels = [label.colour for table in tables for label in table]
+    colours = (greys + shades + labels + cube)[:256]
     palette = Image.new("P", (1, 1))
     palette.putpalette([int(channel) for colour in colours for channel in colour])
     return palette

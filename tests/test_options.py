@@ -97,6 +97,7 @@ SHOWN_BY = {
         "pipeline": "test_render.py::test_both_is_what_img_and_seg_are",
         "chunks": "test_render.py::test_chunks_change_no_bit",
         "extension": "test_render.py::test_files_keep_the_depth_of_the_frames",
+        "probabilities": "test_organs.py::test_renders_are_label_maps_with_the_ids_of_the_source",
         "html": "test_report.py::test_render_writes_a_page",
         "nifti": "test_render.py::test_the_volume_lies_on_its_source",
         "video": "test_render.py::test_a_video_shows_the_sequence_and_marks_the_input",

@@ -1,7 +1,9 @@
 """Several organs in one model: label maps in, a channel per label, and files that carry their ids and names."""
 
 import json
+import sys
 
+import nibabel
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,8 @@ from sequences import (
     write,
 )
 
+import render
+import slices_to_ply
 from arguments import render_options
 from patient.label_channels import colours_of, ids_of, index_of, index_of_ids, one_hot, with_background
 from patient.labels import Label, LabelTable
@@ -25,7 +29,9 @@ from scene.frames import Frames
 from scene.parameters import SEGMENTATION_HEAD
 from scene.point_cloud import labels_of_point_cloud, read_point_cloud
 from scene.trained import Trained
+from utils.errors import run
 from utils.losses import l1, label_l1
+from utils.metrics import LabelScores
 
 IDS = (2, 7, 300)
 TABLE = LabelTable(
@@ -235,3 +241,101 @@ def test_one_label_is_a_mask_as_before(roots, tmp_path):
     assert five.labels is None
     assert_same_state(five, mask)
     assert Image.open(tmp_path / "five" / "original" / "0000.png").getextrema()[1] == 5
+
+
+# ---- rendering -------------------------------------------------------------------------------------------------------
+
+
+def rendered(model, *more):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["render.py", "-m", str(model), "--device", "cpu", "--quiet", *map(str, more)]
+        )
+        render.main()
+
+
+@pytest.fixture(scope="module")
+def placed(roots):
+    """A joint model of label maps with a place in a patient, trained until it shows them, and its renders."""
+    case = roots / "case"
+    write(case / "img", blobs())
+    write(case / "seg", label_maps())
+    _geometry().save(case / "frames.json")
+    out = roots / "placed"
+    more = ("--start", "frames", "--num_pts", 600, "--iterations", 150, "--test_iterations", 150)
+    train_at(case / "img", out, "--pipeline", "joint", "--seg_source_path", case / "seg", *more)
+    rendered(
+        out,
+        "--pipeline",
+        "both",
+        "--interp",
+        2,
+        "--nifti",
+        "--probabilities",
+        "--video",
+        10,
+        "--video_format",
+        "gif",
+    )
+    return out
+
+
+def test_renders_are_label_maps_with_the_ids_of_the_source(placed):
+    files = sorted((placed / "render_mask").glob("*.png"))
+    assert [file.stem for file in files[:3]] == ["00000_0", "00000_1", "00001_0"] and len(files) == 9
+    shown = np.stack([np.array(Image.open(file)) for file in files[::2]])
+    truth = np.stack(label_maps())
+    assert set(np.unique(shown)) == {0, *IDS} and (shown == truth).mean() > 0.97
+    volume = nibabel.load(placed / "render_mask.nii.gz")
+    values = np.asarray(volume.dataobj)
+    assert values.dtype == np.uint16 and values.shape == (24, 20, 9)
+    assert np.array_equal(values.transpose(2, 1, 0)[::2], shown)
+    assert np.allclose(volume.affine, np.diag([1, 1, 1.5, 1]))
+    shares = [
+        np.array(Image.open(placed / "render_probabilities" / name / "00002_0.png"))
+        for name in ("core", "rim", "bed")
+    ]
+    index = index_of(torch.from_numpy(np.stack(shares) / 255.0)).numpy()
+    assert (np.array((0, *IDS))[index] == shown[2]).mean() > 0.99  # but for halves, which files round
+    soft = nibabel.load(placed / "render_probabilities" / "rim.nii.gz")
+    assert np.allclose(np.asarray(soft.dataobj).transpose(2, 1, 0)[4], shares[1] / 255, atol=3e-3)
+
+
+def test_label_maps_are_coloured_in_videos(placed):
+    picture = np.array(Image.open(placed / "render_both.gif").convert("RGB"))
+    right = picture[:, picture.shape[1] // 2 :].reshape(-1, 3).astype(int)
+    for label in TABLE:
+        assert (right == label.colour).all(1).any(), label
+
+
+def test_exact_numbers_are_asked_for(placed, roots, capsys):
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sys, "argv", ["render.py", "-m", str(placed), "--pipeline", "seg", "--extension", ".jpg"]
+        )
+        run(render.main)
+    assert "a label map needs exact numbers" in capsys.readouterr().err
+    with pytest.raises(SystemExit), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["render.py", "-m", str(placed), "--probabilities"])
+        run(render.main)
+    assert "--probabilities is for models of label maps" in capsys.readouterr().err
+
+
+def test_a_mesh_per_organ(placed, tmp_path):
+    assert slices_to_ply.main(["-i", str(placed), "-o", str(tmp_path), "--quiet", "--jobs", "1"]) == 0
+    assert {file.name for file in tmp_path.iterdir()} == {f"placed_{label.name}.ply" for label in TABLE} | {
+        "placed.glb"
+    }
+
+
+def test_scores_are_per_label(placed):
+    (row,) = [row for row in json.loads((placed / "evaluation.json").read_text()) if row["task"] == "seg"]
+    assert set(row["labels"]) == set(map(str, IDS))
+    assert row["dice"] == pytest.approx(np.mean(list(row["labels"].values())))
+    assert row["dice"] > 0.9 and row["ssim"] is None
+    truth = torch.from_numpy(np.stack(label_maps()).astype(np.int32))
+    index = index_of_ids(truth, TABLE)
+    worse = torch.where(index == 2, 1, index)
+    scores = LabelScores.of_labels(worse, index, 3)
+    core, rim = (int((index == number).sum()) for number in (1, 2))
+    assert scores.label_dice == pytest.approx([2 * core / (2 * core + rim), 0.0, 1.0])
