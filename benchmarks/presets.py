@@ -41,7 +41,7 @@ from benchmarks.heldout import (
 )
 from benchmarks.preset_tables import Row, tables
 from gaussian_renderer import rasterizer
-from pictures.figures import draw_montage
+from pictures import figures as pictured
 from scene.checkpoint import load_checkpoint, newest
 from training.schedule import SCHEDULE, scaled
 from utils.errors import ArgumentParser, UserError, positive, run
@@ -302,15 +302,17 @@ def draw_montages(
                 for psnr, ssim, dice in zip(scores.psnr, scores.ssim, scores.frame_dice, strict=True)
             ]
             compared[title] = ([image[:, :, None] for image in images], figures)
-        draw_montage(
-            path,
-            [f"frame {a}" for a in at],
-            [frame[:, :, None] for frame in truth],
-            compared,
-            pixel_aspect=case.spacing[1] / case.spacing[2],
-            mask=kind == "seg",
-            errors_below=True,
-        )
+        rows = [
+            pictured.Row(
+                f"frame {a}",
+                truth[k][:, :, None],
+                {title: (images[k], figures[k]) for title, (images, figures) in compared.items()},
+                case.spacing[1] / case.spacing[2],
+            )
+            for k, a in enumerate(at)
+        ]
+        mask = kind == "seg"
+        pictured.draw_montage(path, pictured.cropped(rows) if mask else rows, mask, errors_below=True)
         missing = [title for title in models if title not in compared]
         print(f"drawn: {path}" + f" (without {', '.join(missing)}: no frames in {folder})" * bool(missing))
 

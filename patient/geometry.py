@@ -273,7 +273,7 @@ def upright_cut(affine: np.ndarray | None, axis: int) -> FrameCut:
     first, second = (other for other in range(3) if other != axis)
     if affine is None:
         return FrameCut((first, second, axis), (False, False))
-    patient = _patient_axes(
+    patient = patient_axes(
         affine
     )  # source axis -> 0 (left-right), 1 (posterior-anterior), 2 (inferior-superior)
     column, row = sorted((first, second), key=lambda source: patient[source])
@@ -346,7 +346,7 @@ def check_affine(affine: np.ndarray) -> None:
         raise ValueError("its affine is singular: voxels would have no volume")
 
 
-def _patient_axes(affine: np.ndarray) -> tuple[int, int, int]:
+def patient_axes(affine: np.ndarray) -> tuple[int, int, int]:
     """For each source axis the patient axis (0, 1, 2 = x, y, z of RAS) it runs along, each used once."""
     directions = np.abs(affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0))  # [patient, source] cosines
     orders = ((0, 1, 2), (0, 2, 1), (1, 0, 2), (1, 2, 0), (2, 0, 1), (2, 1, 0))

@@ -9,7 +9,8 @@ import pytest
 from nibabel.affines import apply_affine
 from nibabel.orientations import aff2axcodes
 
-from patient.geometry import Geometry, check_affine, cut_geometry, swap_ras_lps, upright_cut
+from patient.geometry import Geometry, check_affine, cut_geometry, swap_ras_lps, upright_cut, voxel_sizes
+from patient.side_views import side_views, slice_name
 from utils.errors import UserError
 
 SHAPE = (5, 6, 7)
@@ -237,3 +238,37 @@ def test_agrees_with_nibabel_on_a_real_oblique_scan():
     assert np.allclose(
         apply_affine(geometry.matrix, (column, row, 5)), apply_affine(image.affine, voxel), atol=1e-9
     )
+
+
+# ---- cuts across the slices ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+@pytest.mark.parametrize("upwards", [True, False])
+def test_side_views_show_superior_anterior_and_right_first(axis, upwards):
+    """Each pixel of a stack holds a patient coordinate: it falls downwards or to the right."""
+    signs = np.where(np.arange(3) == axis, 1.0 if upwards else -1.0, 1.0)
+    affine = np.diag([*signs * [2.0, 3.0, 4.0], 1.0])
+    cut = upright_cut(affine, axis)
+    matrix = affine @ cut.matrix((7, 8, 9))
+    depth, height, width = cut.frames(np.zeros((7, 8, 9))).shape
+    column, row, frame = np.meshgrid(np.arange(width), np.arange(height), np.arange(depth), indexing="ij")
+    places = np.stack([column, row, frame, np.ones_like(frame)], -1) @ matrix.T  # (W, H, D, 4)
+    names = []
+    for view in side_views(matrix):
+        normal = {"sagittal": 0, "coronal": 1, "axial": 2}[view.name]
+        names.append(view.name)
+        pictures = [view.cut(places[..., k].transpose(2, 1, 0), 3, 2) for k in range(3)]
+        assert np.ptp(pictures[normal]) == 0
+        down, right = (max(range(3), key=lambda k, i=i: np.ptp(pictures[k], axis=i).max()) for i in (0, 1))
+        if axis != 0:  # sagittal slices lie on their side in the axial view
+            assert (down, right) in {(2, 0), (2, 1), (1, 0)}
+        # R falls to the right or downwards, A to the right or downwards, S downwards: as radiologists look.
+        assert (np.diff(pictures[down], axis=0) < 0).all() and (np.diff(pictures[right], axis=1) < 0).all()
+        sizes = [abs(np.diff(pictures[down], axis=0)).max(), abs(np.diff(pictures[right], axis=1)).max()]
+        assert view.aspect(voxel_sizes(matrix)) == pytest.approx(sizes[0] / sizes[1])
+        mark = np.zeros((depth, height, width))
+        mark[5, 3, 4] = 1
+        u, v = view.place(np.array([4 if view.along_row else 3]), np.array([5]), depth)
+        assert view.cut(mark, 3, 4)[v[0], u[0]] == 1
+    assert {*names, slice_name(matrix)} == {"sagittal", "coronal", "axial"}

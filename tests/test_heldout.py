@@ -15,7 +15,9 @@ from skimage.metrics import structural_similarity
 
 import train
 from arguments import TrainOptions
+from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, render_frames
 from patient.geometry import FrameCut, Geometry, cut_geometry
+from scene.parameters import IMAGE, SEGMENTATION
 from training.run import Training
 from utils.images import read_image
 
@@ -142,6 +144,40 @@ def test_pictures_of_them(joint):
     for name in ("img_heldout_20.png", "img_montage.png", "seg_montage.png"):
         assert read_image(out / "plots" / name).std() > 5
     assert read_image(out / "plots" / "img_montage.png").shape[1] > 1000  # five columns
+
+
+def test_montages_show_the_sequence_from_the_side_with_the_outlined_mask(tmp_path):
+    """A row and a column of every slice, through the middle of the masks; slices run upwards, so the last is on top."""
+    root = prepared(tmp_path / "data")
+    training = start(
+        root / "img", tmp_path / "out", pipeline="joint", seg_source_path=str(root / "seg"), iterations=1
+    )
+    training.iteration = 1
+    (img, seg) = [scored.heldout.comparison for scored in training.evaluate()]
+    images, inside = np.stack(blobs(count=COUNT)) / 255, np.stack(masks(count=COUNT)) / 255
+    _, rows, columns = np.nonzero(inside[::2])
+    row, column = int(np.median(rows)), int(np.median(columns))
+    for shown, stack in ((img, images), (seg, inside)):
+        coronal, sagittal = shown.sides
+        assert (coronal.name, coronal.aspect, sagittal.name, sagittal.aspect) == (
+            "coronal",
+            3,
+            "sagittal",
+            1.5,
+        )
+        assert np.allclose(coronal.images["truth"][:, :, 0], stack[::-1, row], atol=1e-6)
+        assert np.allclose(sagittal.images["truth"][:, :, 0], stack[::-1, :, column], atol=1e-6)
+        drawn = render_frames(
+            training.model,
+            training.camera,
+            [k / 2 for k in range(COUNT)],
+            training.background,
+            *((IMAGE, ACTIVE) if shown is img else (SEGMENTATION, ACTIVE_SEGMENTATION)),
+        )
+        assert np.allclose(coronal.images["model"][:, :, 0], drawn[:, 0, row].flip(0), atol=1e-6)
+    assert np.array_equal(img.sides[0].masks["truth"] >= 0.5, inside[::-1, row] >= 0.5)
+    assert np.array_equal(img.frames[0].masks["truth"] >= 0.5, inside[2 * img.places[0] + 1] >= 0.5)
+    assert not seg.sides[0].masks
 
 
 def test_the_classical_scores_are_those_of_scikit_image_and_scipy(joint):

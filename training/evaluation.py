@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from gaussian_renderer import render_frames
-from patient.label_channels import colours_of, colours_of_index, index_of
+from patient.geometry import Geometry
+from patient.label_channels import colours_of, index_of
 from patient.labels import LabelTable
+from patient.side_views import side_views
 from pictures.figures import montage_choice
+from scene.frames import Frames
 from scene.heldout import HeldOut
 from training.iteration import Objective
 from training.pipelines import Task
@@ -24,16 +29,26 @@ CLASSICAL = {"img": ("linear", "cubic"), "seg": ("sdf", "cubic sdf", "linear")}
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """Some held-out frames and their interpolations; (M, C, H, W) each, on the CPU, in [0, 1]; label maps in the
-    labels' colours."""
+class Shown:
+    """One of a comparison's pictures, of a frame or of a cut across all slices, in three versions."""
 
-    places: list[int]  # of the M among the held-out frames
-    frames: Tensor
-    model: Tensor
-    classical: Tensor
-    method: str  # that made ``classical``
+    name: str
     aspect: float  # height of a pixel over its width
+    images: dict[str, np.ndarray]
+    """"truth", "classical" and "model" -> (H, W, C) in [0, 1]; of label maps indices (H, W, 1)."""
+    masks: dict[str, np.ndarray] = field(default_factory=dict)
+    """In joint training what to outline on those of the images: (H, W) in [0, 1], or indices of labels."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Some held-out frames and their interpolations, and the sequence from the side."""
+
+    places: list[int]  # of the M frames among the held-out ones
+    frames: list[Shown]  # M
+    sides: list[Shown]
+    method: str  # that made the classical ones
+    labels: LabelTable | None  # of the masks
 
 
 @dataclass(frozen=True)
@@ -60,8 +75,9 @@ class TaskScores:
 class Evaluation:
     """Scores a model repeatedly; whatever does not depend on it is computed once."""
 
-    def __init__(self, heldout: Mapping[str, HeldOut]) -> None:
+    def __init__(self, heldout: Mapping[str, HeldOut], geometry: Geometry | None = None) -> None:
         self.heldout = heldout  # by task
+        self.geometry = geometry  # of the frames, where it is known
         self._classical: dict[str, dict[str, Scores]] = {}
 
     def __call__(self, objective: Objective, compare: bool) -> Iterator[TaskScores]:
@@ -82,8 +98,38 @@ class Evaluation:
             self._classical[task.name] = evaluate_classical(task, test, objective.background)
         model = evaluate_heldout(objective, task, test)
         scores = {"model": model, **self._classical[task.name]}
-        comparison = _compare(objective, task, test, model) if compare else None
+        comparison = self._compare(objective, task, test, model) if compare else None
         return HeldOutScores(test.slices, scores, comparison)
+
+    @torch.no_grad()
+    def _compare(self, objective: Objective, task: Task, test: HeldOut, scores: Scores) -> Comparison:
+        places = montage_choice(scores.sizes if task.name == "seg" else [1] * len(test))
+        names = [f"slice {test.slices[place]}" for place in places]
+        masks = next((other for other in objective.tasks if other.name == "seg"), None)
+        outlined = None if masks is task else masks
+        frames = _versions(objective, task, test, places)
+        aspect = test.spacing[0] / test.spacing[1]
+        shown = [Shown(name, aspect, _arrays(frames, k)) for k, name in enumerate(names)]
+
+        views = side_views(None if self.geometry is None else self.geometry.matrix)
+        row, column = _middle((masks or task).frames, masks is not None)
+        positions = np.sort([*test.kept_positions, *test.positions])
+        spacing = test.spacing[1], test.spacing[0], float(np.diff(positions).mean())
+        cuts = _cuts(objective, task, test, row, column)
+        sides = [
+            Shown(view.name, view.aspect(spacing), {name: view.picture(cut[k]) for name, cut in cuts.items()})
+            for k, view in enumerate(views)
+        ]
+        if outlined is not None and (inner := self.heldout.get(outlined.name)) is not None:
+            inside = _versions(objective, outlined, inner, places)
+            for k, frame in enumerate(shown):
+                frame.masks.update(_outlines(_arrays(inside, k), outlined.labels))
+            cuts = _cuts(objective, outlined, inner, row, column)
+            for k, (view, side) in enumerate(zip(views, sides, strict=True)):
+                pictures = {name: view.picture(cut[k]) for name, cut in cuts.items()}
+                side.masks.update(_outlines(pictures, outlined.labels))
+        labels = None if masks is None else masks.labels
+        return Comparison(places, shown, sides, CLASSICAL[task.name][0], labels)
 
 
 @torch.no_grad()
@@ -147,30 +193,73 @@ def quantised(images: Tensor, bits: int) -> Tensor:
     return (images.clamp(0, 1) * top).round() / top if top else images.clamp(0, 1)
 
 
-def _compare(objective: Objective, task: Task, test: HeldOut, scores: Scores) -> Comparison:
-    method = CLASSICAL[task.name][0]
-    places = montage_choice(scores.sizes if task.name == "seg" else [1] * len(test))
-    at = [test.indices[k] for k in places]
+def _versions(objective: Objective, task: Task, test: HeldOut, places: Sequence[int]) -> dict[str, Tensor]:
+    """Held-out frames, and as interpolated classically and by the model: (M, C, H, W) each, on the CPU; of label maps
+    indices (M, 1, H, W)."""
+    classical = torch.from_numpy(test.classical(CLASSICAL[task.name][0], objective.background, places))
+    model = _drawn(objective, task, [test.indices[k] for k in places])
     if task.labels is not None:
-        labels = task.labels
-        shown, ours, theirs = (
-            colours_of_index(index.cpu(), labels)
-            for index in (
-                test.frames.index(places)[:, 0],
-                index_of(_render(objective, task, at)),
-                torch.from_numpy(test.classical(method, objective.background, places))[:, 0],
-            )
-        )
-        return Comparison(places, shown, ours, theirs, method, test.spacing[0] / test.spacing[1])
+        return {"truth": test.frames.index(places).cpu(), "classical": classical, "model": model}
     frames = _targets(task, test, places, objective.background).cpu()
-    return Comparison(
-        places,
-        frames,
-        _render(objective, task, at).cpu(),
-        torch.from_numpy(test.classical(method, objective.background, places)).expand_as(frames),
-        method,
-        test.spacing[0] / test.spacing[1],
-    )
+    return {"truth": frames, "classical": classical.expand_as(frames), "model": model}
+
+
+def _drawn(objective: Objective, task: Task, positions: list[float]) -> Tensor:
+    """`_render`, of label maps the indices (V, 1, H, W); on the CPU."""
+    images = _render(objective, task, positions)
+    return (images if task.labels is None else index_of(images)[:, None]).cpu()
+
+
+def _cuts(
+    objective: Objective, task: Task, test: HeldOut, row: int, column: int
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """The sequence, kept and held-out frames, from the side: one row of each, (D, W, C), and one column, (D, H, C)."""
+    places, rows, columns = [], defaultdict(list), defaultdict(list)
+
+    def keep(at: list[float], versions: Mapping[str, Tensor]) -> None:
+        places.extend(at)
+        for name, images in versions.items():
+            rows[name].append(images[:, :, row])
+            columns[name].append(images[:, :, :, column])
+
+    for index in _chunks(len(task.frames)):
+        at = [float(k) for k in index]
+        frames = (
+            task.targets(index, objective.background) if task.labels is None else task.frames.index(index)
+        ).cpu()
+        keep(at, {"truth": frames, "classical": frames, "model": _drawn(objective, task, at)})
+    for index in _chunks(len(test)):
+        keep([test.indices[k] for k in index], _versions(objective, task, test, index))
+    order = np.argsort(places, kind="stable")
+
+    def stack(found: list[Tensor]) -> np.ndarray:
+        every: np.ndarray = torch.cat(found).movedim(1, 2).numpy()[order]
+        return every
+
+    return {name: (stack(rows[name]), stack(columns[name])) for name in rows}
+
+
+def _middle(frames: Frames, masks: bool) -> tuple[int, int]:
+    """Row and column in the middle of what masks show, else of the frames."""
+    if not masks:
+        return frames.height // 2, frames.width // 2
+    inside = np.zeros((frames.height, frames.width))
+    for index in _chunks(len(frames)):
+        shown = frames(index).mean(1) if frames.labels is None else (frames.index(index)[:, 0] > 0).float()
+        inside += shown.sum(0).cpu().numpy()
+    ends = [inside.sum(axis).cumsum() for axis in (1, 0)]
+    row, column = (int(np.searchsorted(end, end[-1] / 2)) for end in ends)
+    return row, column
+
+
+def _arrays(versions: Mapping[str, Tensor], k: int) -> dict[str, np.ndarray]:
+    """(M, C, H, W) each -> the k-th, (H, W, C)."""
+    return {name: images[k].permute(1, 2, 0).numpy() for name, images in versions.items()}
+
+
+def _outlines(masks: Mapping[str, np.ndarray], labels: LabelTable | None) -> dict[str, np.ndarray]:
+    """What to outline of masks (H, W, C), or of indices of labels (H, W, 1): (H, W)."""
+    return {name: mask.mean(2) if labels is None else mask[:, :, 0] for name, mask in masks.items()}
 
 
 def _targets(task: Task, test: HeldOut, indices: Sequence[int], background: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from patient.labels import LabelTable
-from pictures.figures import draw_montage, plot_scores
-from training.evaluation import Comparison, HeldOutScores, TaskScores
+from pictures.figures import TRUTH, Row, cropped, draw_montage, plot_scores
+from training.evaluation import Comparison, HeldOutScores, Shown, TaskScores
 from training.finite import not_finite
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -199,34 +199,38 @@ class Report:
             "Dice" if mask else "PSNR (dB)",
         )
         if heldout.comparison is not None:
-            self._montage(task, heldout, heldout.comparison, labels is not None)
+            self._montage(task, heldout, heldout.comparison)
 
-    def _montage(
-        self, task: str, heldout: HeldOutScores, pictures: Comparison, coloured: bool = False
-    ) -> None:
-        """Held-out frames beside the classical method to beat, ours, and the error of each."""
+    def _montage(self, task: str, heldout: HeldOutScores, pictures: Comparison) -> None:
+        """Held-out frames and the sequence from the side: the classical method to beat, ours, and the error of each."""
         mask = task == "seg"
+        methods = {"classical": pictures.method, "model": "model"}
 
-        def figures(scores: Scores) -> list[str]:
-            return [
+        def figures(method: str, k: int) -> str:
+            scores = heldout.by_method[method]
+            return (
                 f"Dice {_dice(scores.frame_dice[k])}"
                 if mask
                 else f"{scores.psnr[k]:.2f} dB, SSIM {scores.ssim[k]:.3f}"
-                for k in pictures.places
-            ]
+            )
 
-        methods = {pictures.method: pictures.classical, "model": pictures.model}
-        draw_montage(
-            self.folder / "plots" / f"{task}_montage.png",
-            [f"slice {heldout.slices[k]}" for k in pictures.places],
-            _arrays(pictures.frames),
-            {
-                NAMES[method]: (_arrays(images), figures(heldout.by_method[method]))
-                for method, images in methods.items()
-            },
-            pictures.aspect,
-            mask and not coloured,
-        )
+        def row(shown: Shown, k: int | None) -> Row:
+            names = {"truth": TRUTH, **{version: NAMES[method] for version, method in methods.items()}}
+            return Row(
+                shown.name,
+                shown.images["truth"],
+                {
+                    names[version]: (shown.images[version], "" if k is None else figures(method, k))
+                    for version, method in methods.items()
+                },
+                shown.aspect,
+                {names[version]: inside for version, inside in shown.masks.items()},
+            )
+
+        frames = [row(frame, k) for frame, k in zip(pictures.frames, pictures.places, strict=True)]
+        sides = [row(side, None) for side in pictures.sides]
+        path = self.folder / "plots" / f"{task}_montage.png"
+        draw_montage(path, [*(cropped(frames) if mask else frames), *sides], mask, labels=pictures.labels)
 
     def _plot(self, name: str, iteration: int) -> Path:
         return self.folder / "plots" / f"{name}_{iteration}.png"
@@ -270,11 +274,6 @@ class Report:
         }
         with atomic_write(self.folder / "time.json") as temporary:
             temporary.write_text(json.dumps(spent), encoding="utf-8")
-
-
-def _arrays(images: Tensor) -> Sequence[Any]:
-    """(M, C, H, W) -> M arrays (H, W, C)."""
-    return [image.permute(1, 2, 0).numpy() for image in images]
 
 
 def _stated(values: Mapping[str, float]) -> dict[str, float | None]:

@@ -331,7 +331,7 @@ class Training:
 
     @cached_property
     def _evaluation(self) -> Evaluation:
-        return Evaluation(self.heldout)
+        return Evaluation(self.heldout, self.geometry)
 
     def evaluate(self) -> Iterator[TaskScores]:
         """Scores of what is `shown`, task by task; in the last iteration with pictures of held-out frames."""

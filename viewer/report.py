@@ -17,6 +17,7 @@ from scipy.ndimage import binary_erosion, zoom
 
 from arguments import TrainOptions
 from patient.meshes import in_space
+from patient.side_views import side_views
 from pictures.figures import draw_cuts
 from pictures.pages import document, escape, picture, picture_file
 from pictures.shading import shade
@@ -337,7 +338,8 @@ def write_cuts(case: Case, path: Path) -> bool:
     stacks, masks, spacing = cut_stacks(case)
     if not stacks:
         return False
-    draw_cuts(path, stacks, masks, spacing, _shown_window(case))
+    matrix = None if case.geometry is None else case.geometry.matrix
+    draw_cuts(path, stacks, masks, spacing, side_views(matrix), _shown_window(case))
     return True
 
 
