@@ -151,6 +151,9 @@ def parser() -> argparse.ArgumentParser:
         "--profile", metavar="FOLDER", help="a Snakemake profile, such as workflow/profiles/slurm"
     )
     many.add_argument(
+        "--summary", action="store_true", help="write the summary of what is there, and do nothing else"
+    )
+    many.add_argument(
         "-num_parts", type=positive, default=1, metavar="N", help="with -part_id: split into N parts ..."
     )
     many.add_argument(
@@ -390,7 +393,9 @@ def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     for row in rows:  # before anything starts
         _options_of(row, options, steps)
     alone = options.case is not None and len(rows) == 1
-    if options.dry_run or (options.jobs == 1 and not options.profile):
+    if options.summary:
+        status = 0
+    elif options.dry_run or (options.jobs == 1 and not options.profile):
         status = 0
         for row in rows:
             own, own_steps = _options_of(row, options, steps)
@@ -468,7 +473,7 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
         temporary.write_text(json.dumps(values, indent=1))
     gpus = len(visible_gpus()) * options.per_gpu
     command = [*engine, "--snakefile", str(SNAKEFILE), "--configfile", str(config)]
-    command += ["--directory", str(out), "--keep-going", "--rerun-incomplete"]
+    command += ["--directory", str(out), "--keep-going", "--rerun-incomplete", "cases"]
     if options.profile:
         command += ["--profile", str(Path(options.profile).resolve()), "--jobs", str(options.jobs)]
     else:

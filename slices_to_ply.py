@@ -16,17 +16,15 @@ import utils.threads  # noqa: F401  # isort: skip  (before torch)
 
 import argparse
 import multiprocessing
-import os
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from skimage.restoration import denoise_tv_chambolle
@@ -35,7 +33,7 @@ from trimesh import Trimesh
 
 from patient.geometry import HELDOUT
 from patient.label_surfaces import label_surfaces
-from patient.labels import Kind, Label, LabelTable
+from patient.labels import Kind, LabelTable
 from patient.meshes import (
     FORMATS,
     decimate,
@@ -55,7 +53,6 @@ from patient.stacks import (
     GENERIC,
     PUBLISHED_INTER,
     Stack,
-    beside,
     case_name,
     check_newest,
     frame_paths,
@@ -65,6 +62,7 @@ from patient.stacks import (
 )
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.images import MAX_PIXELS, limit_pixels
+from utils.threads import processors
 
 NOT_CASES = (
     "mirror",
@@ -263,7 +261,7 @@ def _case(folder: Path, extension: str) -> Case | None:
 
 def _outcomes(cases: list[Case], options: argparse.Namespace) -> Iterator[Outcome]:
     """The result of each case in order, `--jobs` of them at once."""
-    jobs = min(options.jobs or len(os.sched_getaffinity(0)), len(cases))
+    jobs = min(options.jobs or processors(), len(cases))
     if jobs == 1:
         yield from (_attempt(case, options) for case in cases)
         return
@@ -326,7 +324,7 @@ def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
     if stack.numbers is None or (
         options.labels is None and stack.labels is None and len(np.unique(stack.numbers)) < 3
     ):
-        _write(case, case.name, stack, *_mesh_of(stack, stack.values, options, lines), options, lines)
+        _write(case.name, *_mesh_of(stack, stack.values, options, lines), options, lines)
         return
     _mesh_labels(case, stack, _labels(stack, options.labels), options, lines)
 
@@ -373,7 +371,7 @@ def _mesh_labels(
                 mesh = decimate(mesh, options.decimate)
             except ValueError as error:
                 raise UserError(f"{label.name}: {error}") from error
-        _write(case, f"{case.name}_{names[label.id]}", stack, mesh, None, options, lines, label)
+        _write(f"{case.name}_{names[label.id]}", mesh, None, options, lines)
         scene[label] = mesh
     if options.decimate:
         lines.append("  note: decimated meshes no longer share their surfaces")
@@ -381,8 +379,6 @@ def _mesh_labels(
         path = Path(options.output) / f"{case.name}.glb"
         write_scene(path, scene)
         lines.append(f"  {path}: all {len(scene)} in their colours")
-    if len(scene) > 1 and options.preview:
-        _preview(case, case.name, stack, scene, options, lines)
 
 
 def _labels(stack: Stack, wanted: list[str] | None) -> LabelTable:
@@ -417,14 +413,7 @@ def _mesh_of(
 
 
 def _write(
-    case: Case,
-    name: str,
-    stack: Stack,
-    mesh: Trimesh,
-    level: float | None,
-    options: argparse.Namespace,
-    lines: list[str],
-    label: Label | None = None,
+    name: str, mesh: Trimesh, level: float | None, options: argparse.Namespace, lines: list[str]
 ) -> None:
     """Write one mesh, and its picture."""
     if mesh.metadata["space"]:
@@ -442,30 +431,10 @@ def _write(
     lines.append(f"  {enclosed}, box {box} {unit}")
     lines.append(f"  {path}{f' ({options.space.upper()})' if unit == 'mm' else ''}")
     if options.preview:
-        _preview(case, name, stack, {label: mesh}, options, lines)
+        from pictures.shading import write_preview  # matplotlib takes a while to import
 
-
-def _preview(
-    case: Case,
-    name: str,
-    stack: Stack,
-    meshes: Mapping[Any, Trimesh],
-    options: argparse.Namespace,
-    lines: list[str],
-) -> None:
-    """A picture of meshes, by `Label` or None, and of their outlines on the images or masks."""
-    from pictures.shading import Slices, write_preview  # matplotlib takes a while to import
-
-    shown = beside(case.folder, stack, options.extension)
-    if shown is None:
-        shown = stack.values if stack.numbers is None else (stack.numbers > 0).astype(np.float32)
-    colours = [np.array(label.colour) / 255 for label in meshes if label is not None]
-    path = Path(options.output) / f"{name}.png"
-    slices = Slices(shown, stack.affine, stack.heights)
-    space = options.space.upper()
-    placed = [in_space(mesh, space) if mesh.metadata["space"] else mesh for mesh in meshes.values()]
-    write_preview(path, placed, name, slices, colours or None)
-    lines.append(f"  {path}")
+        write_preview(path.with_suffix(".png"), mesh, name)
+        lines.append(f"  {path.with_suffix('.png')}")
 
 
 def _surface(
@@ -547,7 +516,7 @@ def _denoise(values: np.ndarray, quiet: bool) -> np.ndarray:
         return denoise_tv_chambolle(frame, weight=TV_WEIGHT) if np.ptp(frame) else frame  # empty frames stay
 
     alone = multiprocessing.parent_process() is None  # one of several workers uses one processor
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0)) if alone else 1) as pool:
+    with ThreadPoolExecutor(processors() if alone else 1) as pool:
         frames = pool.map(denoise, values)
         progress = tqdm(frames, "smoothing", len(values), leave=False, disable=quiet or not alone or None)
         return np.stack(list(progress))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import re
 import shlex
+import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +14,8 @@ from pathlib import Path
 from utils.errors import UserError
 
 VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".tif", ".tiff")
+_PERHAPS = (".dcm", ".tif", ".tiff")  # volumes, or slices of one
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 COLUMNS = ("case", "image", "label", "options")
 _NAME = re.compile(r"[\w.+=@-]+")  # what is safe as a folder's name everywhere
 
@@ -52,6 +56,31 @@ def part(rows: Sequence[Row], num_parts: int, part_id: int) -> list[Row]:
     if not 0 <= part_id < num_parts:
         raise UserError(f"-part_id {part_id}: parts of -num_parts {num_parts} go from 0 to {num_parts - 1}")
     return list(rows[part_id::num_parts])
+
+
+def fingerprint(row: Row) -> str:
+    """Changes with any file of a case: from their names, sizes and times, as engines look at files."""
+    total = hashlib.sha256()
+    for path in (row.image, *row.labels):
+        for file in sorted(_files_of(path)):
+            about = file.stat()
+            total.update(f"{file}\0{about.st_size}\0{about.st_mtime_ns}\n".encode())
+    return total.hexdigest()[:16]
+
+
+def _files_of(path: Path) -> list[Path]:
+    """All that is in a folder, whose own time says nothing of it; a file, and the voxels beside a header."""
+    kind = path.suffix.lower()
+    if path.is_dir():
+        found = list(path.rglob("*"))
+    elif kind in (".mhd", ".nhdr"):  # its voxels may have any name
+        found = list(path.parent.iterdir())
+    else:
+        found = [
+            path,
+            *(path.with_suffix(other) for other in {".hdr": [".img"], ".img": [".hdr"]}.get(kind, [])),
+        ]
+    return [file for file in found if file.is_file()]
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -137,6 +166,11 @@ def _nnunet(folder: Path) -> Iterator[Row]:
 def _loose(folder: Path) -> Iterator[Row]:
     """Volumes in the folder itself (`CASE_label` or `CASE_mask` beside them are labels); else a folder per case, with
     `image` or `volume` and perhaps `label` or `mask` in it, or a series."""
+    if slices := _slices(folder):
+        raise UserError(
+            f"{folder} holds {slices} of one volume, not volumes: for that case alone, give it as -i; for many cases, "
+            "give the folder of their folders"
+        )
     volumes = {stem(path): path for path in _volumes(folder)}
     if volumes:
         labels = {name for name in volumes if re.search(r"[_-](label|labels|mask|seg)$", name)}
@@ -152,6 +186,51 @@ def _loose(folder: Path) -> Iterator[Row]:
             yield Row(child.name, image, () if label is None else (label,))
         elif any(path.is_file() for path in child.rglob("*")):
             yield Row(child.name, child)
+
+
+def _slices(folder: Path) -> str:
+    """What a folder holds if it is one volume's slices: images, pages of TIFF or single slices of DICOM; else ""."""
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.name[0] != ".")
+    if any(
+        path.name.lower().endswith(VOLUMES) and not path.name.lower().endswith(_PERHAPS) for path in files
+    ):
+        return ""
+    kinds = {
+        "images": [path for path in files if path.suffix.lower() in PICTURES],
+        "TIFF files of one page": [path for path in files if _is_page(path)],
+        "DICOM slices": [path for path in files if _is_dicom_slice(path)],
+    }
+    return next((kind for kind, found in kinds.items() if len(found) > 1), "")
+
+
+def _is_page(path: Path) -> bool:
+    """Whether a TIFF has one page, and is no stack of ImageJ's, which lists one too."""
+    if path.suffix.lower() not in (".tif", ".tiff"):
+        return False
+    with path.open("rb") as file:
+        start = file.read(8)
+        order = {b"II*\0": "<", b"MM\0*": ">"}.get(start[:4])
+        if order is None or len(start) < 8:  # BigTIFF, for large stacks; or damaged: prepare.py names it
+            return False
+        (directory,) = struct.unpack(f"{order}I", start[4:])
+        file.seek(directory)
+        (entries,) = struct.unpack(f"{order}H", file.read(2).ljust(2, b"\0"))
+        tags = file.read(12 * entries)
+        following = file.read(4)
+        file.seek(0)
+        return following == bytes(4) and not re.search(
+            rb"ImageJ=.{0,40}images=", file.read(1 << 20) + tags, re.S
+        )
+
+
+def _is_dicom_slice(path: Path) -> bool:
+    """Whether a file is DICOM of one frame, by its first bytes: workflow/Snakefile may have no pydicom."""
+    with path.open("rb") as file:
+        start = file.read(1 << 16)
+    if start[128:132] != b"DICM" and path.suffix.lower() not in (".dcm", ".ima"):
+        return False
+    frames = re.search(rb"\x28\0\x08\0(?:IS..|....) ?(\d+)", start, re.S)
+    return frames is None or int(frames[1]) < 2
 
 
 def _volumes(folder: Path) -> list[Path]:

@@ -1,8 +1,9 @@
-"""Runs of train.py in their own processes, without starting Python and torch for each of them.
+"""Runs of a program in their own processes, without starting Python and torch for each of them.
 
-As a script it is the process that they are forked from: it has imported everything and computed nothing, so that no
-thread is lost in a fork. It reads one JSON line {"arguments": [...], "log": ..., "die_at": ...} per run to start, and
-answers with its process id; an id alone waits for that run, and is answered with its exit status (negative: a signal).
+As a script, followed by the program's module, it is the process that they are forked from: it has imported everything
+and computed nothing, so that no thread is lost in a fork. It reads one JSON line {"arguments": [...], "log": ...,
+"errors": ..., "die_at": ...} per run to start, and answers with its process id; an id alone waits for that run, and is
+answered with its exit status (negative: a signal).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,11 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclass
 class Run:
-    """One run. ``log``: what it printed, errors included."""
+    """One run. ``log``: what it printed, errors included unless they are kept apart, in ``errors``."""
 
     server: Server
     pid: int
     log: Path
+    errors: Path | None = None
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         os.kill(self.pid, number)  # it stays a zombie until waited for: the process id is still its own
@@ -39,13 +42,13 @@ class Run:
 
 
 class Server:
-    """Starts runs; a context manager that ends the process they are forked from."""
+    """Starts runs of ``program``; a context manager that ends the process they are forked from."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.count = folder, 0
+    def __init__(self, folder: Path, program: str = "train") -> None:
+        self.folder, self.program, self.count = folder, program, 0
         path = os.pathsep.join([str(ROOT), *sys.path])
         self.process = subprocess.Popen(
-            [sys.executable, __file__],
+            [sys.executable, __file__, program],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -65,12 +68,15 @@ class Server:
         print(json.dumps(request), file=self.process.stdin, flush=True)
         return int(self.process.stdout.readline())
 
-    def start(self, arguments: list[str], die_at: int = 0) -> Run:
+    def start(self, arguments: list[str], die_at: int = 0, apart: bool = False) -> Run:
         """``python train.py ...``; ``arguments`` begin with the program's name. The run kills itself at step
-        ``die_at`` of its saving, if that is not 0: a checkpoint half written, a file flushed, a file renamed."""
+        ``die_at`` of its saving, if that is not 0: a checkpoint half written, a file flushed, a file renamed.
+        ``apart``: errors go to a file of their own."""
         self.count += 1
         log = self.folder / f"run{self.count}.log"
-        return Run(self, self.ask({"arguments": arguments, "log": str(log), "die_at": die_at}), log)
+        errors = log.with_suffix(".errors") if apart else log
+        request = {"arguments": arguments, "log": str(log), "errors": str(errors), "die_at": die_at}
+        return Run(self, self.ask(request), log, errors)
 
 
 def _die_at(step: int) -> None:
@@ -102,18 +108,18 @@ def _die_at(step: int) -> None:
     os.replace = counted(os.replace, lambda source, target: None)
 
 
-def _child(arguments: list[str], log: str, die_at: int) -> None:
+def _child(program: ModuleType, arguments: list[str], log: str, errors: str, die_at: int) -> None:
     from utils.errors import run
 
     if die_at:
         _die_at(die_at)
 
-    file = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
-    for stream in (0, 1, 2):
-        os.dup2(file if stream else os.open(os.devnull, os.O_RDONLY), stream)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for path, stream in ((log, 1), (errors, 2)):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644), stream)
     sys.argv = arguments
     try:
-        run(train.main)
+        run(program.main)
     except SystemExit as ended:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -135,8 +141,7 @@ if __name__ == "__main__":
     import torch
     from PIL import Image
 
-    import train
-
+    module = importlib.import_module(sys.argv[1])
     Image.init()
     torch.set_num_threads(1)
     for line in sys.stdin:
@@ -146,5 +151,5 @@ if __name__ == "__main__":
         else:
             answer = os.fork()
             if answer == 0:
-                _child(**request)
+                _child(module, **request)
         print(answer, flush=True)

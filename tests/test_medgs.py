@@ -15,6 +15,7 @@ import nibabel
 import numpy as np
 import pytest
 import torch
+from forked import Run, Server
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -52,12 +53,31 @@ def command(*words: object, **options: object) -> subprocess.CompletedProcess[st
 
 
 @pytest.fixture(scope="module")
-def done(tmp_path_factory):
+def server(tmp_path_factory):
+    """Starts medgs.py as `command` does, without importing torch again."""
+    with Server(tmp_path_factory.mktemp("runs"), "medgs") as started:
+        yield started
+
+
+def start(server: Server, *words: object) -> Run:
+    return server.start(["medgs.py", *map(str, words)], apart=True)
+
+
+def forked(server: Server, *words: object) -> subprocess.CompletedProcess[str]:
+    run = start(server, *words)
+    status = run.wait()
+    assert run.errors is not None
+    texts = [path.read_text() if path.exists() else "" for path in (run.log, run.errors)]
+    return subprocess.CompletedProcess(words, status, *texts)
+
+
+@pytest.fixture(scope="module")
+def done(server, tmp_path_factory):
     """A case that was done, with every second slice held out: its folder and its command."""
     folder = tmp_path_factory.mktemp("done")
     image, label = write_case(folder / "in")
     words = ["-i", image, "-l", label, "-o", folder / "ball", "--keep_every", 2, *TINY]
-    ran = command(*words)
+    ran = forked(server, *words)
     assert ran.returncode == 0, ran.stderr
     return folder / "ball", words
 
@@ -77,10 +97,10 @@ def test_a_case_is_one_folder(done):
     assert "$ " in (folder / "log.txt").read_text()
 
 
-def test_what_is_current_is_skipped(done):
+def test_what_is_current_is_skipped(server, done):
     folder, words = done
     before = {name: step["finished"] for name, step in steps(folder).items()}
-    ran = command(*words)
+    ran = forked(server, *words)
     assert ran.returncode == 0 and ran.stdout.count("current") == 2 * len(
         before
     )  # in the plan, and as it goes
@@ -150,44 +170,37 @@ def test_arrays_go_in(tmp_path):
         (["--cases", "x.csv"], "x.csv does not exist"),
     ],
 )
-def test_mistakes_are_named_before_anything_starts(tmp_path, words, named):
+def test_mistakes_are_named_before_anything_starts(server, tmp_path, words, named):
     image, _ = write_case(tmp_path / "in")
     words = [str(image) if word == "IMAGE" else word for word in words]
-    ran = command(*words, "-o", tmp_path / "out", cwd=tmp_path)
+    ran = forked(server, *words, "-o", tmp_path / "out")
     assert ran.returncode == 2 and named in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
     assert ran.stderr.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_step_that_fails_ends_the_case_with_its_line(tmp_path):
+def test_a_step_that_fails_ends_the_case_with_its_line(server, tmp_path):
     (tmp_path / "broken.nii.gz").write_bytes(b"no volume")
-    ran = command("-i", tmp_path / "broken.nii.gz", "-o", tmp_path / "out", *TINY)
+    ran = forked(server, "-i", tmp_path / "broken.nii.gz", "-o", tmp_path / "out", *TINY)
     assert ran.returncode == 2 and "broken.nii.gz" in ran.stderr
     record = steps(tmp_path / "out")
     assert record["prepare"]["status"] == 2 and "broken.nii.gz" in record["prepare"]["reason"]
     assert "train" not in record
 
 
-def test_a_stopped_case_goes_on_and_ends_as_if_it_had_not_been(tmp_path):
+def test_a_stopped_case_goes_on_and_ends_as_if_it_had_not_been(server, tmp_path):
     image, _ = write_case(tmp_path / "in")
-    words = ["-i", image, *TINY[:1], "400", *TINY[2:]]
-    whole = command(*words, "-o", tmp_path / "whole")
+    words = ["-i", image, "--only", "prepare", "train", *TINY[:1], "400", *TINY[2:]]
+    whole = forked(server, *words, "-o", tmp_path / "whole")
     assert whole.returncode == 0, whole.stderr
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "medgs.py"), *map(str, words), "-o", str(tmp_path / "cut")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    try:
-        deadline = time.monotonic() + 100
-        while not (tmp_path / "cut" / "model" / "cfg_args").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(100) == 143
-    finally:
-        process.kill()
+    stopped = start(server, *words, "-o", tmp_path / "cut")
+    deadline = time.monotonic() + 100
+    while not (tmp_path / "cut" / "model" / "cfg_args").exists():
+        assert time.monotonic() < deadline, stopped.log.read_text()
+        time.sleep(0.02)
+    stopped.kill(signal.SIGTERM)
+    assert stopped.wait() == 143
     assert steps(tmp_path / "cut")["train"]["status"] == 143
-    again = command(*words, "-o", tmp_path / "cut")
+    again = forked(server, *words, "-o", tmp_path / "cut")
     assert again.returncode == 0 and "resume" in again.stdout, again.stderr
     assert steps(tmp_path / "cut")["train"]["attempts"] == 2
     first, second = (
@@ -342,9 +355,9 @@ def write_table(folder: Path) -> Path:
     return table
 
 
-def check_cohort(table: Path, out: Path, *words: object) -> None:
+def check_cohort(server: Server, table: Path, out: Path, *words: object) -> None:
     """The broken case is named, the others are done; a second start repeats what failed alone."""
-    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
+    ran = forked(server, "--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
     assert ran.returncode == 1, ran.stderr
     assert "2 of 3 cases done" in ran.stdout
     assert "b failed: prepare: " in ran.stderr and "b/image.nii.gz" in ran.stderr
@@ -355,24 +368,25 @@ def check_cohort(table: Path, out: Path, *words: object) -> None:
     assert "2 of 3 cases done" in (out / "summary.html").read_text()
     before = {name: steps(out / name)["train"]["finished"] for name in "ac"}
     write_case(table.parent / "b", 1)
-    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
+    ran = forked(server, "--cases", table, "-o", out, "--keep_every", 2, *TINY, *words)
     assert ran.returncode == 0 and "3 of 3 cases done" in ran.stdout, ran.stderr
     assert {name: steps(out / name)["train"]["finished"] for name in "ac"} == before
 
 
-def test_a_case_that_fails_leaves_the_others(tmp_path):
-    check_cohort(write_table(tmp_path / "in"), tmp_path / "out")
+def test_a_case_that_fails_leaves_the_others(server, tmp_path):
+    check_cohort(server, write_table(tmp_path / "in"), tmp_path / "out")
     model = tmp_path / "out" / "c" / "model"
     assert (model / "chkpnt5.pth").exists()  # the row's own option
 
 
 @pytest.mark.slow
-def test_cases_side_by_side(tmp_path):
+def test_cases_side_by_side(server, tmp_path):
     if not (find_spec("snakemake") or shutil.which("snakemake")):
         pytest.skip("needs Snakemake: make cluster")
     table, out = write_table(tmp_path / "in put"), tmp_path / "out put"
-    check_cohort(table, out, "--jobs", 2)
-    ran = command("--cases", table, "-o", out, "--keep_every", 2, *TINY, "--train.iterations", 8, "--jobs", 2)
+    check_cohort(server, table, out, "--jobs", 2)
+    words = ["--cases", table, "-o", out, "--keep_every", 2, *TINY, "--train.iterations", 8, "--jobs", 2]
+    ran = forked(server, *words)
     assert ran.returncode == 0, ran.stderr  # other options: trained again
     assert (out / "a" / "model" / "chkpnt8.pth").exists()
 
@@ -401,9 +415,9 @@ def test_cases_side_by_side_save_when_they_are_stopped(tmp_path):
     assert not list((tmp_path / "out" / ".snakemake" / "locks").glob("*"))
 
 
-def test_a_part_is_done_alone(tmp_path):
+def test_a_part_is_done_alone(server, tmp_path):
     table = write_table(tmp_path / "in")
-    ran = command("--cases", table, "-o", tmp_path / "out", "-num_parts", 3, "-part_id", 2, *TINY)
+    ran = forked(server, "--cases", table, "-o", tmp_path / "out", "-num_parts", 3, "-part_id", 2, *TINY)
     assert ran.returncode == 0 and "1 of 1 cases done" in ran.stdout, ran.stderr
     assert not (tmp_path / "out" / "a").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -11,6 +10,8 @@ import numpy as np
 import torch
 from skimage.metrics import structural_similarity
 from torch import Tensor
+
+from utils.threads import processors
 
 MIN_MSE = 1e-10
 """Floor of the mean squared error: empty masks are frequent, and rendered exactly. 100 dB."""
@@ -38,9 +39,7 @@ def ssim(images: Tensor, targets: Tensor) -> list[float]:
         return float(structural_similarity(target, image, channel_axis=0, **options))
 
     frames = (values.double().cpu().numpy() for values in (images.clamp(0, 1), targets))
-    with ThreadPoolExecutor(
-        min(8, os.cpu_count() or 1)
-    ) as threads:  # its filters release the interpreter lock
+    with ThreadPoolExecutor(min(8, processors())) as threads:  # its filters release the interpreter lock
         return list(threads.map(of_frame, *frames))
 
 
