@@ -168,8 +168,8 @@ class Frames:
                     raise IndexError(f"frame {k} of {len(self)}")
         frames = _send(self.levels[_send(indices, self.levels.device)], self.device)
         if self.labels is not None:
-            frames = one_hot(frames, len(self.labels))
-        elif frames.dtype == torch.uint8:
+            return one_hot(_flipped(frames, mirrored), len(self.labels))
+        if frames.dtype == torch.uint8:
             frames = frames.float() / 255
         elif frames.dtype == torch.int16:
             frames = (frames.float() + 32768) / 65535
@@ -178,15 +178,19 @@ class Frames:
             frames = frames * alpha
             if background is not None:
                 frames = frames + (1 - alpha) * background.view(1, -1, 1, 1)
-        if isinstance(mirrored, Tensor):
-            return torch.where(mirrored, frames.flip(-1), frames)
-        return frames.flip(-1) if mirrored else frames
+        return _flipped(frames, mirrored)
 
     def index(self, indices: Sequence[int] | slice = slice(None)) -> Tensor:
         """Frames `indices` of a label map as indices of `labels`, (B, 1, H, W) uint8 or int16, on `device`."""
         if self.labels is None:
             raise ValueError("these frames are no label map")
         return _send(self.levels[indices], self.device)
+
+
+def _flipped(frames: Tensor, mirrored: bool | Tensor) -> Tensor:
+    if isinstance(mirrored, Tensor):
+        return torch.where(mirrored, frames.flip(-1), frames)
+    return frames.flip(-1) if mirrored else frames
 
 
 def _send(tensor: Tensor, device: torch.device | str) -> Tensor:

@@ -24,7 +24,8 @@ class HeldOut:
 
     frames: M of them. slices: (M,) their numbers in the source. positions: (M,), and kept_positions: (K,) where the
     held-out frames and the others lie along the sequence, increasing. spacing: of rows and columns, in the unit of
-    the positions. kept: the K frames.
+    the positions. kept: the K frames. given: which of them classical methods may know, if not all: the others were
+    filled in.
     """
 
     frames: Frames
@@ -33,6 +34,7 @@ class HeldOut:
     kept_positions: np.ndarray
     spacing: tuple[float, float]
     kept: Frames
+    given: tuple[int, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.frames)
@@ -50,19 +52,22 @@ class HeldOut:
         Like an image file's, values are rounded to the frames' levels, halves to even; on levels, halves are exact.
         """
         at = self.positions if only is None else self.positions[list(only)]
+        places, known = self.kept_positions, list(range(len(self.kept)))
+        if self.given is not None:
+            places, known = places[list(self.given)], list(self.given)
+            at = at.clip(places[0], places[-1])  # beyond the first and the last of them, these are repeated
         if self.kept.labels is not None:
-            index, count = self.kept.index()[:, 0].cpu().numpy(), len(self.kept.labels)
-            places = self.kept_positions
+            index, count = self.kept.index(known)[:, 0].cpu().numpy(), len(self.kept.labels)
             return interpolate_labels(index, places, at, count, self.spacing, method)[:, None]
-        values = self.kept(range(len(self.kept)), background=background).cpu().numpy()
+        values = self.kept(known, background=background).cpu().numpy()
         if not method.endswith("sdf"):
             top = 2**self.kept.bits - 1 if self.kept.bits <= 16 else None
             levels = values if top is None else np.rint(values * np.float64(top))
-            between = interpolate(levels, self.kept_positions, at, method)
+            between = interpolate(levels, places, at, method)
             return between.clip(0, 1) if top is None else np.rint(between).clip(0, top) / np.float32(top)
         masks = values.mean(1) >= 0.5
         how = "cubic" if method.startswith("cubic") else "linear"
-        filled = interpolate_masks(masks, self.kept_positions, at, self.spacing, how)
+        filled = interpolate_masks(masks, places, at, self.spacing, how)
         return filled[:, None].astype(np.float32)
 
 
@@ -80,7 +85,7 @@ def hold_out(
     one; else ``--eval`` takes every N-th frame out of the sequence.
     """
     frames = [sequence for _, sequence in sequences]
-    tests = [_read_test(Path(root), kept, geometry, read, say) for root, kept in sequences]
+    tests = [read_test(Path(root), kept, geometry, read, say) for root, kept in sequences]
     if any(tests):
         if options.eval:
             say(f"--eval: {HELDOUT}/ is evaluated, and no frame of the others is held out")
@@ -111,7 +116,19 @@ def hold_out(
     )
 
 
-def _read_test(
+def of_masks(masks: Frames, filled: Frames, images: HeldOut, geometry: Geometry) -> HeldOut | None:
+    """What to test masks of some frames only on: those of the held-out images that have a mask. filled: masks of the
+    frames that training sees; geometry: of these."""
+    there = {number: k for k, number in enumerate(masks.numbers)}
+    places = [k for k, number in enumerate(images.frames.numbers) if number in there]
+    if not places:
+        return None
+    test = masks.take([there[images.frames.numbers[k]] for k in places])
+    slices = [images.slices[k] for k in places]
+    return _test(test, slices, images.positions[places], geometry, filled)
+
+
+def read_test(
     root: Path,
     kept: Frames,
     geometry: Geometry | None,

@@ -29,6 +29,7 @@ from scene.frames import Frames
 from scene.parameters import SEGMENTATION_HEAD
 from scene.point_cloud import labels_of_point_cloud, read_point_cloud
 from scene.trained import Trained
+from training.data import fill
 from utils.errors import run
 from utils.losses import l1, label_l1
 from utils.metrics import LabelScores
@@ -339,3 +340,61 @@ def test_scores_are_per_label(placed):
     scores = LabelScores.of_labels(worse, index, 3)
     core, rim = (int((index == number).sum()) for number in (1, 2))
     assert scores.label_dice == pytest.approx([2 * core / (2 * core + rim), 0.0, 1.0])
+
+
+# ---- masks of some frames only ---------------------------------------------------------------------------------------
+
+
+def only(root, numbers):
+    """Removes the other frames of a data root."""
+    for file in (root / "original").iterdir():
+        if int(file.stem) not in numbers:
+            file.unlink()
+    return root
+
+
+@pytest.mark.parametrize("kind", ["mask", "labels"])
+def test_masks_of_some_frames_are_carried_to_the_others(roots, tmp_path, kind, capsys):
+    every = (
+        masks(count=7)
+        if kind == "mask"
+        else [np.where(f > 150, 2, np.where(f > 60, 7, 0)).astype(np.uint8) for f in blobs(7)]
+    )
+    images = write(tmp_path / "img", blobs(7))
+    few = only(write(tmp_path / "few", every), (0, 3, 6))
+    frames = Frames.read(images / "original", say=lambda _: None)
+    given = Frames.read(few / "original", masks=True, consecutive=False, say=lambda _: None)
+    filled = fill(frames, given, (0, 3, 6))
+    assert filled.numbers == frames.numbers and torch.equal(filled.levels[[0, 3, 6]], given.levels)
+    truth = Frames.read(write(tmp_path / "all", every) / "original", masks=True, say=lambda _: None)
+    moved = [k for k in range(7) if k not in (0, 3, 6)]
+    errors = (filled(moved) - truth(moved)).abs().sum((1, 2, 3))
+    still = (
+        (truth([k - k % 3 for k in moved]) - truth(moved)).abs().sum((1, 2, 3))
+    )  # the mask before, repeated
+    assert (errors < 0.5 * still).all()
+
+    more = ("--pipeline", "joint", "--seg_source_path", few, "--iterations", 12)
+    train_at(images, tmp_path / "out", *more, "--start", "frames", "--num_pts", 300)
+    rows = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    assert {row["task"]: row["count"] for row in rows} == {
+        "img": 7,
+        "seg": 3,
+    }  # what was not given is not scored
+    train_at(images, tmp_path / "eval", *more, "--eval", "--eval_every", 3)  # frames 2 and 5 are held out
+    assert not [
+        row
+        for row in json.loads((tmp_path / "eval" / "evaluation.json").read_text())
+        if row["task"] == "seg" and row["frames"] == "heldout"
+    ]
+    train_at(images, tmp_path / "eval4", *more, "--eval", "--eval_every", 4)  # frame 3 is, which has a mask
+    rows = json.loads((tmp_path / "eval4" / "evaluation.json").read_text())
+    (sdf,) = [row for row in rows if (row["task"], row["frames"], row["method"]) == ("seg", "heldout", "sdf")]
+    assert sdf["count"] == 1
+
+
+def test_masks_without_a_frame_are_refused(roots, tmp_path, capsys):
+    few = only(write(tmp_path / "few", masks()), (0, 4))
+    (few / "original" / "0004.png").rename(few / "original" / "0007.png")
+    assert refused(roots / "img", tmp_path / "out", "--pipeline", "joint", "--seg_source_path", few) == 2
+    assert "mask number 7 has no frame" in capsys.readouterr().err

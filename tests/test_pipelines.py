@@ -617,8 +617,8 @@ def assert_refused(capsys, out, words, *run):
 
 def test_masks_must_belong_to_the_frames(data, tmp_path, capsys):
     images, _ = data
-    few = write(tmp_path / "few", masks(count=4))
-    assert_refused(capsys, tmp_path / "out", ["4 masks for 5 frames"], images, *joint(few))
+    many = write(tmp_path / "many", masks(count=6))
+    assert_refused(capsys, tmp_path / "out", ["6 masks for 5 frames"], images, *joint(many))
     wide = write(tmp_path / "wide", masks(width=30))
     assert_refused(capsys, tmp_path / "out", ["30 x 20", "24 x 20"], images, *joint(wide))
     shifted = write(tmp_path / "shifted", masks())

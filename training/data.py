@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from arguments import TrainOptions, resolve_device
 from gaussian_renderer import MAX_RENDERS
+from in_between.masks import dense_distances, dense_labels
 from in_between.prediction import InBetween, pixel_gap
-from in_between.progress import shown
-from patient.geometry import FILE_NAME, Geometry
+from in_between.progress import Done, shown, unheard
+from in_between.rows import matching_gap
+from patient.geometry import FILE_NAME, HELDOUT, Geometry
 from scene.frames import Frames
-from scene.heldout import HeldOut, hold_out
+from scene.heldout import HeldOut, hold_out, of_masks, read_test
 from training.pipelines import Task
 from utils.errors import UserError
 
@@ -26,6 +28,9 @@ class Data:
 
     frames: Frames  # of ``-s``: images, or in plain segmentation training masks
     masks: Frames | None  # of joint training, one per frame
+    painted: (
+        tuple[int, ...] | None
+    )  # the frames whose masks were given; None for all: the others' were filled in
     geometry: Geometry | None  # of the frames, where prepare.py wrote it
     heldout: list[HeldOut | None]  # of the frames and of the masks
 
@@ -61,20 +66,84 @@ def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], 
         assert options.seg_source_path is not None
         masks = read(options.seg_source_path, True)
         _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
+        if len(masks) < len(sequences[0][1]):
+            return _sparse(options, sequences[0], masks, geometry, read_heldout, say)
         sequences.append((options.seg_source_path, masks))
     (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)
-    return Data(frames, others[0] if others else None, geometry, tests)
+    return Data(frames, others[0] if others else None, None, geometry, tests)
+
+
+def _sparse(
+    options: TrainOptions,
+    images: tuple[str, Frames],
+    masks: Frames,
+    geometry: Geometry | None,
+    read_heldout: Callable[[Path, Frames], Frames],
+    say: Callable[[str], object],
+) -> Data:
+    """What to train on if only some frames have a mask: the others' are carried there along the images' motion."""
+    assert options.seg_source_path is not None
+    (frames,), rest, (test,) = hold_out(options, [images], geometry, read_heldout, say)
+    place = {number: k for k, number in enumerate(frames.numbers)}
+    given = masks.take([k for k, number in enumerate(masks.numbers) if number in place])
+    if not len(given):
+        raise UserError(
+            f"{options.seg_source_path}: --eval holds out every frame that has a mask; choose another N"
+        )
+    painted = [place[number] for number in given.numbers]
+    gap = pixel_gap(rest, frames.width)
+    with shown("masks of the other frames", options.quiet) as report:
+        filled = fill(frames, given, painted, gap, lambda share: report("motion", share))
+    say(
+        f"masks: {len(given)} of {len(frames)} frames have one; the others' are carried there along the motion of the "
+        "images, and taught like these"
+    )
+    if (Path(options.seg_source_path) / HELDOUT).is_dir():
+        tests = [test, read_test(Path(options.seg_source_path), filled, rest, read_heldout, say)]
+    else:
+        tests = [test, None if test is None or rest is None else of_masks(masks, filled, test, rest)]
+    tests = [
+        test and replace(test, given=tuple(painted) if number else None) for number, test in enumerate(tests)
+    ]
+    return Data(frames, filled, tuple(painted), rest, tests)
+
+
+def fill(
+    frames: Frames, masks: Frames, painted: Sequence[int], gap: float | None = None, done: Done = unheard
+) -> Frames:
+    """Masks of all frames, from those of the frames ``painted`` (indices, increasing): these as they are, the others
+    carried along the motion of the images (`in_between.masks`). gap: pixels from a frame to the next; None if unknown.
+    """
+    images = frames(range(len(frames)))
+    known = matching_gap(images) if gap is None else gap
+    if masks.labels is not None:
+        index = masks.index().to(images.device)
+        levels = dense_labels(images, index, len(masks.labels), painted, known, done=done)
+    else:
+        inside = masks(range(len(masks))).to(images.device).mean(1, keepdim=True)
+        distances = dense_distances(images, inside, painted, known, done=done)
+        shares = (distances + 0.5).clamp(0, 1)
+        shares[list(painted)] = inside
+        levels = (255 * shares).round().byte()
+    levels = levels.to(masks.levels.device)
+    return replace(masks, levels=levels, names=frames.names, numbers=frames.numbers, has_alpha=False)
 
 
 def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
-    """Checks that the masks belong to the frames."""
-    if len(masks) != len(frames):
-        raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; each frame needs its mask")
-    for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
-        if frame != mask:
-            raise UserError(
-                f"{where}: frame number {frame} is paired with mask number {mask}; number them alike"
-            )
+    """Checks that the masks belong to the frames, by their numbers: to all, or to some."""
+    if len(masks) > len(frames):
+        raise UserError(f"{where}: {len(masks)} masks for {len(frames)} frames; number them alike")
+    if len(masks) == len(frames):
+        for frame, mask in zip(frames.numbers, masks.numbers, strict=True):
+            if frame != mask:
+                raise UserError(
+                    f"{where}: frame number {frame} is paired with mask number {mask}; number them alike"
+                )
+    elif unknown := sorted(set(masks.numbers) - set(frames.numbers)):
+        raise UserError(
+            f"{where}: {len(masks)} masks for {len(frames)} frames, and mask number {unknown[0]} has no frame; a mask "
+            "has the number of its frame"
+        )
     if (masks.width, masks.height) != (frames.width, frames.height):
         raise UserError(
             f"{where}: masks of {masks.width} x {masks.height} pixels for frames of {frames.width} x {frames.height}"

@@ -83,7 +83,8 @@ class Evaluation:
     def __call__(self, objective: Objective, compare: bool) -> Iterator[TaskScores]:
         """The scores of each task of ``objective``; with ``compare`` also pictures of held-out frames."""
         for task in objective.tasks:
-            middle = len(task.frames) // 2
+            scored = _scored(task)
+            middle = scored[len(scored) // 2]
             scores, rendered = evaluate(objective, task, middle)
             assert rendered is not None
             frame = task.targets([middle], objective.background)[0]
@@ -134,9 +135,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(objective: Objective, task: Task, sample: int | None = None) -> tuple[Scores, Tensor | None]:
-    """Renders all frames of ``task`` and scores them; also returns the render (C, H, W) of frame ``sample``."""
+    """Renders all frames of ``task`` that were given, and scores them; also returns the render (C, H, W) of frame
+    ``sample``, one of these."""
     scores, kept = _no_scores(task), None
-    for index in _chunks(len(task.frames)):
+    for index in _chunks(_scored(task)):
         images = _render(objective, task, [float(k) for k in index])
         scores += _scores(task, images, task.targets(index, objective.background))
         if sample in index:
@@ -148,7 +150,7 @@ def evaluate(objective: Objective, task: Task, sample: int | None = None) -> tup
 def evaluate_heldout(objective: Objective, task: Task, test: HeldOut) -> Scores:
     """Renders the frames held out of ``task`` and scores them, quantised to the frames' bits as in an image file."""
     scores = _no_scores(task)
-    for index in _chunks(len(test)):
+    for index in _chunks(range(len(test))):
         images = _render(objective, task, [test.indices[k] for k in index])
         targets = _targets(task, test, index, objective.background)
         scores += _scores(task, quantised(images, test.frames.bits), targets)
@@ -162,7 +164,7 @@ def evaluate_classical(task: Task, test: HeldOut, background: Tensor) -> dict[st
     for method in CLASSICAL[task.name]:
         predicted = test.classical(method, background)  # (M, c, H, W)
         out[method] = _no_scores(task)
-        for index in _chunks(len(test)):
+        for index in _chunks(range(len(test))):
             if task.labels is not None:
                 truth = test.frames.index(index)[:, 0].cpu()
                 found = torch.from_numpy(predicted[index, 0])
@@ -222,13 +224,13 @@ def _cuts(
             rows[name].append(images[:, :, row])
             columns[name].append(images[:, :, :, column])
 
-    for index in _chunks(len(task.frames)):
+    for index in _chunks(range(len(task.frames))):
         at = [float(k) for k in index]
         frames = (
             task.targets(index, objective.background) if task.labels is None else task.frames.index(index)
         ).cpu()
         keep(at, {"truth": frames, "classical": frames, "model": _drawn(objective, task, at)})
-    for index in _chunks(len(test)):
+    for index in _chunks(range(len(test))):
         keep([test.indices[k] for k in index], _versions(objective, task, test, index))
     order = np.argsort(places, kind="stable")
 
@@ -244,7 +246,7 @@ def _middle(frames: Frames, masks: bool) -> tuple[int, int]:
     if not masks:
         return frames.height // 2, frames.width // 2
     inside = np.zeros((frames.height, frames.width))
-    for index in _chunks(len(frames)):
+    for index in _chunks(range(len(frames))):
         shown = frames(index).mean(1) if frames.labels is None else (frames.index(index)[:, 0] > 0).float()
         inside += shown.sum(0).cpu().numpy()
     ends = [inside.sum(axis).cumsum() for axis in (1, 0)]
@@ -280,6 +282,11 @@ def _render(objective: Objective, task: Task, positions: list[float]) -> Tensor:
     )
 
 
-def _chunks(count: int) -> list[list[int]]:
-    indices = list(range(count))
-    return [indices[first : first + _AT_ONCE] for first in range(0, count, _AT_ONCE)]
+def _scored(task: Task) -> Sequence[int]:
+    """The frames of ``task`` whose truth is known."""
+    return range(len(task.frames)) if task.given is None else task.given
+
+
+def _chunks(indices: Sequence[int]) -> list[list[int]]:
+    indices = list(indices)
+    return [indices[first : first + _AT_ONCE] for first in range(0, len(indices), _AT_ONCE)]

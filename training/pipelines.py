@@ -25,7 +25,7 @@ class Task:
     name: "img" or "seg", in logs, plots and file names. head: whose opacity and colour are trained on them.
     test: bit of the activity mask. weight: of its loss in the total. terms: weight of each term, 0 leaves it out.
     between: the expected frames at alpha (B,) of the way from frame k (B,) to the next, (B, C, H, W); None for the two
-        frames blended linearly.
+        frames blended linearly. given: which frames the user gave, if others were filled in; they alone are scored.
     """
 
     name: str
@@ -35,6 +35,7 @@ class Task:
     weight: float
     terms: Mapping[str, float]
     between: Callable[[Tensor, Tensor], Tensor] | None = None
+    given: tuple[int, ...] | None = None
 
     @property
     def labels(self) -> LabelTable | None:
@@ -73,10 +74,15 @@ class Task:
 
 
 def tasks(
-    options: TrainOptions, frames: Frames, masks: Frames | None = None, between: InBetween | None = None
+    options: TrainOptions,
+    frames: Frames,
+    masks: Frames | None = None,
+    between: InBetween | None = None,
+    painted: tuple[int, ...] | None = None,
 ) -> list[Task]:
     """The tasks of ``options.pipeline``. ``frames`` are the masks themselves in plain segmentation training.
-    ``between``: the expected in-between frames, where they are not the linear blend."""
+    ``between``: the expected in-between frames, where they are not the linear blend. ``painted``: the frames whose mask
+    was given, where not all are."""
     images_between, masks_between = (between.images, between.masks) if between else (None, None)
     image_terms = {
         "l1": options.lambda_l1,
@@ -101,7 +107,16 @@ def tasks(
     assert masks is not None
     return [
         Task("img", IMAGE, frames, ACTIVE, options.lambda_img, image_terms, images_between),
-        Task("seg", SEGMENTATION, masks, ACTIVE_SEGMENTATION, options.lambda_seg, mask_terms, masks_between),
+        Task(
+            "seg",
+            SEGMENTATION,
+            masks,
+            ACTIVE_SEGMENTATION,
+            options.lambda_seg,
+            mask_terms,
+            masks_between,
+            painted,
+        ),
     ]
 
 

@@ -84,7 +84,7 @@ class Training:
         if saved is not None and options.time:  # its length was set by its pace
             before = saved.extras.get("options", {}).get("iterations", options.iterations)
             options = with_iterations(options, max(before, options.iterations))
-        todo = tasks(options, frames, data.masks)
+        todo = tasks(options, frames, data.masks, painted=data.painted)
         check_batch(options, todo)
         warn(options, any(task.in_betweens for task in todo), say)
         labels = todo[-1].labels
@@ -138,7 +138,7 @@ class Training:
         if training.iteration < options.iterations:  # last, as it takes minutes
             with parts("motion"):
                 between = expected_between(options, data, say)
-            training.tasks = tasks(options, frames, data.masks, between)
+            training.tasks = tasks(options, frames, data.masks, between, data.painted)
         return training
 
     def _resume(self, saved: Checkpoint, say: Callable[[str], object]) -> None:
@@ -299,7 +299,8 @@ class Training:
         """A digest of all frames: those of another patient may have the same names and sizes."""
         digest = hashlib.blake2b(digest_size=16)
         for task in self.tasks:
-            digest.update(task.frames.levels.cpu().contiguous().numpy().data)
+            levels = task.frames.levels if task.given is None else task.frames.levels[list(task.given)]
+            digest.update(levels.cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
     def metrics(self, result: IterationResult) -> Metrics:
