@@ -25,7 +25,16 @@ import numpy as np
 from nibabel.orientations import aff2axcodes
 from scipy.ndimage import find_objects
 
-from patient.geometry import FILE_NAME, HELDOUT, FrameCut, Geometry, cut_geometry, upright_cut, voxel_sizes
+from patient.geometry import (
+    FILE_NAME,
+    HELDOUT,
+    DicomSource,
+    FrameCut,
+    Geometry,
+    cut_geometry,
+    upright_cut,
+    voxel_sizes,
+)
 from patient.label_volumes import LabelVolume, Wanted, read_labels
 from patient.labels import LabelTable
 from patient.meshes import otsu
@@ -153,6 +162,7 @@ def read_case(
         volume=volume.index,
         sizes=volume.sizes and tuple(volume.sizes[axis] for axis in cut.axes),
         labels=None if label is None else label.table,
+        dicom=DicomSource.of(options.input, volume.instances, choice),
     )
     if len(geometry.slices) < 2:
         raise UserError(

@@ -26,8 +26,9 @@ from arguments import RenderOptions, render_options
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, editing, render
 from patient.geometry import FILE_NAME, Geometry
 from patient.label_channels import ids_of
-from patient.labels import LabelTable
+from patient.labels import Label, LabelTable
 from patient.rendered_volume import Grid, RenderedVolume
+from patient.writers import DicomCase, SeriesVolume
 from pictures.video import Shot, video_format, write_video
 from scene.cameras import Camera
 from scene.gaussian_model import GaussianModel
@@ -61,7 +62,7 @@ class Output:
 
 @dataclass(frozen=True, eq=False)
 class Stream:
-    """A sequence of files, one per position, and a volume of them, if there is one."""
+    """A sequence of files, one per position, and volumes of them."""
 
     folder: Path
     output: int
@@ -71,6 +72,13 @@ class Stream:
     share_of: int | None
     """Place in its table of the label whose shares they hold."""
     volume: RenderedVolume | None
+    """Of evenly spaced slices, if it is wanted."""
+    masks: SeriesVolume | None = None
+    """On the slices of a DICOM series, likewise."""
+
+    @property
+    def volumes(self) -> list[RenderedVolume | SeriesVolume]:
+        return [volume for volume in (self.volume, self.masks) if volume is not None]
 
     def values(self, images: Sequence[Tensor]) -> Tensor:
         """(V, C, H, W) of these images (V, C, H, W) of each output, in [0, 1]; of a label map ids, C = 1."""
@@ -177,9 +185,13 @@ def main() -> None:
         mask,
         modify,
     )
-    streams = streams_of(renderer, options)
+    case = dicom_case(renderer, options)
+    streams = streams_of(renderer, options, case)
     names = write_images(renderer, trained.bits, streams, options, say)
-    write_volumes(streams, say)
+    if options.nifti:
+        write_volumes(streams, say)
+    if case is not None:
+        write_dicom(case, streams, options, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
     if options.html:
@@ -195,6 +207,12 @@ def check(options: RenderOptions) -> None:
         raise UserError(f"--extension {options.extension}: images are written as {', '.join(WRITABLE)}")
     if options.modify and options.rasterizer == "oracle":
         raise UserError("--modify needs the compiled rasteriser: leave out --rasterizer oracle")
+    if options.dicom_seg is not None and options.pipeline == "img":
+        raise UserError("--dicom-seg writes masks: add --pipeline both, or seg")
+    if options.dicom_seg is None and not options.dicom:
+        for option in ("dicom_source", "anonymous"):
+            if getattr(options, option):
+                raise UserError(f"--{option} is about --dicom and --dicom-seg: give one of them too")
     if options.html and (options.modify or options.mask_path):
         raise UserError("--html shows the model as it was trained: leave out --modify and --mask_path, or it")
 
@@ -233,14 +251,20 @@ def keep_geometry(options: RenderOptions, num_frames: int, say: Say) -> None:
         say(f"where the frames lie in the patient: {kept}")
 
 
-def streams_of(renderer: Renderer, options: RenderOptions) -> list[Stream]:
-    """What to write: every output, with ``--probabilities`` every label's shares, with ``--nifti`` each as a volume."""
-    grid = grid_of(renderer, options) if options.nifti else None
+def streams_of(renderer: Renderer, options: RenderOptions, case: DicomCase | None) -> list[Stream]:
+    """What to write: every output, with ``--probabilities`` every label's shares, with ``--nifti`` and ``--dicom`` each
+    as a volume."""
+    grid = None
+    if options.nifti or options.dicom:
+        option = "--nifti" if options.nifti else "--dicom"
+        size = renderer.camera.width, renderer.camera.height
+        grid = Grid(geometry_of(renderer, options, option), size, options.interp, option)
     streams = []
     for number, out in enumerate(renderer.outputs):
         mask = out.folder.name == "render_mask" and out.labels is None
         volume = RenderedVolume(grid, mask, out.labels) if grid else None
-        streams.append(Stream(out.folder, number, out.labels, None, volume))
+        masks = case.masks() if case and options.dicom_seg and out.folder.name == "render_mask" else None
+        streams.append(Stream(out.folder, number, out.labels, None, volume, masks))
         if options.probabilities and out.labels is not None:
             shares = grid and replace(grid, geometry=replace(grid.geometry, window=(0.0, 1.0)))
             for place, name in enumerate(out.labels.file_names().values()):
@@ -250,25 +274,40 @@ def streams_of(renderer: Renderer, options: RenderOptions) -> list[Stream]:
     return streams
 
 
-def grid_of(renderer: Renderer, options: RenderOptions) -> Grid:
-    """Where the slices of ``--nifti`` lie. Refuses models without a place in a patient, or in colour."""
+def geometry_of(renderer: Renderer, options: RenderOptions, option: str) -> Geometry:
+    """Where the frames lie, for ``option``. Refuses models without a place in a patient, or in colour."""
     path = Path(options.model_path) / FILE_NAME
     if not path.exists():
         raise UserError(
-            f"--nifti: there is no {path} to say where the frames lie; train on a folder of prepare.py, or give it "
+            f"{option}: there is no {path} to say where the frames lie; train on a folder of prepare.py, or give it "
             "here with -s"
         )
     geometry, model = Geometry.load(path), renderer.model
     if len(geometry.slices) != model.num_frames:
         raise UserError(
-            f"--nifti: {path} is for {len(geometry.slices)} frames, the model for {model.num_frames}: put the "
+            f"{option}: {path} is for {len(geometry.slices)} frames, the model for {model.num_frames}: put the "
             "frames.json of these frames there"
         )
     if model.channels != 1 and model.label_head != IMAGE:
         raise UserError(
-            "--nifti: a volume holds one intensity, and this is a colour model: leave out --nifti"
+            f"{option}: a volume holds one intensity, and this is a colour model: leave out {option}"
         )
-    return Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
+    return geometry
+
+
+def dicom_case(renderer: Renderer, options: RenderOptions) -> DicomCase | None:
+    """For ``--dicom`` and ``--dicom-seg``: the series that the files will belong to."""
+    if not options.dicom and not options.dicom_seg:
+        return None
+    option = "--dicom-seg" if options.dicom_seg else "--dicom"
+    labels = next((out.labels for out in renderer.outputs if out.labels is not None), None)
+    return DicomCase(
+        geometry_of(renderer, options, option),
+        options.dicom_source,
+        options.anonymous,
+        labels or LabelTable((Label.of(1, options.dicom_seg or "mask"),)),
+        option,
+    )
 
 
 def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
@@ -289,9 +328,14 @@ def write_images(
     numbers = [(k, i) for k in range(last) for i in range(options.interp)]
     numbers += [(last, i) for i in range(options.interp if options.beyond else 1)]
     names = {k + i / options.interp: f"{k:05d}_{i}{options.extension}" for k, i in numbers}
-    grid = next((stream.volume.grid for stream in streams if stream.volume), None)
-    slots = {position: slot for slot, position in enumerate(grid.positions)} if grid else {}
-    positions = sorted(names.keys() | slots.keys())
+    volumes = [
+        [
+            (volume, {position: slot for slot, position in enumerate(volume.positions)})
+            for volume in own.volumes
+        ]
+        for own in streams
+    ]
+    positions = sorted(names.keys() | {position for own in volumes for _, slots in own for position in slots})
     bits = 8 if bits == 8 else 16
     if bits > 8 and options.extension.lower() in (".jpg", ".jpeg"):
         say("JPEG holds 8 bits per channel: these frames' 16 bits are rounded")
@@ -309,12 +353,12 @@ def write_images(
         for first in range(0, len(positions), step):
             batch = positions[first : first + step]
             images = [own.clamp_(0, 1) for own in renderer(batch)]  # (V, C, H, W) of each output
-            for stream in streams:
+            for stream, own in zip(streams, volumes, strict=True):
                 values = stream.values(images)
-                if stream.volume is not None:
+                for volume, slots in own:
                     for position, image in zip(batch, values.cpu().numpy(), strict=True):
                         if position in slots:
-                            stream.volume.put(slots[position], image[0])
+                            volume.put(slots[position], image[0])
                 stored = values if floats or stream.labels else levels_of(values, bits)
                 for position, array in zip(batch, stored.movedim(1, -1).cpu().numpy(), strict=True):
                     if position in names:
@@ -350,6 +394,25 @@ def write_volumes(streams: Sequence[Stream], say: Say) -> None:
         say(f"{shape} voxels in {path}")
     if any(not volume.grid.geometry.evenly_spaced for volume in volumes.values()):
         say("  the frames are unevenly spaced: slices are drawn at even steps between them")
+
+
+def write_dicom(case: DicomCase, streams: Sequence[Stream], options: RenderOptions, say: Say) -> None:
+    for note in case.series.notes:
+        say(f"  note: {note}")
+    if options.dicom:
+        made = [(s.folder.with_suffix(".dcm"), s.volume) for s in streams if s.volume and s.share_of is None]
+        image = next((one for one in made if not one[1].holds_masks), None)
+        mask = next((one for one in made if one[1].holds_masks), None)
+        labels = case.write_dense(image, mask)
+        for path, volume in made:
+            say(f"{len(volume.positions)} slices in {path}")
+        if labels is not None:
+            say(f"  segments: {labels.words()}")
+    masks = next((stream.masks for stream in streams if stream.masks), None)
+    if masks is not None:
+        path = Path(options.model_path) / "render_seg.dcm"
+        labels = case.write_masks(path, masks)
+        say(f"masks on {len(masks.positions)} slices of {case.series.path} in {path}: {labels.words()}")
 
 
 def write_sequence(

@@ -55,12 +55,14 @@ def _option(
     above: float | None = None,
     saved: bool = False,
     bare: Any = None,
+    also: str | None = None,
 ) -> Any:
     """A dataclass field that is also a command-line option.
 
     The value's type is that of `default`, or `kind` where None is the default; a tuple holds whole numbers.
     `low` and `high` are inclusive bounds, `above` is an exclusive one. render.py takes `saved` options from
-    `cfg_args` where the command line does not give them. `bare` is what the flag means without a value.
+    `cfg_args` where the command line does not give them. `bare` is what the flag means without a value. `also` is a
+    second flag for it.
     """
     kind = kind or type(default)
     return field(
@@ -76,6 +78,7 @@ def _option(
             "above": above,
             "saved": saved,
             "bare": bare,
+            "also": also,
         },
     )
 
@@ -468,6 +471,27 @@ class RenderOptions(MachineOptions, DataOptions):
         "of a label map, also write each label's share of every pixel: render_probabilities/<label>/, and with --nifti "
         "render_probabilities/<label>.nii.gz",
     )
+    dicom: bool = _option(
+        False,
+        "also write the rendered sequence as DICOM files of many frames, derived from the source series: "
+        "render_img.dcm and, as segmentation, render_mask.dcm",
+    )
+    dicom_seg: str | None = _option(
+        None,
+        "also write the masks on the source series' own slices as a DICOM segmentation, render_seg.dcm; TEXT names the "
+        "structure (default: mask; label maps have their own names)",
+        kind=str,
+        bare="mask",
+        also="--dicom-seg",
+    )
+    dicom_source: str | None = _option(
+        None,
+        "--dicom, --dicom-seg: folder of the source series (default: where prepare.py found it)",
+        kind=str,
+    )
+    anonymous: bool = _option(
+        False, "--dicom, --dicom-seg: leave out the patient's and the study's names, numbers and dates"
+    )
     html: bool = _option(
         False,
         "also write the sequence as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "
@@ -780,7 +804,8 @@ def _add_option(group: argparse._ArgumentGroup, option: Field[Any]) -> None:
         arguments.update(type=kind, metavar={int: "N", float: "X", str: "TEXT"}[kind])
         if about["bare"] is not None:
             arguments.update(nargs="?", const=about["bare"])
-    group.add_argument(*flags, f"--{option.name}", **arguments)
+    flags.append(f"--{option.name}")
+    group.add_argument(*flags, *filter(None, [about["also"]]), dest=option.name, **arguments)
 
 
 def _shown(value: Any) -> str:

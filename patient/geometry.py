@@ -7,9 +7,10 @@ Everything inside this project is RAS; `swap_ras_lps` is the only place where th
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from patient.labels import LabelTable
+from patient.volumes import Choice
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -32,6 +34,27 @@ Affine = tuple[tuple[float, float, float, float], ...]  # 4 rows
 def swap_ras_lps(points: np.ndarray) -> np.ndarray:
     """Points (..., 3) in RAS millimetres to LPS, or back: x and y change sign. DICOM, ITK and Slicer files are LPS."""
     return points * np.array([-1.0, -1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class DicomSource:
+    """The DICOM files that frames were cut from, to find them again when DICOM is written."""
+
+    path: str
+    """The folder or file, absolute."""
+    digest: str
+    """Of the SOP instance UIDs of its slices, in order: tells whether it has changed."""
+    choice: Choice
+    """Which of its volumes."""
+
+    @staticmethod
+    def digest_of(instances: Iterable[str]) -> str:
+        return hashlib.sha256("\n".join(instances).encode()).hexdigest()[:32]
+
+    @classmethod
+    def of(cls, path: str | os.PathLike[str], instances: Sequence[str], choice: Choice) -> DicomSource | None:
+        """None if the slices have no SOP instance UIDs, because they are not DICOM."""
+        return cls(os.path.abspath(path), cls.digest_of(instances), choice) if instances else None
 
 
 @dataclass(frozen=True)
@@ -79,6 +102,8 @@ class Geometry:
     """Without an affine: millimetres from one (column, row, frame) to the next, as far as the source gives them."""
     labels: LabelTable | None = None
     """Names and colours of the label map that the masks are; None where they are masks of one structure."""
+    dicom: DicomSource | None = None
+    """Where the source lies (path), its volume (choice) and a digest of its slices' identifiers, if it is DICOM."""
 
     @property
     def axis(self) -> int:
@@ -202,6 +227,8 @@ class Geometry:
             given = {name: _tuples(told[name]) for name in needed}
             if told.get("labels") is not None:
                 given["labels"] = LabelTable.from_json(told["labels"])
+            if (source := told.get("dicom")) is not None:
+                given["dicom"] = DicomSource(source["path"], source["digest"], Choice(**source["choice"]))
             geometry = cls(**given)
             if len(geometry.slices) != len(geometry.positions) or not geometry.slices:
                 raise ValueError("slices and positions disagree")

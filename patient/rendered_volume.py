@@ -26,22 +26,24 @@ class Grid:
     spaced ones, which NIfTI cannot hold, slices are as far apart as the sub-frames of the closest two frames, and are
     rendered where they lie.
 
-    size: columns and rows of a render.
+    size: columns and rows of a render. option: what the user asked for, to begin messages with.
     """
 
     geometry: Geometry
     size: tuple[int, int]
     sub_frames: int
+    option: str = "--nifti"
 
     def __post_init__(self) -> None:
         if self.geometry.affine is None:
             raise UserError(
-                f"--nifti: {self.geometry.source} had no affine, so it is unknown where these frames lie; leave it out"
+                f"{self.option}: {self.geometry.source} had no affine, so it is unknown where these frames lie; leave"
+                " it out"
             )
         if len(self.positions) > _MOST:
             raise UserError(
-                f"--nifti: {len(self.positions)} slices are more than the {_MOST} that a NIfTI volume holds; take a "
-                "smaller --interp"
+                f"{self.option}: {len(self.positions)} slices are more than the {_MOST} that a NIfTI volume holds;"
+                " take a smaller --interp"
             )
 
     @cached_property
@@ -105,15 +107,24 @@ class RenderedVolume:
         most = 1 if self.mask else 65535 if self.labels is None else max(self.labels.ids)
         self.values = np.zeros(shape, np.uint8 if most < 256 else np.uint16, order="F")
         flips = [slice(None, None, -1 if flip else 1) for flip in geometry.flips]
-        # (slice, row, column), a view
-        self._slices = self.values.transpose(geometry.axes[::-1])[:, flips[1], flips[0]]
+        self.slices = self.values.transpose(geometry.axes[::-1])[:, flips[1], flips[0]]
+        """The same as renders show them: (slice, row, column), a view."""
+
+    @property
+    def holds_masks(self) -> bool:
+        return self.mask or self.labels is not None
+
+    @property
+    def positions(self) -> list[float]:
+        """Of the slices, in the sequence of frames."""
+        return self.grid.positions
 
     def put(self, slot: int, image: np.ndarray) -> None:
         """image (H, W), float in [0, 1], or ids of a label map, is slice ``slot``."""
         if self.labels is not None:
-            self._slices[slot] = image
+            self.slices[slot] = image
         else:
-            self._slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
+            self.slices[slot] = image >= 0.5 if self.mask else np.rint(image * np.float32(65535))
 
     @property
     def image(self) -> nibabel.Nifti1Image:
@@ -124,9 +135,7 @@ class RenderedVolume:
         image.set_qform(self.grid.affine, "scanner")
         if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is not a rotation
             image.set_qform(None, "unknown")
-        if (
-            not self.mask and self.labels is None
-        ):  # stored levels, with their scale in the header: half the size of floats
+        if not self.holds_masks:  # stored levels, with their scale in the header: half the size of floats
             low, high = self.grid.geometry.window
             image.header.set_slope_inter((high - low) / 65535, low)
         return image

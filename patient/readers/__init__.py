@@ -18,7 +18,7 @@ from utils.images import image_files
 READERS: dict[str, Callable[[Path, Choice], Volume]] = {
     **dict.fromkeys((".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz"), nifti.read),
     **dict.fromkeys((".nrrd", ".nhdr", ".mha", ".mhd"), itk.read),
-    **dict.fromkeys((".dcm", ".ima"), dicom.read_file),
+    **dict.fromkeys((".dcm", ".ima"), dicom.read),
     **dict.fromkeys((".tif", ".tiff"), tiff.read),
     ".gif": pictures.read,
     **dict.fromkeys((".mp4", ".avi", ".mov", ".mkv", ".webm"), video.read),
@@ -63,7 +63,7 @@ def read_volume(
     read = reader_of(path)
     of_dicom = {"--series": choice.series, "--acquisition": choice.acquisition, "--echo": choice.echo}
     for option, given in {**of_dicom, "--time": choice.time}.items():
-        if given is not None and (read is not dicom.read_file or option == "--series"):
+        if given is not None and (read is not dicom.read or option == "--series"):
             kind = "a folder of DICOM files" if option == "--series" else "DICOM"
             raise UserError(f"{path} is a file: {option} chooses from {kind}")
     if read is None:
@@ -78,7 +78,7 @@ def reader_of(path: Path) -> Callable[[Path, Choice], Volume] | None:
         if path.name.lower().endswith(suffix):
             return read
     if path.suffix.lower() not in _OTHER_KINDS and (path.name.upper() == "DICOMDIR" or dicom.is_dicom(path)):
-        return dicom.read_file
+        return dicom.read
     return None
 
 
@@ -87,9 +87,9 @@ def _read_folder(path: Path, choice: Choice) -> Volume:
     if dicom.find(path, deep=False):
         if images:
             raise UserError(f"{path} holds DICOM files and images: give a folder of one kind")
-        return dicom.read_folder(path, choice)
+        return dicom.read(path, choice)
     if not images and dicom.find(path, deep=True):
-        return dicom.read_folder(path, choice)
+        return dicom.read(path, choice)
     for option in ("series", "acquisition", "echo", "time"):
         if getattr(choice, option) is not None:
             raise UserError(f"{path} holds no DICOM files, so there is no --{option} to choose")

@@ -6,6 +6,7 @@ Tags are read by name (pydicom), so that no place, spacing or scale is a library
 from __future__ import annotations
 
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -33,25 +34,47 @@ _ODD_SPACINGS = {
 }
 
 
-def read_file(path: Path, choice: Choice) -> Volume:
-    """A file of several frames."""
+@dataclass(frozen=True)
+class Slices:
+    """The slices of one volume, in order, without their pixels."""
+
+    path: Path
+    frames: list[Frame]
+    index: int | None
+    """Which volume of a series that is 4-D."""
+    affine: np.ndarray | None
+    """Voxel (column, row, slice) indices to RAS millimetres (4, 4)."""
+    depths: np.ndarray | None
+    """As `Volume.depths`."""
+    sizes: Sizes | None
+    """As `Volume.sizes`."""
+    notes: list[str]
+
+
+def read(path: Path, choice: Choice) -> Volume:
+    """A file of several frames, or one series of a folder, or of its subfolders if the folder itself holds none."""
+    with quiet_libraries():
+        return _with_pixels(_slices(path, choice))
+
+
+def read_slices(path: Path, choice: Choice) -> Slices:
+    """Where the slices of the volume lie that `read` reads. Raises UserError, as that does."""
+    with quiet_libraries():
+        return _slices(path, choice)
+
+
+def _slices(path: Path, choice: Choice) -> Slices:
     if path.name.upper() == "DICOMDIR":
-        return read_folder(path.resolve().parent, choice)
-    with quiet_libraries():
-        header = read_header(path)
-        if not header.has_pixels or header.kind in SEGMENTATIONS:
-            raise _not_an_image(header)
-        _refuse_mosaic(header)
-        if header.size[2] < 2 and not pixels.is_video(header):
-            raise UserError(f"{path} is one slice: give -i the folder of its series")
-        return _volume(path, [header], choice, [])
-
-
-def read_folder(path: Path, choice: Choice) -> Volume:
-    """One series of a folder, or of its subfolders if the folder itself holds none."""
-    files = find(path, deep=False) or find(path, deep=True)
-    with quiet_libraries():
-        return _read(path, files, choice)
+        path = path.resolve().parent
+    if path.is_dir():
+        return _of_folder(path, find(path, deep=False) or find(path, deep=True), choice)
+    header = read_header(path)
+    if not header.has_pixels or header.kind in SEGMENTATIONS:
+        raise _not_an_image(header)
+    _refuse_mosaic(header)
+    if header.size[2] < 2 and not pixels.is_video(header):
+        raise UserError(f"{path} is one slice: give -i the folder of its series")
+    return _of_headers(path, [header], choice, [])
 
 
 def _not_an_image(header: Header) -> UserError:
@@ -70,7 +93,7 @@ def _refuse_mosaic(header: Header) -> None:
         )
 
 
-def _read(path: Path, files: list[Path], choice: Choice) -> Volume:
+def _of_folder(path: Path, files: list[Path], choice: Choice) -> Slices:
     pydicom_for(path)
     headers, left_out = read_headers(path, files)
     images = [header for header in headers if header.kind not in SEGMENTATIONS]
@@ -94,7 +117,7 @@ def _read(path: Path, files: list[Path], choice: Choice) -> Volume:
             f"{path} holds {len(found)} series: choose one for -i with --series UID, or give a folder of one:"
             f" {_series(found)}"
         )
-    return _volume(path, _without_copies(found[choice.series or next(iter(found))], notes), choice, notes)
+    return _of_headers(path, _without_copies(found[choice.series or next(iter(found))], notes), choice, notes)
 
 
 def _without_copies(headers: list[Header], notes: list[str]) -> list[Header]:
@@ -123,8 +146,8 @@ def _same_pixels(first: Header, second: Header) -> bool:
     )
 
 
-def _volume(path: Path, headers: list[Header], choice: Choice, notes: list[str]) -> Volume:
-    """The chosen volume of a series."""
+def _of_headers(path: Path, headers: list[Header], choice: Choice, notes: list[str]) -> Slices:
+    """The slices of the chosen volume of a series."""
     first = headers[0]
     for other in headers:
         if other.size[:2] != first.size[:2]:
@@ -159,7 +182,7 @@ def _volume(path: Path, headers: list[Header], choice: Choice, notes: list[str])
             frames = in_order(path, frames, notes)
             affine, depths, sizes = place_by_location(frames, path, notes)
     _say_spacing(frames[0], notes)
-    return _with_pixels(path, frames, index, affine, depths, sizes, notes)
+    return Slices(path, frames, index, affine, depths, sizes, notes)
 
 
 def _cine(
@@ -184,15 +207,9 @@ def _say_spacing(frame: Frame, notes: list[str]) -> None:
         notes.append(f"places are those in the ultrasound's own volume, not in the patient: {NO_ORIENTATION}")
 
 
-def _with_pixels(
-    path: Path,
-    frames: list[Frame],
-    index: int | None,
-    affine: np.ndarray | None,
-    depths: np.ndarray | None,
-    sizes: Sizes | None,
-    notes: list[str],
-) -> Volume:
+def _with_pixels(slices: Slices) -> Volume:
+    path, frames, notes = slices.path, slices.frames, slices.notes
+    affine, depths, sizes = slices.affine, slices.depths, slices.sizes
     first = frames[0].header
     slots: dict[Path, list[int]] = defaultdict(list)
     for slot, frame in enumerate(frames):
@@ -244,7 +261,7 @@ def _with_pixels(
         affine,
         bits,
         path.resolve().name,
-        index,
+        slices.index,
         full_scale,
         depths,
         lossy,
@@ -265,4 +282,4 @@ def _series(found: dict[str, list[Header]]) -> str:
     return "; ".join(lines)
 
 
-__all__ = ["find", "is_dicom", "read_file", "read_folder"]
+__all__ = ["Slices", "find", "is_dicom", "read", "read_slices"]
