@@ -19,12 +19,13 @@ import multiprocessing
 import shlex
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from skimage.restoration import denoise_tv_chambolle
@@ -33,7 +34,7 @@ from trimesh import Trimesh
 
 from patient.geometry import HELDOUT
 from patient.label_surfaces import label_surfaces
-from patient.labels import Kind, LabelTable
+from patient.labels import Kind, Label, LabelTable
 from patient.meshes import (
     FORMATS,
     decimate,
@@ -53,6 +54,7 @@ from patient.stacks import (
     GENERIC,
     PUBLISHED_INTER,
     Stack,
+    beside,
     case_name,
     check_newest,
     frame_paths,
@@ -324,7 +326,7 @@ def _mesh(case: Case, options: argparse.Namespace, lines: list[str]) -> None:
     if stack.numbers is None or (
         options.labels is None and stack.labels is None and len(np.unique(stack.numbers)) < 3
     ):
-        _write(case.name, *_mesh_of(stack, stack.values, options, lines), options, lines)
+        _write(case, case.name, stack, *_mesh_of(stack, stack.values, options, lines), options, lines)
         return
     _mesh_labels(case, stack, _labels(stack, options.labels), options, lines)
 
@@ -371,7 +373,7 @@ def _mesh_labels(
                 mesh = decimate(mesh, options.decimate)
             except ValueError as error:
                 raise UserError(f"{label.name}: {error}") from error
-        _write(f"{case.name}_{names[label.id]}", mesh, None, options, lines)
+        _write(case, f"{case.name}_{names[label.id]}", stack, mesh, None, options, lines, label)
         scene[label] = mesh
     if options.decimate:
         lines.append("  note: decimated meshes no longer share their surfaces")
@@ -379,6 +381,8 @@ def _mesh_labels(
         path = Path(options.output) / f"{case.name}.glb"
         write_scene(path, scene)
         lines.append(f"  {path}: all {len(scene)} in their colours")
+    if len(scene) > 1 and options.preview:
+        _preview(case, case.name, stack, scene, options, lines)
 
 
 def _labels(stack: Stack, wanted: list[str] | None) -> LabelTable:
@@ -413,7 +417,14 @@ def _mesh_of(
 
 
 def _write(
-    name: str, mesh: Trimesh, level: float | None, options: argparse.Namespace, lines: list[str]
+    case: Case,
+    name: str,
+    stack: Stack,
+    mesh: Trimesh,
+    level: float | None,
+    options: argparse.Namespace,
+    lines: list[str],
+    label: Label | None = None,
 ) -> None:
     """Write one mesh, and its picture."""
     if mesh.metadata["space"]:
@@ -431,10 +442,30 @@ def _write(
     lines.append(f"  {enclosed}, box {box} {unit}")
     lines.append(f"  {path}{f' ({options.space.upper()})' if unit == 'mm' else ''}")
     if options.preview:
-        from pictures.shading import write_preview  # matplotlib takes a while to import
+        _preview(case, name, stack, {label: mesh}, options, lines)
 
-        write_preview(path.with_suffix(".png"), mesh, name)
-        lines.append(f"  {path.with_suffix('.png')}")
+
+def _preview(
+    case: Case,
+    name: str,
+    stack: Stack,
+    meshes: Mapping[Any, Trimesh],
+    options: argparse.Namespace,
+    lines: list[str],
+) -> None:
+    """A picture of meshes, by `Label` or None, and of their outlines on the images or masks."""
+    from pictures.shading import Slices, write_preview  # matplotlib takes a while to import
+
+    shown = beside(case.folder, stack, options.extension)
+    if shown is None:
+        shown = stack.values if stack.numbers is None else (stack.numbers > 0).astype(np.float32)
+    colours = [np.array(label.colour) / 255 for label in meshes if label is not None]
+    path = Path(options.output) / f"{name}.png"
+    slices = Slices(shown, stack.affine, stack.heights)
+    space = options.space.upper()
+    placed = [in_space(mesh, space) if mesh.metadata["space"] else mesh for mesh in meshes.values()]
+    write_preview(path, placed, name, slices, colours or None)
+    lines.append(f"  {path}")
 
 
 def _surface(

@@ -205,6 +205,24 @@ def read_frames(
     return np.stack([to_grey(read_image(path)) for path in paths]), None, None
 
 
+def beside(folder: Path, masks: Stack, extension: str = ".png") -> np.ndarray | None:
+    """The images (frame, row, column) in [0, 1] that belong to ``masks`` of a case folder (`read_stack`): renders of
+    the same positions, else frames beside the masks of a data root. None unless there is one for each, of its size."""
+    paths = frame_paths(folder, extension)
+    place = paths[0].parent
+    pairs = {"render_mask": folder / "render_img", "original": place.parents[1] / "img" / "original"}
+    images = pairs.get(place.name)
+    if images is None or images == place or not images.is_dir():
+        return None
+    own = {path.stem: path for path in loose_paths(images, extension)}
+    shown = [own[path.stem] for path in paths[: len(masks.values)] if path.stem in own]
+    if len(shown) != len(masks.values):
+        return None
+    values = [to_grey(read_image(path)) for path in shown]
+    same = all(value.shape == masks.values.shape[1:] for value in values)
+    return np.stack(values) if same else None
+
+
 def case_geometry(folder: Path) -> Geometry | None:
     """frames.json of a case: in its folder or the parent; for OUT/seg/original of prepare.py, in OUT."""
     return Geometry.find(folder.parent if folder.name in (*INNER, *FRAME_FOLDERS) else folder)

@@ -147,7 +147,7 @@ def draw_montage(
         for order, (colour, words) in enumerate(
             meanings + [(_OTHER, "another label")] * (labels is not None)
         ):
-            x = (first + 0.1 + order * 1.2) / size[0]
+            x = (first + 0.05 + order * 1.08) / size[0]
             figure.text(x, 0.3 / size[1], "■ " + words, color=colour, fontsize=10, va="center")
     else:
         bar = figure.add_axes(

@@ -9,13 +9,14 @@ import nibabel
 import numpy as np
 import pytest
 import trimesh
+from matplotlib.collections import LineCollection
 from nibabel.affines import apply_affine
 
 import prepare
 import slices_to_ply
 from patient.geometry import FILE_NAME, Geometry, voxel_sizes
 from patient.meshes import FORMATS, in_space, is_closed, read_mesh, surface
-from patient.stacks import read_stack
+from patient.stacks import beside, read_stack
 from patient.surfaces import point_distances, surface_scores
 from slices_to_ply import main
 from utils.errors import UserError
@@ -544,6 +545,32 @@ def test_a_preview_of_each_mesh(tmp_path):
         assert picture.shape[1] > 1000
         for panel in np.array_split(picture[200:500], 3, axis=1):
             assert panel.std() > 10, "a mesh in each of the three views"
+        for panel in np.array_split(picture[700:1100].astype(int), 3, axis=1):
+            orange = (panel[:, :, 0] > 200) & (panel[:, :, 2] < 150)
+            assert orange.sum() > 100, "its outline on a slice and two cuts"
+
+
+def test_the_outline_lies_on_the_mask_that_the_mesh_was_made_of(tmp_path, monkeypatch):
+    """The outline on the middle slice and on both cuts spans what the mask spans there, to a pixel."""
+    drawn = []
+    monkeypatch.setattr(
+        "pictures.shading.LineCollection",
+        lambda ends, **looks: drawn.append(ends) or LineCollection(ends, **looks),
+    )
+    frames = _round_frames()
+    _placed(tmp_path / "in", frames, name="case")
+    images = np.linspace(0, 1, frames.size).reshape(frames.shape)
+    _write_frames(tmp_path / "in" / "case" / "render_img", images, 1)
+    assert (
+        main(["-i", str(tmp_path / "in"), "-o", str(tmp_path / "out"), "--preview", "--quiet", "--jobs", "1"])
+        == 0
+    )
+    for ends, mask in zip(drawn, (frames.max(0), frames.max(1), frames.max(2)), strict=True):
+        _, columns = np.nonzero(mask >= 0.5)
+        low, high = np.concatenate(ends).min(0), np.concatenate(ends).max(0)
+        assert np.allclose([low[0], high[0]], [columns.min(), columns.max()], atol=1)
+    stack = read_stack(tmp_path / "in" / "case")
+    assert np.allclose(beside(tmp_path / "in" / "case", stack), images, atol=1 / 255)
 
 
 def test_unevenly_spaced_slices_land_where_they_were_taken(tmp_path):
