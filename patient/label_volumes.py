@@ -12,7 +12,7 @@ from nibabel.affines import apply_affine
 
 from patient.geometry import voxel_sizes
 from patient.labels import MAX_ID, Label, LabelTable, Meaning, meaning_of, plain_numbers, read_segmentation
-from patient.readers import read_volume
+from patient.readers import image_folder, read_volume
 from patient.readers.segments import layers_as_segments, read_segments
 from patient.segments import Segments
 from patient.volumes import Volume
@@ -193,8 +193,10 @@ def _of_segments(
 def _read(path: str, volume: Volume, image: str, wanted: Wanted) -> tuple[Volume, Meaning, np.ndarray | None]:
     """A label as one number per voxel, what they mean, and for a folder with fewer files than frames, which it has."""
     place = Path(path)
-    if place.is_dir() and (files := image_files(place)) and not Path(image).is_file():
-        return _folder(place, files, volume, Path(image), wanted)
+    if place.is_dir() and (files := image_files(place)):
+        notes: list[str] = []
+        found = _folder(place, image_folder.in_order(place, files, notes), volume, Path(image), wanted)
+        return replace(found[0], notes=notes), *found[1:]
     label = read_volume(path, wanted.layer if wanted.layer is not None else _only_layer(path, wanted))
     values, notes = label.values, list(label.notes)
     if values.ndim == 4 and place.name.lower().endswith(_LAYERED):
@@ -246,7 +248,7 @@ def _layers(path: str, count: int) -> str:
 def _folder(
     place: Path, files: list[Path], volume: Volume, image: Path, wanted: Wanted
 ) -> tuple[Volume, Meaning, np.ndarray | None]:
-    """A folder of mask images, matched by number with a folder of images if it has fewer."""
+    """A folder of mask images, matched by number with a folder of images if it has fewer. image: of the volume."""
     named = wanted.labels is not None or wanted.values is not None
     known = wanted.names.ids if wanted.names else ()
     found = read_segmentation(
@@ -266,7 +268,7 @@ def _folder(
     values = np.stack(found.frames).transpose(2, 1, 0)
     count = volume.values.shape[2]
     numbers = [frame_number(file) for file in files]
-    frames = [frame_number(file) for file in image_files(image)]
+    frames = [frame_number(file) for file in image_files(image)] if image.is_dir() else []
     seen = None
     if len(frames) == count and numbers != frames:
         if len(files) == count and np.array_equal(np.diff(numbers), np.diff(frames)):
@@ -283,7 +285,8 @@ def _folder(
                 f" frame {absent[0]})"
             )
     bits = 8 if values.dtype.itemsize == 1 else 16
-    label = Volume(values, None, bits, place.name, depths=volume.depths)
+    depths = volume.depths if image.is_dir() else image_folder.numbered_depths(files, [])
+    label = Volume(values, None, bits, place.name, depths=depths)
     return label, found.meaning, seen
 
 

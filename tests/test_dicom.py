@@ -1,5 +1,6 @@
 """DICOM as in hospitals: order, position, spacing and scale from the files' own tags, or a refusal that says why."""
 
+import importlib.util
 import itertools
 import shutil
 from pathlib import Path
@@ -11,6 +12,7 @@ from dicom_files import dataset, functional_groups, pydicom, write_cine, write_f
 from nibabel.affines import apply_affine
 
 from patient.readers import read_volume
+from patient.readers.dicom import files, pixels
 from patient.volumes import Choice
 from prepare import main
 from utils.errors import UserError
@@ -411,7 +413,18 @@ def test_real_colours(tmp_path, name):
 
 def test_what_no_decoder_knows_is_said(tmp_path):
     with pytest.raises(UserError, match=r"compressed \(JPEG Extended.*cannot be decoded here"):
-        _alone(tmp_path, "JPGExtended.dcm")
+        _alone(tmp_path, "JPEG-lossy.dcm")
+
+
+def test_jpeg_of_12_bits_needs_a_decoder_of_its_own(tmp_path, monkeypatch):
+    pytest.importorskip("libjpeg")
+    truth = pydicom.dcmread(BUNDLED / "JPGExtended.dcm")
+    assert truth.BitsStored == 12
+    header = files.read_header(BUNDLED / "JPGExtended.dcm")
+    assert np.array_equal(pixels.decode(header)[0], truth.pixel_array)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"12 bits\): reading it needs pylibjpeg: pip install pylibjpeg"):
+        _alone(tmp_path, "JPEG-lossy.dcm")
 
 
 def test_hounsfield_units_take_no_more_memory_than_stored(tmp_path):

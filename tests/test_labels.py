@@ -173,6 +173,20 @@ def test_pictures_of_masks(tmp_path):
 # ---- every program ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("beside", ["volume", "folder"])
+def test_palette_label_maps_are_their_indices_beside_any_image(tmp_path, beside):
+    if beside == "volume":
+        image = save_volume(tmp_path / "a.nii", organs().astype(np.int16))
+    else:
+        image = save(tmp_path / "a", organs().astype(np.uint8))
+    label = save(tmp_path / "l", organs() * np.uint8(51), "P", np.random.default_rng(0).bytes(768))
+    out = tmp_path / "out"
+    words = ["-i", image, "-l", label, "--labels", "all", "-o", out, "--quiet"]
+    assert prepare.main(list(map(str, words))) == 0
+    assert Geometry.load(out / "frames.json").labels.ids == (51, 102, 255)
+    assert np.array_equal(kept(out / "seg" / "original"), organs() * 51)
+
+
 def test_scores_of_masks_of_zero_and_one(tmp_path):
     """Disjoint masks of 0 and 1 have Dice 0, and a mask is itself whatever its values are; nothing has no Dice."""
     one = save(tmp_path / "one" / "original", ball().astype(np.uint8))

@@ -209,6 +209,21 @@ def test_contours_off_the_slices_and_without_an_image(tmp_path, image):
         read_segments(tmp_path / "rs.dcm", None)
 
 
+def test_contours_a_little_off_their_plane(tmp_path, image):
+    """Writers round, and draw on planes that are turned a little: points are projected, islands of one slice kept."""
+    up = np.array([0, 0, 1])
+    turned = _square(0.6, 3.4, 2) + np.outer((0.3, -0.2, 0.3, -0.3), up)
+    near = _square(4.6, 6.4, 2) + 0.1 * up
+    write_structures(tmp_path / "rs.dcm", {"a": [turned, near]})
+    segments = read_segments(tmp_path / "rs.dcm", image)
+    assert "slices apart: they are projected on one" in " ".join(segments.notes)
+    mask = segments.mask(segments.segments[0])
+    assert mask[1:4, 1:4, 2].all() and mask[5:7, 5:7, 2].all() and mask.sum() == 9 + 4
+    write_structures(tmp_path / "rs.dcm", {"a": [_square(0.6, 3.4, 2) + np.outer(range(4), 5 * up)]})
+    with pytest.raises(UserError, match="do not lie in planes"):
+        read_segments(tmp_path / "rs.dcm", image)
+
+
 # --- Layers -------------------------------------------------------------------------------------------------
 
 

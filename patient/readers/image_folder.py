@@ -17,7 +17,7 @@ from utils.images import image_files, read_image
 def read(path: Path, choice: Choice) -> Volume:
     """Images ordered by number, as (column, row, frame[, channel]), without millimetres."""
     notes: list[str] = []
-    files = _in_order(path, image_files(path), notes)
+    files = in_order(path, image_files(path), notes)
     images = []
     for file in files:
         images.append(read_image(file))
@@ -26,7 +26,7 @@ def read(path: Path, choice: Choice) -> Volume:
                 f"{file} is {_describe(images[-1])}, but {files[0].name} is {_describe(images[0])}:"
                 " frames have one size and one kind"
             )
-    depths = _numbered_depths(files, notes)
+    depths = numbered_depths(files, notes)
     lossy = any(file.suffix.lower() in (".jpg", ".jpeg") for file in files)
     return stacked(np.stack(images), path.resolve().name, notes, lossy=lossy, depths=depths)
 
@@ -37,7 +37,7 @@ def _number(file: Path) -> int | None:
     return int(found[-1]) if found else None
 
 
-def _in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
+def in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
     """Files by the last number in their names, by name if some have none. Raises UserError if two are equal."""
     negative = [file for file in files if re.search(r"(^|[^0-9A-Za-z])-[0-9]+[^0-9]*$", file.stem)]
     if negative:
@@ -61,7 +61,7 @@ def _in_order(folder: Path, files: list[Path], notes: list[str]) -> list[Path]:
     return [by_number[number] for number in sorted(by_number)]  # type: ignore[type-var]
 
 
-def _numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
+def numbered_depths(files: list[Path], notes: list[str]) -> np.ndarray | None:
     """Depths by the last numbers in the names, if some are missing: a gap in the numbers is a gap in time."""
     found = [_number(file) for file in files]
     numbers = np.array([-1 if number is None else number for number in found], np.float64)

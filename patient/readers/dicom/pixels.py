@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
 from pathlib import Path
 
@@ -75,6 +76,11 @@ def _decompress(header: Header, syntax: str) -> np.ndarray:
     try:
         return decoder.decode(str(header.path.resolve()))
     except RuntimeError as error:
+        if "12-bit" in str(error) and importlib.util.find_spec("libjpeg") is None:
+            raise UserError(
+                f"{header.path} is compressed ({syntax}, 12 bits): reading it needs pylibjpeg: pip install pylibjpeg"
+                " pylibjpeg-libjpeg"
+            ) from error
         if "missing dependencies" in str(error) or ("plugins" in str(error) and "missing" in str(error)):
             raise UserError(
                 f"{header.path} is compressed ({syntax}): reading it needs python-gdcm: pip install python-gdcm"

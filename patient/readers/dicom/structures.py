@@ -1,8 +1,8 @@
 """DICOM structure sets (RTSTRUCT): closed contours as masks on the slices of their image.
 
 The rule: a pixel is inside a structure if its centre lies inside an odd number of the structure's contours on that
-slice. So an inner contour is a hole, and so is the inner loop of a keyhole contour. A contour belongs to the nearest
-slice within half a gap.
+slice. So an inner contour is a hole, and so is the inner loop of a keyhole contour. A contour belongs to the slice
+nearest to its middle, within half a gap; points a little off that plane are projected on it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from patient.segments import Segment, Segments, layered
 from patient.volumes import Volume
 from utils.errors import UserError
 
-_FLAT = 0.05  # of a voxel: how far the points of one contour may lie off their plane
-_SAME_PLANE = 0.01  # of a slice
+_FLAT = 0.5  # of a slice: how far apart the points of one contour may lie across the slices
+_NOTED = 0.05  # of a slice: from where that is said
+_SAME_PLANE = 0.05  # of a slice
 
 
 def read(header: Header, reference: Volume | None) -> Segments:
@@ -42,6 +43,7 @@ def read(header: Header, reference: Volume | None) -> Segments:
     masks: dict[int, np.ndarray] = {}
     colours: dict[int, tuple[int, int, int]] = {}
     left_out = points = beyond = 0
+    bent = 0.0
     for item in items(header.dataset, "ROIContourSequence"):
         which = number(item, "ReferencedROINumber")
         if which is None or int(which) < 1:
@@ -63,13 +65,16 @@ def read(header: Header, reference: Volume | None) -> Segments:
                 contours.append(
                     apply_affine(np.linalg.inv(reference.affine), swap_ras_lps(data.reshape(-1, 3)))
                 )
-        mask, outside, thinned = _fill(str(path), contours, reference)
+        mask, outside, thinned, off = _fill(str(path), contours, reference)
+        bent = max(bent, off)
         beyond += outside
         left_out += thinned
         if mask.any():
             masks[int(which)] = mask
     if points:
         notes.append(f"{points} contours are points or open lines, which enclose nothing")
+    if bent > _NOTED:
+        notes.append(f"points of a contour lie up to {bent:.2g} slices apart: they are projected on one")
     if beyond:
         notes.append(f"{beyond} contours lie on no slice of {reference.name}")
     if left_out:
@@ -98,12 +103,13 @@ def _referenced(header: Header) -> set[str]:
     return found
 
 
-def _fill(path: str, contours: list[np.ndarray], reference: Volume) -> tuple[np.ndarray, int, int]:
-    """The mask (I, J, K) of closed contours in voxel indices, how many lie on no slice, and how many between slices."""
+def _fill(path: str, contours: list[np.ndarray], reference: Volume) -> tuple[np.ndarray, int, int, float]:
+    """The mask (I, J, K) of closed contours in voxel indices, how many lie on no slice, how many between slices, and
+    how far a contour's points lie apart across the slices."""
     shape = reference.values.shape[:3]
     mask = np.zeros(shape, bool)
     if not contours:
-        return mask, 0, 0
+        return mask, 0, 0, 0.0
     spread = np.max([np.ptp(contour, axis=0) for contour in contours], axis=0)
     axis = int(spread.argmin())
     if spread[axis] > _FLAT:
@@ -135,4 +141,4 @@ def _fill(path: str, contours: list[np.ndarray], reference: Volume) -> tuple[np.
             inside = np.zeros(view.shape[1:], bool)
             inside[polygon(contour[:, first], contour[:, second], inside.shape)] = True
             view[slot] ^= inside
-    return mask, outside, thinned
+    return mask, outside, thinned, float(spread[axis])
