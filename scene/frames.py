@@ -230,7 +230,10 @@ def _masks(
     if known is None:
         for note in meaning.notes:
             say(note)
-    labels = names.of({*names.ids, *meaning.ids}) if meaning.kind == "labels" else LabelTable()
+    try:
+        labels = names.of({*names.ids, *meaning.ids}) if meaning.kind == "labels" else LabelTable()
+    except ValueError as error:
+        raise UserError(f"{files[0].parent}: {error}") from error
     if len(labels) > 1:
         if known is None:
             say(f"{files[0].parent}: {len(labels)} labels: {labels.words()}")
