@@ -61,10 +61,7 @@ def write_preview(
     of the meshes, (3,) in [0, 1] each.
     """
     mesh = _joined(meshes)
-    skins = colours or [SKIN] * len(meshes)
-    painted = np.concatenate(
-        [np.tile(skin, (len(part.vertices), 1)) for part, skin in zip(meshes, skins, strict=True)]
-    )
+    painted = _painted(meshes, colours)
     under = 0.0 if slices is None else 4.6  # inches
     tall = 5.9 + under
     placed = mesh.metadata["space"] is not None
@@ -108,6 +105,25 @@ def write_preview(
         _draw_outlines(figure, under / tall, list(zip(meshes, lines, strict=True)), slices)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, dpi=110, facecolor=BACKGROUND)
+
+
+def shade_all(
+    meshes: Sequence[Trimesh],
+    to_viewer: np.ndarray,
+    side: int,
+    across: float | None = None,
+    colours: Sequence[np.ndarray] | None = None,
+) -> tuple[np.ndarray, float]:
+    """`shade` of several meshes in one space, each in its colour, (3,) in [0, 1]."""
+    return shade(_joined(meshes), to_viewer, side, across, _painted(meshes, colours))
+
+
+def _painted(meshes: Sequence[Trimesh], colours: Sequence[np.ndarray] | None) -> np.ndarray:
+    """The colour of each vertex of all meshes."""
+    skins = colours or [SKIN] * len(meshes)
+    return np.concatenate(
+        [np.tile(skin, (len(m.vertices), 1)) for m, skin in zip(meshes, skins, strict=True)]
+    )
 
 
 def _joined(meshes: Sequence[Trimesh]) -> Trimesh:

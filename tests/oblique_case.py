@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import torch
 
 from arguments import TrainOptions, write_cfg_args
 from patient.geometry import FILE_NAME, FrameCut, Geometry, cut_geometry
+from patient.labels import Label, LabelTable
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, save_checkpoint
-from utils.images import write_image
+from utils.images import write_image, write_levels
 from utils.spherical_harmonics import from_colour
 
 WIDTH, HEIGHT, FRAMES = 48, 40, 8
 CAMERA = Camera(WIDTH, HEIGHT)
+LABELS = LabelTable((Label(2, "left lung", (86, 180, 233)), Label(300, "liver", (230, 159, 0))))
 
 
 def oblique() -> Geometry:
@@ -43,8 +46,8 @@ def oblique() -> Geometry:
     )
 
 
-def parameters() -> dict[str, torch.Tensor]:
-    """Gaussians everywhere, and a drifting body in the segmentation head."""
+def parameters(labels: bool = False) -> dict[str, torch.Tensor]:
+    """Gaussians everywhere, and a drifting body in the segmentation head; of two ``labels`` if these are wanted."""
     generator = torch.Generator().manual_seed(3)
 
     def uniform(low: float, high: float, *shape: int) -> torch.Tensor:
@@ -54,6 +57,8 @@ def parameters() -> dict[str, torch.Tensor]:
     half = torch.tensor([CAMERA.half_width, 1.0, CAMERA.half_height])
     xyz = uniform(-1, 1, n, 3) * half
     inside = ((xyz[:, [0, 2]] / half[[0, 2]] - torch.tensor([0.2, -0.1])).norm(dim=1) < 0.45)[:, None]
+    right = (xyz[:, 0] > 0.2 * half[0])[:, None]
+    shown = torch.cat([inside & ~right, inside & right], 1) if labels else inside
     return {
         "xyz": xyz,
         "f_dc": from_colour(uniform(0.05, 0.9, n, 1, 1)),
@@ -65,29 +70,37 @@ def parameters() -> dict[str, torch.Tensor]:
         "sigma": torch.log(uniform(0.2, 0.6, n, 1, 1)),
         "w1": uniform(-0.1, 0.1, n, 4),
         "opacity_seg": torch.full((n, 1), 3.0),
-        "f_dc_seg": from_colour(inside.float()[:, :, None]),
-        "f_rest_seg": torch.zeros(n, 0, 1),
+        "f_dc_seg": from_colour(shown.float()[:, None]),
+        "f_rest_seg": torch.zeros(n, 0, shown.shape[1]),
     }
 
 
-def save_model(folder: Path, iteration: int = 30, **changes: torch.Tensor) -> None:
+def save_model(
+    folder: Path, iteration: int = 30, labels: LabelTable | None = None, **changes: torch.Tensor
+) -> None:
     extras = {"width": WIDTH, "height": HEIGHT, "distance": 1.0, "bits": 8, "background": torch.zeros(1)}
     times = torch.full((FRAMES,), 1 / FRAMES)
-    state = Checkpoint(iteration, {**parameters(), **changes}, times, 0, 1.1, extras=extras)
+    params = {**parameters(labels is not None), **changes}
+    state = Checkpoint(iteration, params, times, 0, 1.1, extras=extras, labels=labels)
     save_checkpoint(folder / f"chkpnt{iteration}.pth", state)
 
 
-def make_case(root: Path) -> Path:
-    """The model's folder under ``root``, with its input frames in ``root``/data."""
+def make_case(root: Path, labels: LabelTable | None = None) -> Path:
+    """The model's folder under ``root``, with its input frames in ``root``/data; with ``labels`` of two organs."""
     folder, data = root / "case", root / "data"
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     for k in range(2 * FRAMES - 1):
         blob = np.exp(-(((columns - 20 - k / 2) / 9) ** 2) - ((rows - 18) / 8) ** 2)
         place = f"original/{k // 2:04d}.png" if k % 2 == 0 else f"heldout/{k:04d}.png"
         write_image(data / "img" / place, blob.astype(np.float32), 8)
-        write_image(data / "seg" / place, (blob > 0.5).astype(np.float32), 8)
-    oblique().save(data / FILE_NAME)
-    oblique().save(folder / FILE_NAME)
+        if labels is None:
+            write_image(data / "seg" / place, (blob > 0.5).astype(np.float32), 8)
+        else:
+            ids = np.where(blob > 0.5, np.where(columns < 20 + k / 2, *labels.ids), 0)
+            write_levels(data / "seg" / place, ids[:, :, None].astype(np.uint16))
+    geometry = replace(oblique(), labels=labels)
+    geometry.save(data / FILE_NAME)
+    geometry.save(folder / FILE_NAME)
     options = TrainOptions(
         source_path=str(data / "img"),
         seg_source_path=str(data / "seg"),
@@ -96,7 +109,7 @@ def make_case(root: Path) -> Path:
         iterations=30,
     )
     write_cfg_args(folder / "cfg_args", options)
-    save_model(folder)
+    save_model(folder, labels=labels)
     scores = [
         {"iteration": 30, "task": "img", "frames": "heldout", "method": method, "count": 7, "l1": 0.02, "psnr": psnr,
          "ssim": 0.9}

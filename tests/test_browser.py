@@ -8,13 +8,14 @@ import shutil
 import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel
 import numpy as np
 import pytest
 import uvicorn
-from oblique_case import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
+from oblique_case import FRAMES, HEIGHT, LABELS, WIDTH, make_case, oblique, save_model
 
 import render
 from arguments import model_options
@@ -39,8 +40,8 @@ def case(tmp_path_factory):
     return Case.open(model_options({"model_path": str(folder), "device": "cpu"}), say=lambda _: None)
 
 
-@pytest.fixture(scope="module")
-def server(case):
+@contextmanager
+def served(case):
     """The address of a viewer running in this process."""
     config = uvicorn.Config(
         application(case, ["127.0.0.1"]), port=0, log_level="error", lifespan="off", access_log=False
@@ -54,6 +55,12 @@ def server(case):
     yield f"http://127.0.0.1:{port}"
     running.should_exit = True
     thread.join()
+
+
+@pytest.fixture(scope="module")
+def server(case):
+    with served(case) as address:
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +361,48 @@ def test_the_mesh_file_is_the_one_that_is_shown(case, tmp_path, server):
     (tmp_path / "mesh.ply").write_bytes(connection.getresponse().read())
     mesh = read_mesh(tmp_path / "mesh.ply")
     assert mesh.metadata["space"] == "RAS" and mesh.metadata["unit"] == "mm" and mesh.volume > 0
+
+
+def test_labels_are_named_coloured_and_switched_off(browser, tmp_path):
+    """In the viewer: the labels' colours, the name under the cursor, the legend; the link keeps the choice."""
+    folder = make_case(tmp_path, LABELS)
+    case = Case.open(model_options({"model_path": str(folder), "device": "cpu"}), say=lambda _: None)
+    with served(case) as address:
+        page = browser.new_page(viewport={"width": 1100, "height": 700})
+        page.set_default_timeout(SOON)
+        page.goto(f"{address}/#t=4&mask=fill&opacity=1")
+        page.wait_for_selector("#waiting", state="hidden")
+        until(page, "medgs.view.data?.header.t === 4")
+        _, masks = case.draw([4.0])
+        seen = """() => { const c = document.getElementById('picture'), f = medgs.view.frame();
+          const out = {blue: 0, orange: 0};
+          const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+          for (let i = 0; i < d.length; i += 4) {
+            if (d[i] === 86 && d[i + 1] === 180 && d[i + 2] === 233) out.blue++;
+            if (d[i] === 230 && d[i + 1] === 159 && d[i + 2] === 0) out.orange++;
+          }
+          return [out.blue, out.orange].map(n => n / (f.scale * f.scale * medgs.view.aspect)) }"""
+        shares = page.evaluate(seen)
+        assert shares == pytest.approx([(masks == 2).sum(), (masks == 300).sum()], rel=0.25)
+        row, column = np.argwhere(masks[0] == 300)[len(np.argwhere(masks[0] == 300)) // 2]
+        x, y = page.evaluate(
+            """([u, v]) => { const f = medgs.view.frame();
+              const b = document.getElementById('picture').getBoundingClientRect();
+              return [b.left + (f.left + (u + 0.5) * f.scale) / devicePixelRatio,
+                      b.top + (f.top + (v + 0.5) * f.scale * medgs.view.aspect) / devicePixelRatio] }""",
+            [int(column), int(row)],
+        )
+        page.mouse.move(x, y)
+        assert "liver" in page.inner_text("#bottom-right")
+        page.uncheck("#labels li:nth-child(2) input")
+        page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+        blue, orange = page.evaluate(seen)
+        assert orange == 0 and blue == pytest.approx(shares[0], rel=0.1)
+        meshes = "medgs.volume().nv.meshes.filter(m => m.name.endsWith('ply')).map(m => [m.name, m.visible])"
+        assert page.evaluate(meshes) == [["2.ply", True], ["300.ply", False]]
+        page.wait_for_timeout(300)
+        assert "hidden=300" in page.url
+        page.close()
 
 
 def test_pages_of_one_file_open_without_a_server(browser, case, tmp_path):

@@ -10,7 +10,7 @@ import nibabel
 import numpy as np
 import pytest
 from nibabel.affines import apply_affine
-from oblique_case import FRAMES, HEIGHT, WIDTH, make_case, oblique
+from oblique_case import FRAMES, HEIGHT, LABELS, WIDTH, make_case, oblique
 from sequences import blobs, masks, train_at, write
 
 import render
@@ -52,6 +52,28 @@ def test_the_report_holds_scores_pictures_volume_and_mesh(folder, tmp_path, caps
     (tmp_path / "mesh.ply").write_bytes(part(page, "mesh.ply"))
     mesh = read_mesh(tmp_path / "mesh.ply")
     assert mesh.metadata["space"] == "RAS" and mesh.volume > 0
+
+
+def test_a_label_map_in_the_report(tmp_path, capsys):
+    """Its ids, a mesh per label, the legend, and each label's scores by method."""
+    folder = make_case(tmp_path, LABELS)
+    rows = json.loads((folder / "evaluation.json").read_text())
+    rows += [
+        {"iteration": 30, "task": "seg", "frames": "heldout", "method": method, "count": 7, "l1": 0.02, "dice": dice,
+         "psnr": 20.0, "ssim": None, "labels": {"2": dice, "300": other}}
+        for method, dice, other in (("model", 0.91, 0.83), ("sdf", 0.87, 0.85))
+    ]  # fmt: skip
+    (folder / "evaluation.json").write_text(json.dumps(rows))
+    assert report.main(["-m", str(folder), "-o", str(tmp_path / "r.html"), "--device", "cpu"]) == 0
+    page = (tmp_path / "r.html").read_text()
+    volume = nibabel.Nifti1Image.from_bytes(part(page, "mask.nii"))
+    assert set(np.unique(np.asarray(volume.dataobj))) == {0, 2, 300}
+    for name in ("mesh_2.ply", "mesh_300.ply"):
+        (tmp_path / name).write_bytes(part(page, name))
+        assert read_mesh(tmp_path / name).volume > 100
+    assert "left lung</td><td class='best'>0.9100 ✓</td><td>0.8700</td>" in page
+    assert "liver</td><td>0.8300</td><td class='best'>0.8500 ✓</td>" in page
+    assert 'class="label" type="checkbox" checked data-id="300"' in page
 
 
 def test_pages_name_no_other_address(folder, tmp_path):

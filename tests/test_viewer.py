@@ -12,11 +12,11 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
-from oblique_case import FRAMES, HEIGHT, WIDTH, make_case, oblique, save_model
+from oblique_case import FRAMES, HEIGHT, LABELS, WIDTH, make_case, oblique, save_model
 
 from arguments import model_options
 from gaussian_renderer.editing import subset
-from viewer.case import Case
+from viewer.case import Case, meshes_of
 from viewer.server import Latest, describe, packed, picture, slice_nifti
 
 ROOT = Path(__file__).parents[1]
@@ -121,6 +121,41 @@ def test_a_slice_is_written_in_its_place(case, tmp_path):
     assert np.allclose(place[:3], oblique().to_patient(np.array([5.0, 7.0, 2.5])), atol=1e-3)
     expected = -200 + 500 * case.draw([2.5])[0][0, 0, 7, 5]
     assert image.get_fdata()[5, 7, 0] == pytest.approx(expected, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def organs(tmp_path_factory):
+    folder = make_case(tmp_path_factory.mktemp("organs"), LABELS)
+    return Case.open(model_options({"model_path": str(folder), "device": "cpu"}), say=lambda _: None)
+
+
+def test_a_label_map_is_drawn_by_its_ids(organs):
+    """Ids beyond a byte, in pictures, volume and meshes; neighbours share their surface."""
+    assert [(label["id"], label["name"], label["colour"]) for label in describe(organs)["labels"]] == [
+        (2, "left lung", "#56b4e9"), (300, "liver", "#e69f00"),
+    ]  # fmt: skip
+    images, masks = organs.draw([3.0, 3.5])
+    assert images.shape == (2, 1, HEIGHT, WIDTH) and masks.shape == (2, HEIGHT, WIDTH)
+    assert set(np.unique(masks)) == {0, 2, 300}
+    header, arrays = unpacked(picture(organs, 3.0, "", 0))
+    assert arrays["mask"].dtype == np.uint16 and np.array_equal(arrays["mask"], masks[0])
+    # Dice by hand, against the frame's own map.
+    given = organs.mask_at(3.0)
+    assert set(np.unique(given)) == {0, 2, 300}
+    both = [
+        2 * ((masks[0] == i) & (given == i)).sum() / ((masks[0] == i).sum() + (given == i).sum())
+        for i in (2, 300)
+    ]
+    assert header["scores"]["dice"] == pytest.approx(np.mean(both))
+    assert organs.mask_at(3.25) is None
+    _, volume = organs.volumes(1)
+    assert set(np.unique(volume.values)) == {0, 2, 300}
+    meshes = meshes_of(volume.image, organs.table)
+    assert list(meshes) == [2, 300]
+    shared = {tuple(p) for p in meshes[2].vertices.round(4)} & {
+        tuple(p) for p in meshes[300].vertices.round(4)
+    }
+    assert len(shared) > 20
 
 
 def test_requests_that_are_overtaken_are_dropped():

@@ -19,6 +19,9 @@ from arguments import RenderOptions, TrainOptions, read_cfg_args
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, rasterizer, render
 from gaussian_renderer.oracle import LOW_PASS
 from patient.geometry import FILE_NAME, Geometry
+from patient.label_channels import colours_of, colours_of_index, ids_of
+from patient.label_surfaces import label_surfaces
+from patient.labels import LabelTable
 from patient.meshes import in_space, read_mesh, smooth, surface
 from patient.readers import read_volume
 from patient.rendered_volume import Grid, RenderedVolume
@@ -33,6 +36,7 @@ from utils.metrics import Scores
 AT_FRAME = 1e-4  # positions this close to a frame are that frame
 _AT_ONCE = 8  # views of a dense volume rendered at a time; live ones are drawn in between
 _MOST_SUB_FRAMES = 8
+_SMOOTHED = (1.0, 1.0, 1.0)  # voxels, of meshes
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,9 +124,24 @@ class Case:
         return SEGMENTATION in self.model.heads or self.pipeline == "seg"
 
     @property
+    def table(self) -> LabelTable | None:
+        """Of the label map that masks are; None where they are masks of one structure, or there are none."""
+        return self.model.labels
+
+    @property
     def labels(self) -> list[dict[str, Any]]:
-        """What the mask's values stand for: id, name and colour, from a palette safe for colour-blind readers."""
+        """What the mask's values stand for: id, name and colour. A mask's is safe for colour-blind readers."""
+        if self.table is not None:
+            return [
+                {"id": label.id, "name": label.name, "colour": "#{:02x}{:02x}{:02x}".format(*label.colour)}
+                for label in self.table
+            ]
         return [{"id": 1, "name": "mask", "colour": "#e69f00"}] if self.has_masks else []
+
+    @property
+    def channels(self) -> int:
+        """Of the images of `draw`: 1 for grey, 3 for colour."""
+        return 3 if self.model.label_head == IMAGE else self.model.channels
 
     @property
     def in_hounsfield(self) -> bool:
@@ -169,7 +188,8 @@ class Case:
         return self.trained.camera.width, self.trained.camera.height
 
     def draw(self, positions: Sequence[float]) -> tuple[np.ndarray, np.ndarray | None]:
-        """What render.py writes at ``positions``: images (V, C, H, W) in [0, 1], masks (V, H, W) in [0, 1]."""
+        """What render.py writes at ``positions``: images (V, C, H, W) in [0, 1], masks (V, H, W) in [0, 1], or ids of a
+        label map, int32. The images of a model that has learned a label map alone are its colours."""
         images, masks, _ = self.drawn(positions)
         return images, masks
 
@@ -193,8 +213,17 @@ class Case:
                 antialiasing=trained.antialiasing,
             )
             active = (drawn.active & ACTIVE).count_nonzero(1).cpu().numpy()
-            values = drawn.images.clamp_(0, 1).cpu().unflatten(0, (len(outputs), views)).numpy()
-        return values[0], values[1].mean(1) if self.has_masks else None, active
+            every = drawn.images.clamp_(0, 1).unflatten(0, (len(outputs), views))
+            images = every[0, :, : trained.model.channels]
+            masks = every[1, :, : trained.model.channels_of(outputs[1][0])] if self.has_masks else None
+            if self.table is None:
+                masks = None if masks is None else masks.mean(1)
+            else:
+                assert masks is not None
+                if trained.model.label_head == IMAGE:
+                    images = colours_of(images, self.table)
+                masks = ids_of(masks, self.table)
+        return images.cpu().numpy(), None if masks is None else masks.cpu().numpy(), active
 
     @torch.no_grad()
     def ellipses(self, position: float, most: int) -> dict[str, Any]:
@@ -257,29 +286,52 @@ class Case:
 
     def against(self, what: str, position: float) -> tuple[np.ndarray, float, str]:
         """An image (C, H, W) in [0, 1] to compare with the render at ``position``, its own position, and a caption."""
-        images, background = self.inputs.images, self.trained.background.cpu()
+        images = self.inputs.images
         if what == "reference" and self.reference is not None:
             return self._resliced(position), position, self.reference.name
         if what == "heldout" and self.heldout_positions:
             test = self.inputs.heldout["seg" if self.pipeline == "seg" else "img"]
             k = int(np.abs(np.array(test.indices) - position).argmin())
-            return (
-                test.frames(k, background=background)[0].cpu().numpy(),
-                test.indices[k],
-                f"held out, slice {test.slices[k]}",
-            )
+            return self._shown(test.frames, [k])[0], test.indices[k], f"held out, slice {test.slices[k]}"
         if images is not None and what in ("frame", "linear"):
             k = min(int(position + 0.5), len(images) - 1)
             if what == "frame" or abs(position - k) < AT_FRAME:
-                return images(k, background=background)[0].cpu().numpy(), float(k), f"input frame {k}"
+                return self._shown(images, [k])[0], float(k), f"input frame {k}"
             first = min(int(position), len(images) - 2)
             share = np.float32(position - first)
-            before, after = images([first, first + 1], background=background).cpu().numpy()
+            before, after = self._shown(images, [first, first + 1])
             return before + (after - before) * share, position, f"linear, {first} to {first + 1}"
         raise UserError(f"cannot compare with {what} here: choose from {', '.join(self.comparisons())}")
 
-    def scores(self, position: float, image: np.ndarray) -> dict[str, Any] | None:
-        """PSNR and SSIM of the render (C, H, W) at ``position``, if an input or held-out frame lies there."""
+    def _shown(self, frames: Frames, indices: list[int]) -> np.ndarray:
+        """Frames (B, C, H, W) in [0, 1], label maps in their colours."""
+        if frames.labels is not None:
+            return colours_of_index(frames.index(indices)[:, 0], frames.labels).cpu().numpy()
+        return frames(indices, background=self.trained.background.cpu()).cpu().numpy()
+
+    def mask_at(self, position: float) -> np.ndarray | None:
+        """The given mask (H, W) of the input or held-out frame at ``position``, like those of `draw`; None where there
+        is none."""
+        task = self.inputs.heldout.get("seg")
+        places = [] if task is None else task.indices
+        at = next((k for k, place in enumerate(places) if abs(place - position) < AT_FRAME), None)
+        frames = self.inputs.images if self.pipeline == "seg" else self.inputs.masks
+        if task is not None and at is not None:
+            frames, k = task.frames, at
+        elif frames is not None and abs(position - round(position)) < AT_FRAME:
+            k = round(position)
+        else:
+            return None
+        if frames.labels is None:
+            return frames([k])[0].mean(0).cpu().numpy()
+        ids = np.array([0, *frames.labels.ids], np.int32)
+        return ids[frames.index([k])[0, 0].cpu().numpy()]
+
+    def scores(
+        self, position: float, image: np.ndarray, mask: np.ndarray | None = None
+    ) -> dict[str, Any] | None:
+        """PSNR and SSIM of the render (C, H, W) at ``position``, if an input or held-out frame lies there, and Dice of
+        the ``mask`` (H, W) if that has one: of a label map the mean over the labels there."""
         for what, places in (
             ("heldout", self.heldout_positions),
             ("frame", range(self.model.num_frames if self.inputs.images is not None else 0)),
@@ -288,7 +340,9 @@ class Case:
                 truth, _, words = self.against(what, position)
                 target = torch.from_numpy(np.ascontiguousarray(truth))[None]
                 scores = Scores.of(torch.from_numpy(image)[None], target.expand(-1, len(image), -1, -1))
-                return {"of": words, "psnr": scores.mean_psnr, "ssim": scores.mean_ssim}
+                given = None if mask is None else self.mask_at(position)
+                dice = None if mask is None or given is None else _dice(mask, given)
+                return {"of": words, "psnr": scores.mean_psnr, "ssim": scores.mean_ssim, "dice": dice}
         return None
 
     def _resliced(self, position: float) -> np.ndarray:
@@ -319,11 +373,12 @@ class Case:
     def volumes(
         self, sub_frames: int, progress: Callable[[float], object] = lambda _: None
     ) -> tuple[RenderedVolume, RenderedVolume | None]:
-        """The sequence rendered densely, as by render.py --nifti: intensities, and the mask (0 and 1)."""
+        """The sequence rendered densely, as by render.py --nifti: intensities, and the mask (0 and 1) or its ids."""
         grid = Grid(self.placed, self.size, sub_frames)
         images = RenderedVolume(grid, mask=False)
-        masks = RenderedVolume(grid, mask=True) if self.has_masks else None
-        step = min(_AT_ONCE, MAX_RENDERS // 2)
+        masks = RenderedVolume(grid, self.table is None, self.table) if self.has_masks else None
+        channels = max(self.model.channels_of(head) for head in self.model.heads)
+        step = max(1, min(_AT_ONCE, MAX_RENDERS // 2, 4 * _AT_ONCE // channels))
         for first in range(0, len(grid.positions), step):
             batch = grid.positions[first : first + step]
             drawn, inside = self.draw(batch)
@@ -335,13 +390,27 @@ class Case:
         return images, masks
 
 
-def mesh_of(masks: nibabel.Nifti1Image) -> Trimesh | None:
-    """The surface of a mask volume, in RAS; None if it is empty. Smoothed by a voxel, as a binary mask gives steps."""
+def meshes_of(masks: nibabel.Nifti1Image, table: LabelTable | None = None) -> dict[int, Trimesh]:
+    """The surface of a mask volume, or of each label of a label map, in RAS by id; empty ones are left out. Smoothed by
+    a voxel, as whole voxels give steps."""
     values = np.asarray(masks.dataobj)
+    stack = np.ascontiguousarray(values.T)  # (k, j, i)
     if not values.any():
-        return None
-    stack = np.ascontiguousarray(values.T, np.float32)  # (k, j, i)
-    return surface(smooth(stack, (1.0, 1.0, 1.0)), 0.5, masks.affine)
+        return {}
+    if table is not None:
+        return label_surfaces(stack.astype(np.int32), table.ids, _SMOOTHED, affine=masks.affine)
+    return {1: surface(smooth(stack.astype(np.float32), _SMOOTHED), 0.5, masks.affine)}
+
+
+def _dice(mask: np.ndarray, truth: np.ndarray) -> float | None:
+    """Of two masks in [0, 1], or the mean over the labels of two label maps; None where both are empty."""
+    if truth.dtype.kind == "f":
+        mask, truth = (mask >= 0.5).astype(int), (truth >= 0.5).astype(int)
+    ids = np.union1d(np.unique(mask), np.unique(truth))
+    found = [
+        2 * ((mask == i) & (truth == i)).sum() / ((mask == i).sum() + (truth == i).sum()) for i in ids if i
+    ]
+    return float(np.mean(found)) if found else None
 
 
 def train_options_of(folder: Path, **changes: Any) -> TrainOptions:

@@ -13,10 +13,10 @@ import numpy as np
 from patient.meshes import decimate, mesh_bytes
 from pictures.pages import document, escape
 from utils.files import atomic_write
-from viewer.case import Case, mesh_of
+from viewer.case import Case, meshes_of
 
 MOST_VOXELS = 9_000_000  # of the volume in a page; about 5 MB compressed and in base64
-_MOST_TRIANGLES = 60_000
+_MOST_TRIANGLES = 60_000  # of all meshes
 
 STYLE = """
 .solid { position: relative; height: min(70vh, 640px); border: 1px solid var(--line); border-radius: 6px; }
@@ -26,6 +26,7 @@ STYLE = """
 .solid .waiting[hidden] { display: none; }
 .tools { display: flex; flex-wrap: wrap; gap: 8px; align-items: center; margin: 8px 0; font-size: 13px; }
 .tools label { display: flex; gap: 6px; align-items: center; }
+.legend i { width: 11px; height: 11px; border-radius: 2px; }
 @media print { .solid, .tools { display: none; } }
 """
 
@@ -35,16 +36,11 @@ def solid(case: Case, sub_frames: int | None = None) -> tuple[str, dict[str, byt
     images, masks = case.volumes(sub_frames or case.sub_frames(MOST_VOXELS))
     image = smaller(images.image, MOST_VOXELS)
     parts = {"image.nii": image.to_bytes()}
-    mesh = case.mesh
+    mask = None
     if masks is not None:
         mask = smaller(masks.image, MOST_VOXELS, labels=True)
         parts["mask.nii"] = mask.to_bytes()
-        mesh = mesh or mesh_of(mask)
-    if mesh is not None:
-        if len(mesh.faces) > _MOST_TRIANGLES and find_spec("fast_simplification"):
-            with suppress(ValueError):  # if simplifying would open it, keep all triangles
-                mesh = decimate(mesh, 1 - _MOST_TRIANGLES / len(mesh.faces))
-        parts["mesh.ply"] = mesh_bytes(mesh, "ply")
+    parts |= mesh_parts(case, mask, _MOST_TRIANGLES)
     low, high = case.placed.window
     shown_low, shown_high = case.shown_window
     layouts = {
@@ -66,15 +62,47 @@ def solid(case: Case, sub_frames: int | None = None) -> tuple[str, dict[str, byt
         f'value="{shown_high - shown_low:g}"></label>'
     )
     if masks is not None:
-        sliders += '<label>Mask <input class="opacity" type="range" min="0" max="1" step="0.05" value="0.35"></label>'
+        sliders += (
+            '<label>Mask <input class="opacity" type="range" min="0" max="1" step="0.05" value="0.9"></label>'
+        )
+        sliders += '<label><input class="outlined" type="checkbox" checked>Outline</label>'
     unit = "mm" if case.unit == "mm" else "voxels"
     markup = (
         f'<div id="solid"><div class="solid"><canvas></canvas><p class="waiting">unpacking the volume …</p></div>'
         f'<div class="tools">{buttons}{sliders}<span class="faint number"><span class="place"></span> {unit}</span>'
-        "</div></div>"
+        f"</div>{_legend(case)}</div>"
     )
     about = {"labels": case.labels, "low": shown_low, "high": shown_high}
     return markup, parts, f"mountParts(document.getElementById('solid'), {json.dumps(about)});"
+
+
+def _legend(case: Case) -> str:
+    """The labels of a label map, to switch on and off."""
+    if case.table is None:
+        return ""
+    items = "".join(
+        f'<label><input class="label" type="checkbox" checked data-id="{label["id"]}">'
+        f'<i style="background: {label["colour"]}"></i>{escape(label["name"])}</label>'
+        for label in case.labels
+    )
+    return f'<div class="tools legend">{items}</div>'
+
+
+def mesh_parts(
+    case: Case, masks: nibabel.Nifti1Image | None, most_triangles: int | None = None
+) -> dict[str, bytes]:
+    """Meshes for a page: the one that was given, as mesh.ply; else those of the masks, of a label map mesh_<id>.ply."""
+    meshes = {1: case.mesh} if case.mesh is not None else {}
+    table = case.table if case.mesh is None else None
+    if not meshes and masks is not None:
+        meshes = meshes_of(masks, table)
+    parts, total = {}, sum(len(mesh.faces) for mesh in meshes.values())
+    for number, mesh in meshes.items():
+        if most_triangles is not None and total > most_triangles and find_spec("fast_simplification"):
+            with suppress(ValueError):  # if simplifying would open it, keep all triangles
+                mesh = decimate(mesh, 1 - most_triangles / total)
+        parts["mesh.ply" if table is None else f"mesh_{number}.ply"] = mesh_bytes(mesh, "ply")
+    return parts
 
 
 def write_volume_page(case: Case, path: Path, sub_frames: int | None = None) -> None:
@@ -107,7 +135,7 @@ def smaller(image: nibabel.Nifti1Image, most: int, labels: bool = False) -> niba
         steps[int(np.argmax(sides))] += 1
     values = values[:: steps[0], :: steps[1], :: steps[2]]
     affine[:3, :3] *= steps
-    out = nibabel.Nifti1Image((values if labels else values >> 8).astype(np.uint8), affine)
+    out = nibabel.Nifti1Image(values if labels else (values >> 8).astype(np.uint8), affine)
     out.header.set_xyzt_units("mm")
     if not labels:
         slope, intercept = image.header.get_slope_inter()

@@ -20,19 +20,18 @@ from patient.meshes import in_space
 from patient.side_views import side_views
 from pictures.figures import draw_cuts
 from pictures.pages import document, escape, picture, picture_file
-from pictures.shading import shade
+from pictures.shading import shade_all
 from scene.checkpoint import load_checkpoint
 from training.reports import EVALUATION_FILE, NAMES
 from utils.errors import UserError
 from utils.files import atomic_write
-from viewer.case import Case, mesh_of, train_options_of
+from viewer.case import Case, meshes_of, train_options_of
 from viewer.pages import STYLE, solid
 
 _MOST_PICTURES = 90  # of the slider
 _SHOWN_WIDE = 420  # px of a picture in the slider
 _FEW_FRAMES = 8
 _UNDECIDED = 0.2  # share of a mask's area that is neither in nor out, above which the report warns
-_ACCENT = np.array([0.90, 0.62, 0.0], np.float32)
 
 _STYLE = (
     STYLE
@@ -43,6 +42,7 @@ h2 { font-size: 16px; margin: 34px 0 10px; border-bottom: 1px solid var(--line);
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { padding: 4px 14px 4px 0; text-align: left; border-bottom: 1px solid var(--line); font-weight: normal; }
 th { color: var(--faint); font-size: 12.5px; }
+.spot { display: inline-block; width: 11px; height: 11px; border-radius: 2px; margin-right: 7px; }
 td.best { color: var(--good); font-weight: 700; }
 .warnings { border-left: 4px solid var(--warn); background: var(--panel); padding: 8px 14px; margin: 14px 0; }
 .warnings li { margin: 4px 0; }
@@ -80,7 +80,7 @@ def write_report(case: Case, path: Path) -> list[str]:
         f"<h1>{escape(case.name)}</h1>",
         f"<p class='summary'>{escape(_summary(case, rows))}</p>",
         _warnings(warned),
-        _table(rows),
+        _table(case, rows),
         *_slider(case),
     ]
     cuts = folder / "plots" / "cuts.png"
@@ -198,6 +198,10 @@ def _mask_warnings(case: Case) -> list[str]:
     positions = np.linspace(0, case.model.num_frames - 1, min(case.model.num_frames, 15)).tolist()
     _, masks = case.draw(positions)
     assert masks is not None
+    if case.table is not None:
+        absent = [label.name for label in case.table if not (masks == label.id).any()]
+        words = f"No frame shows {', '.join(absent[:6])}{', ...' if len(absent) > 6 else ''}."
+        return [words] if absent else []
     inside, undecided = masks >= 0.5, (masks > 0.2) & (masks < 0.8)
     if not inside.any():
         return ["The masks are empty: no pixel reaches one half."]
@@ -222,7 +226,7 @@ def _warnings(warned: list[str]) -> str:
 # ---- pictures --------------------------------------------------------------------------------------------------------
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
+def _table(case: Case, rows: list[dict[str, Any]]) -> str:
     """Scores on held-out frames beside classical methods, the best of each column marked."""
     out = []
     for task, name in (("img", "Images"), ("seg", "Masks")):
@@ -248,8 +252,34 @@ def _table(rows: list[dict[str, Any]]) -> str:
         out.append(
             f"<h2>{name} between the frames</h2><p class='faint'>{count} frames that training did not see; ✓ marks the "
             f"best of each column.</p><table><tr><th>method</th>{heads}</tr>{''.join(cells)}</table>"
+            f"{_label_table(case, scores)}"
         )
     return "".join(out)
+
+
+def _label_table(case: Case, scores: dict[str, dict[str, Any]]) -> str:
+    """The Dice of each label by each method."""
+    if case.table is None or "labels" not in scores["model"]:
+        return ""
+    lines = []
+    for label in case.labels:
+        values = {method: row["labels"].get(str(label["id"])) for method, row in scores.items()}
+        best = max((value for value in values.values() if value is not None), default=None)
+        cells = "".join(
+            "<td>–</td>"
+            if v is None
+            else f"<td class='best'>{v:.4f} ✓</td>"
+            if v == best
+            else f"<td>{v:.4f}</td>"
+            for v in values.values()
+        )
+        spot = f"<i class='spot' style='background: {label['colour']}'></i>"
+        lines.append(f"<tr><td>{spot}{escape(label['name'])}</td>{cells}</tr>")
+    heads = "".join(f"<th>{escape(NAMES[method])}</th>" for method in scores)
+    return (
+        f"<p class='faint'>Dice of each label; in the table above it is their mean.</p>"
+        f"<table><tr><th>label</th>{heads}</tr>{''.join(lines)}</table>"
+    )
 
 
 def _slider(case: Case) -> list[str]:
@@ -291,21 +321,10 @@ def _frames(case: Case) -> list[dict[str, Any]]:
         if scores:
             kind = "heldout" if scores["of"].startswith("held out") else "frame"
             truth, place, words = case.against(kind, position)
-            mask = _truth_mask(case, kind, place)
+            mask = case.mask_at(place)
             entry |= {"theirs": picture(_shown(case, truth, mask, low, high)), "other": words}
         out.append(entry)
     return out
-
-
-def _truth_mask(case: Case, kind: str, place: float) -> np.ndarray | None:
-    """The given mask (H, W) of an input or held-out frame."""
-    if kind == "heldout" and "seg" in case.inputs.heldout:
-        test = case.inputs.heldout["seg"]
-        k = int(np.abs(np.array(test.indices) - place).argmin())
-        return test.frames(k)[0].mean(0).numpy()
-    if kind == "frame" and case.inputs.masks is not None:
-        return case.inputs.masks(int(place))[0].mean(0).numpy()
-    return None
 
 
 def _shown_window(case: Case) -> tuple[float, float]:
@@ -327,9 +346,13 @@ def _shown(case: Case, image: np.ndarray, mask: np.ndarray | None, low: float, h
     grey = np.stack(planes if len(planes) == 3 else planes * 3, -1)
     shown: np.ndarray = ((grey - low) / (high - low)).clip(0, 1)
     if mask is not None:
-        inside = zoom(mask, factors, order=1) >= 0.5
-        edge = inside & ~binary_erosion(inside, iterations=2, border_value=1)
-        shown[edge] = _ACCENT
+        for label in case.labels:
+            share = mask if case.table is None else (mask == label["id"]).astype(np.float32)
+            if not share.any():
+                continue
+            inside = zoom(share, factors, order=1) >= 0.5
+            edge = inside & ~binary_erosion(inside, iterations=2, border_value=1)
+            shown[edge] = [int(label["colour"][at : at + 2], 16) / 255 for at in (1, 3, 5)]
     return shown
 
 
@@ -339,7 +362,9 @@ def write_cuts(case: Case, path: Path) -> bool:
     if not stacks:
         return False
     matrix = None if case.geometry is None else case.geometry.matrix
-    draw_cuts(path, stacks, masks, spacing, side_views(matrix), _shown_window(case))
+    if case.table is not None:
+        masks = {name: np.searchsorted([0, *case.table.ids], ids) for name, ids in masks.items()}
+    draw_cuts(path, stacks, masks, spacing, side_views(matrix), _shown_window(case), case.table)
     return True
 
 
@@ -353,46 +378,41 @@ def cut_stacks(
     assert spacing is not None
     if test is None or kept is None:
         return {}, {}, spacing
-    places = [(float(k), k, True) for k in range(len(kept))] + [
-        (place, k, False) for k, place in enumerate(test.indices)
-    ]
-    places.sort()
-    background = case.trained.background.cpu()
+    places = sorted([(float(k), True) for k in range(len(kept))] + [(place, False) for place in test.indices])
     slices: dict[str, list[np.ndarray]] = {"every slice": [], "linear interpolation": [], "ours": []}
     inside: list[np.ndarray] = []
-    for place, k, of_kept in places:
+    truth: list[np.ndarray] = []
+    for place, of_kept in places:
         images, masks = case.draw([place])
-        frame = (kept if of_kept else test.frames)(k, background=background)[0].cpu().numpy()
-        slices["every slice"].append(frame.mean(0))
+        slices["every slice"].append(case.against("frame" if of_kept else "heldout", place)[0].mean(0))
         slices["linear interpolation"].append(case.against("linear", place)[0].mean(0))
         slices["ours"].append(images[0].mean(0))
         if masks is not None:
             inside.append(masks[0])
+            if (given := case.mask_at(place)) is not None:
+                truth.append(given)
     width, height = case.size
     depth = spacing[2] * (case.model.num_frames - 1) / max(len(places) - 1, 1)
     pixel = spacing[0] * case.placed.size[0] / width, spacing[1] * case.placed.size[1] / height
     drawn = {"ours": np.stack(inside)} if inside else {}
-    if "seg" in case.inputs.heldout and case.inputs.masks is not None:
-        truth = case.inputs.heldout["seg"]
-        drawn["every slice"] = np.stack(
-            [
-                (case.inputs.masks if of_kept else truth.frames)(k)[0].mean(0).numpy()
-                for _, k, of_kept in places
-            ]
-        )
+    if len(truth) == len(places):
+        drawn["every slice"] = np.stack(truth)
     return {name: np.stack(stack) for name, stack in slices.items()}, drawn, (*pixel, depth)
 
 
 def _printed_mesh(case: Case) -> str:
     """The mesh as a picture, for printing."""
-    mesh = case.mesh
-    if mesh is None and case.has_masks:
+    meshes = {1: case.mesh} if case.mesh is not None else {}
+    if not meshes and case.has_masks:
         _, masks = case.volumes(1)
-        mesh = mesh_of(masks.image) if masks is not None else None
-    if mesh is None:
+        meshes = {} if masks is None else meshes_of(masks.image, case.table)
+    if not meshes:
         return ""
-    lps = in_space(mesh, "LPS") if mesh.metadata["space"] else mesh
-    shaded, _ = shade(lps, np.array([0.55, -0.75, 0.38]), 500)
+    colours = None
+    if case.mesh is None and case.table is not None:
+        colours = [np.array(case.table[number].colour) / 255 for number in meshes]
+    placed = [in_space(mesh, "LPS") if mesh.metadata["space"] else mesh for mesh in meshes.values()]
+    shaded, _ = shade_all(placed, np.array([0.55, -0.75, 0.38]), 500, colours=colours)
     white = shaded[:, :, :3] * shaded[:, :, 3:] + 1 - shaded[:, :, 3:]
     return f"<img class='printed' src='{picture(white)}' alt='The mesh' width='380'>"
 

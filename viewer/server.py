@@ -10,7 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import nibabel
 import numpy as np
@@ -23,14 +23,11 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from patient.meshes import mesh_bytes
 from scene.checkpoint import all_of
 from utils.errors import UserError
 from utils.files import is_owned
-from viewer.case import Case, mesh_of
-
-if TYPE_CHECKING:
-    from trimesh import Trimesh
+from viewer.case import Case
+from viewer.pages import mesh_parts
 
 PAGE = Path(__file__).parent / "page"
 SHARED = Path(__file__).parents[1] / "pictures" / "web"
@@ -88,13 +85,9 @@ class Dense:
         case = self.case
         images, masks = case.volumes(case.sub_frames(MOST_VOXELS), progress)
         made = {"image.nii": images.image.to_bytes()}
-        mesh: Trimesh | None = case.mesh
         if masks is not None:
             made["mask.nii"] = masks.image.to_bytes()
-            mesh = mesh or mesh_of(masks.image)
-        if mesh is not None:
-            made["mesh.ply"] = mesh_bytes(mesh, "ply")
-        return made
+        return made | mesh_parts(case, None if masks is None else masks.image)
 
 
 def packed(header: dict[str, Any], arrays: dict[str, np.ndarray]) -> bytes:
@@ -151,6 +144,9 @@ def application(case: Case, hosts: list[str]) -> Starlette:
 
     async def volume(request: Request) -> Response:
         name = request.path_params["name"]
+        if name == "meshes":
+            await dense(name)
+            return JSONResponse([part for part in dense.made if part.endswith(".ply")])
         made = await dense(name)
         if made is None:
             raise HTTPException(404, f"this case has no {name}")
@@ -239,7 +235,7 @@ def describe(case: Case) -> dict[str, Any]:
         "frames": count,
         "width": width,
         "height": height,
-        "channels": model.channels,
+        "channels": case.channels,
         "bits": case.trained.bits,
         "unit": case.unit,
         "pixel": [spacing[0] * factor[0], spacing[1] * factor[1]],
@@ -254,7 +250,7 @@ def describe(case: Case) -> dict[str, Any]:
         "missing": case.inputs.missing,
         "masks": case.has_masks,
         "labels": case.labels,
-        "mesh": case.mesh is not None or case.has_masks,
+        "soft": case.table is None,
         "gaussians": len(model),
         "heads": list(model.heads),
     }
@@ -273,7 +269,10 @@ def picture(case: Case, position: float, against: str, most_ellipses: int) -> by
         "active": int(active[0]),
     }
     if masks is not None:
-        arrays["mask"] = (masks[0] * np.float32(255)).round().astype(np.uint8)
+        if case.table is None:
+            arrays["mask"] = (masks[0] * np.float32(255)).round().astype(np.uint8)
+        else:
+            arrays["mask"] = masks[0].astype(np.uint8 if max(case.table.ids) < 256 else np.uint16)
     if against:
         other, place, words = case.against(against, position)
         arrays["other"] = np.ascontiguousarray(other, np.float32)
@@ -282,7 +281,7 @@ def picture(case: Case, position: float, against: str, most_ellipses: int) -> by
         found = case.ellipses(position, most_ellipses)
         arrays["ellipses"] = found.pop("values")
         header["gaussians"] = found
-    header["scores"] = case.scores(position, images[0])
+    header["scores"] = case.scores(position, images[0], None if masks is None else masks[0])
     return packed(header, arrays)
 
 

@@ -36,8 +36,16 @@ async function mountParts(box, {labels, low, high}) {
         for (const other of box.querySelectorAll("[data-layout]")) other.setAttribute("aria-pressed", other === button);
       });
     }
-    const opacity = box.querySelector(".opacity");
-    opacity?.addEventListener("input", () => volume.setMask(Number(opacity.value)));
+    const [opacity, outlined] = ["opacity", "outlined"].map((name) => box.querySelector(`.${name}`));
+    const remask = () => opacity && volume.setMask(opacity.value * (outlined.checked ? 1 : 0.45), outlined.checked);
+    for (const input of [opacity, outlined]) input?.addEventListener("input", remask);
+    remask();
+    for (const input of box.querySelectorAll(".label")) {
+      input.addEventListener("change", () => {
+        volume.setLabel(Number(input.dataset.id), input.checked);
+        volume.setSliceAt(volume.place());
+      });
+    }
     const [level, width] = ["level", "width"].map((name) => box.querySelector(`.${name}`));
     const rewindow = () => {
       volume.setWindow(level.value - width.value / 2, Number(level.value) + width.value / 2);

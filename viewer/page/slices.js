@@ -96,7 +96,7 @@ function filled(values, width, height, colour) {
 export class SliceView {
   /* pixel: width and height of a pixel, mm. */
   constructor(canvas, width, height, pixel) {
-    Object.assign(this, {canvas, width, height, zoom: 1, pan: [0, 0], wipe: 0.5, cross: null, labels: []});
+    Object.assign(this, {canvas, width, height, zoom: 1, pan: [0, 0], wipe: 0.5, cross: null, labels: [], soft: true});
     this.aspect = pixel[1] / pixel[0];
     this.context = canvas.getContext("2d");
     this.buffers = [0, 1, 2].map(() => Object.assign(document.createElement("canvas"), {width, height}));
@@ -194,18 +194,17 @@ export class SliceView {
     return out;
   }
 
-  /* Whether the pixel at an index is inside a label. */
+  /* Whether the pixel at an index is inside a label. The mask is soft, or holds the labels' ids. */
   insideOf(label) {
     const values = this.data.mask.data;
-    return this.labels.length === 1 ? (at) => values[at] >= 128 : (at) => values[at] === label.id;
+    return this.soft ? (at) => values[at] >= 128 : (at) => values[at] === label.id;
   }
 
   overlays(state, scale) {
     const {context: paint, data} = this;
     if (data.mask && state.mask !== "none") {
       for (const label of this.labels) {
-        const binary = this.labels.length === 1;
-        const values = Float32Array.from(data.mask.data, (v) => (binary ? v / 255 : v === label.id ? 1 : 0));
+        const values = Float32Array.from(data.mask.data, (v) => (this.soft ? v / 255 : v === label.id ? 1 : 0));
         paint.strokeStyle = label.colour;
         paint.globalAlpha = state.opacity;
         if (state.mask === "fill") {

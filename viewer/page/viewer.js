@@ -16,7 +16,7 @@ const span = windowHigh - windowLow;
 const marks = [...Array(about.frames).keys(), ...about.heldout].sort((a, b) => a - b);
 const state = {t: Math.floor(last / 2), level: (windowLow + windowHigh) / 2, width: span, mask: "outline", opacity: 0.9,
   against: "", how: "wipe", wipe: 0.5, ellipses: false, colour: "opacity", zoom: 1, panX: 0, panY: 0,
-  theme: "dark", layout: "planes"};
+  theme: "dark", layout: "planes", hidden: ""}; // hidden: ids of labels, between dots
 for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
   if (!(name in state)) continue;
   const value = {number: Number(text), boolean: text === "true", string: text}[typeof state[name]];
@@ -27,7 +27,10 @@ state.t = Math.min(Math.max(state.t, 0), last);
 if (!about.comparisons.includes(state.against)) state.against = "";
 
 const view = new SliceView($("picture"), about.width, about.height, about.pixel);
-view.labels = about.labels;
+const isHidden = (id) => state.hidden.split(".").includes(String(id));
+const showLabels = () => (view.labels = about.labels.filter(({id}) => !isHidden(id)));
+view.soft = about.soft;
+showLabels();
 Object.assign(view, {zoom: state.zoom, pan: [state.panX, state.panY], wipe: state.wipe});
 let current = about, volume = null, asked = 0, shown = 0, running = null, cursor = null;
 
@@ -130,6 +133,8 @@ function tell() {
   rows.push(["Gaussians", current.gaussians.toLocaleString("en")], ["active here", header.active.toLocaleString("en")]);
   if (header.scores) {
     rows.push([header.scores.of, ""], ["PSNR", `${header.scores.psnr.toFixed(2)} dB`], ["SSIM", header.scores.ssim.toFixed(4)]);
+    const {dice} = header.scores;
+    if (typeof dice === "number") rows.push([about.soft ? "Dice of the mask" : "Mean Dice of labels", dice.toFixed(4)]);
   }
   $("numbers").replaceChildren(...rows.flatMap(([name, value]) => {
     const term = Object.assign(document.createElement("dt"), {textContent: name});
@@ -154,9 +159,10 @@ function tellCursor() {
   const size = about.width * about.height, at = v * about.width + u;
   const values = [...Array(about.channels).keys()].map((c) => round(windowLow + data.image.data[at + c * size] * span));
   const mm = toPatient(...cursor, state.t).map((value) => value.toFixed(1));
-  const mask = data.mask && data.mask.data[at] >= (about.labels.length > 1 ? 1 : 128);
+  const inside = data.mask && (about.soft ? data.mask.data[at] >= 128 && "in the mask"
+    : about.labels.find(({id}) => id === data.mask.data[at])?.name);
   const place = about.unit === "mm" ? `R ${mm[0]}  A ${mm[1]}  S ${mm[2]} mm` : "";
-  $("bottom-right").textContent = `${values.join(" ")}${mask ? "  in the mask" : ""}\n(${u}, ${v})\n${place}`;
+  $("bottom-right").textContent = `${values.join(" ")}${inside ? `  ${inside}` : ""}\n(${u}, ${v})\n${place}`;
 }
 
 // ---- the volume ---------------------------------------------------------------------------------------------------------
@@ -172,8 +178,8 @@ async function loadVolume() {
   try {
     const image = await get("image.nii");
     const mask = about.masks ? await get("mask.nii") : null;
-    const found = about.mesh ? await fetch("/api/volume/mesh.ply") : null;
-    const meshes = found?.ok ? [{id: 1, buffer: await found.arrayBuffer()}] : [];
+    const found = await (await fetch("/api/volume/meshes")).json(); // mesh.ply, or mesh_<id>.ply of each label
+    const meshes = await Promise.all(found.map(async (name) => ({id: Number(/_(\d+)/.exec(name)?.[1] ?? 1), buffer: await get(name)})));
     const canvas = $("volume").cloneNode(); // each checkpoint is a new scene
     $("volume").replaceWith(canvas);
     volume = await mountVolume(canvas, {image, mask, meshes, labels: about.labels, dark: state.theme === "dark", moved: fromVolume});
@@ -181,6 +187,7 @@ async function loadVolume() {
     volume.setLayout(state.layout);
     volume.setWindow(state.level - state.width / 2, state.level + state.width / 2);
     setMask();
+    for (const {id} of about.labels) if (isHidden(id)) volume.setLabel(id, false);
     $("cloud").hidden = !meshes.length;
     $("cloud").setAttribute("aria-pressed", volume.isCloud());
     if (!view.cross) view.cross = [(about.width - 1) / 2, (about.height - 1) / 2];
@@ -461,12 +468,26 @@ $("preset").addEventListener("change", () => {
 });
 $("mask-controls").hidden = !about.masks;
 $("compare-controls").hidden = !about.comparisons.length;
-$("labels").replaceChildren(...about.labels.map(({name, colour}) => {
-  const item = document.createElement("li"), spot = document.createElement("i");
+const boxes = about.labels.map(({id, name, colour}) => {
+  const item = document.createElement("li"), spot = document.createElement("i"), line = document.createElement("label");
+  const box = Object.assign(document.createElement("input"), {type: "checkbox", checked: !isHidden(id)});
   spot.style.background = colour;
-  item.append(spot, name);
-  return item;
-}));
+  line.append(box, spot, name);
+  item.append(line);
+  box.addEventListener("change", () => {
+    const ids = state.hidden.split(".").filter((other) => other && other !== String(id));
+    state.hidden = [...ids, ...(box.checked ? [] : [id])].join(".");
+    showLabels();
+    volume?.setLabel(id, box.checked);
+    paint();
+  });
+  return {item, box};
+});
+$("labels").replaceChildren(...boxes.map(({item}) => item));
+$("all-labels").hidden = about.labels.length < 3;
+for (const [button, on] of [["all", true], ["none", false]]) {
+  $(button).addEventListener("click", () => boxes.forEach(({box}) => box.checked === on || box.click()));
+}
 bind("level", "level", () => setWindow(state.level, state.width));
 bind("width", "width", () => setWindow(state.level, state.width));
 bind("mask", "mask", () => (setMask(), paint()));
