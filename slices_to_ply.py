@@ -38,6 +38,7 @@ from patient.labels import Kind, Label, LabelTable
 from patient.meshes import (
     FORMATS,
     decimate,
+    enclosed_volume,
     in_space,
     inside_shares,
     is_closed,
@@ -64,7 +65,7 @@ from patient.stacks import (
 )
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.images import MAX_PIXELS, limit_pixels
-from utils.threads import processors
+from utils.threads import spare_processors
 
 NOT_CASES = (
     "mirror",
@@ -434,9 +435,8 @@ def _write(
 
     unit = mesh.metadata["unit"]
     box = "; ".join(f"{low:.1f} to {high:.1f}" for low, high in mesh.bounds.T)
-    enclosed = (
-        f"volume {mesh.volume:,.1f} {unit}{'^3' if unit == 'mm' else ''}" if is_closed(mesh) else "open"
-    )
+    volume = f"volume {enclosed_volume(mesh):,.1f} {unit}{'^3' if unit == 'mm' else ''}"
+    enclosed = volume if is_closed(mesh) else "open"
     cut = "" if level is None else f"level {level * 255:.1f}, "
     lines.append(f"  {cut}{len(mesh.vertices):,} vertices, {len(mesh.faces):,} triangles")
     lines.append(f"  {enclosed}, box {box} {unit}")
@@ -493,8 +493,10 @@ def _surface(
 
     if values.max() < level:
         raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
-    volume = stack.volume(inside_shares(values, level))
-    grey = stack.inter > 1 and grey_edges(values, level) > GREY_EDGES
+    shares = inside_shares(values, level)
+    volume = stack.volume(shares)
+    grey = stack.inter > 1 and grey_edges(values, shares) > GREY_EDGES
+    del shares  # as large as the stack
     millimetres = _sigma(stack.spacing, options.smoothing, grey)
     column, row, frame = (sigma / step for sigma, step in zip(millimetres, stack.spacing, strict=True))
     lines.append(_smoothed(stack, millimetres))
@@ -503,7 +505,7 @@ def _surface(
     if options.largest:  # smoothing may have detached weakly connected parts
         smoothed = largest(smoothed, level)
         mesh, level = surface_of_volume(smoothed, volume, stack.affine, stack.heights, not options.open)
-    if not options.open and abs(mesh.volume - volume) > 0.01 * volume:
+    if not options.open and abs(enclosed_volume(mesh) - volume) > 0.01 * volume:
         lines.append(
             f"  note: no level preserves the mask's volume of {volume:,.1f}, which happens to specks: try"
             " --smoothing none"
@@ -531,10 +533,13 @@ def _sigma(
     return column, row, slice_
 
 
-def grey_edges(values: np.ndarray, level: float) -> float:
-    """Pixels (frame, row, column) that are neither inside nor outside, per step between the two along a row."""
-    shares = inside_shares(values, level)
-    steps = np.count_nonzero((shares[:, :, 1:] > 0.5) != (shares[:, :, :-1] > 0.5))
+def grey_edges(values: np.ndarray, shares: np.ndarray) -> float:
+    """Pixels (frame, row, column) that are neither inside nor outside, per step between the two along a row.
+
+    shares: of each pixel that is inside (`inside_shares`).
+    """
+    inside = shares > 0.5
+    steps = np.count_nonzero(inside[:, :, 1:] != inside[:, :, :-1])
     low, high = float(values.min()), float(values.max())
     grey = np.count_nonzero((values > low + 0.05 * (high - low)) & (values < high - 0.05 * (high - low)))
     return grey / steps if steps else 0.0
@@ -546,8 +551,8 @@ def _denoise(values: np.ndarray, quiet: bool) -> np.ndarray:
     def denoise(frame: np.ndarray) -> np.ndarray:
         return denoise_tv_chambolle(frame, weight=TV_WEIGHT) if np.ptp(frame) else frame  # empty frames stay
 
-    alone = multiprocessing.parent_process() is None  # one of several workers uses one processor
-    with ThreadPoolExecutor(processors() if alone else 1) as pool:
+    alone = multiprocessing.parent_process() is None  # one of several workers draws no bar
+    with ThreadPoolExecutor(spare_processors()) as pool:
         frames = pool.map(denoise, values)
         progress = tqdm(frames, "smoothing", len(values), leave=False, disable=quiet or not alone or None)
         return np.stack(list(progress))

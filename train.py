@@ -38,7 +38,10 @@ def main() -> int:
     torch.autograd.set_detect_anomaly(options.detect_anomaly)
     if options.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it
-    torch.use_deterministic_algorithms(options.deterministic)
+    if (
+        options.deterministic != torch.are_deterministic_algorithms_enabled()
+    ):  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(options.deterministic)
     limit_pixels(options.max_pixels)
 
     def say(message: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks.common import ROOT
 from in_between.flow import blur
-from in_between.networks import flipped, trained
+from in_between.networks import trained
 from in_between.rows import RowsBetween, between_matrix
 from in_between.settings import DEFAULT, NetworkSettings
 from utils.errors import ArgumentParser, positive, run
@@ -80,8 +80,9 @@ def main() -> None:
         contrast = (0.3 + 1.2 * contrast) * (1 if sign < 0.5 else -1)
         return (cut - cut.mean()) * contrast + 0.15 + 0.5 * mean
 
-    def loss(network: RowsBetween, i: int) -> Tensor:
+    def loss(network: RowsBetween, drawn: Tensor) -> Tensor:
         nonlocal average
+        i = int(drawn)
         gap = GAPS[i % len(GAPS)]
         count = min(settings.rows, (LONGEST - 1) // gap + 1)
         chosen = torch.multinomial(weights, settings.network.batch, True, generator=generator).tolist()
@@ -90,7 +91,8 @@ def main() -> None:
         sigma = 1.2 * float(torch.rand(1, generator=generator))
         if sigma > 0.3:
             cuts = blur(cuts[:, None], sigma)[:, 0]
-        cuts = flipped(cuts.clamp(0, 1), generator)
+        bits = int(torch.randint(4, (1,), generator=generator))
+        cuts = cuts.clamp(0, 1).flip([axis for axis in (1, 2) if bits & axis])
         truth = torch.einsum("srl,blw->bsrw", between_matrix(count, gap).to(cuts), cuts)
         error = 1000 * (network(cuts[:, None, ::gap]) - truth).square().mean()
         average += (error.item() - average) / min(i + 1, 200)
@@ -102,7 +104,9 @@ def main() -> None:
         return error
 
     long = NetworkSettings(settings.network.width, settings.network.depth, given.iterations)
-    network = trained(lambda: RowsBetween(settings, None), loss, [], long, torch.device("cpu"), generator)
+    network = trained(
+        lambda: RowsBetween(settings, None), torch.tensor, loss, long, torch.device("cpu"), generator
+    )
     values = {name: value.numpy().astype(np.float16) for name, value in network.state_dict().items()}
     with atomic_write(given.out) as unfinished:
         np.savez(unfinished, **values)

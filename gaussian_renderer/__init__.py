@@ -75,6 +75,7 @@ def render(
     capacity: int = 0,
     counted: Tensor | None = None,
     antialiasing: bool = False,
+    clock: tuple[Tensor, Tensor] | None = None,
 ) -> Rendered:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
@@ -84,6 +85,8 @@ def render(
 
     antialiasing: opacities are multiplied by `compensations`. They then differ from view to view, so each view has
     its own blend; ``capacity`` and ``counted`` belong to a single blend, and cannot be given.
+
+    clock: the views' times (V,) and signs (V,), -1 for the mirror side, where the caller has them already.
     """
     if antialiasing and counted is not None:
         raise ValueError("counted is for a single blend, and antialiasing needs one per view")
@@ -93,6 +96,7 @@ def render(
     if not isinstance(mirrored, Tensor):
         mirrored = torch.tensor(mirrored, dtype=torch.float32).to(model.device, non_blocking=True)
     with stage("fold"):
+        times, signs = clock or (model.times(positions), 1 - 2 * mirrored.to(p["xyz"].dtype))
         means2d, conics, radii, active = ops.fold(
             p["xyz"],
             p["w1"],
@@ -100,8 +104,8 @@ def render(
             p["sigma"].flatten(),
             p["scaling"],
             p["rotation"].flatten(),
-            model.times(positions),
-            1 - 2 * mirrored.to(p["xyz"].dtype),
+            times,
+            signs,
             camera.pixels_per_unit,
             camera.width,
             camera.height,

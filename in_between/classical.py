@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
-from scipy.interpolate import CubicSpline
-from scipy.ndimage import distance_transform_edt
+
+from utils.threads import spare_processors
 
 _VALUES_AT_ONCE = 2_000_000  # a spline's coefficients take five times the memory of its values, in float64
 _FULL_DISTANCE = (
@@ -20,6 +22,9 @@ def interpolate(
     method: "linear", between the two neighbours, or "cubic", the spline through all (not-a-knot). Returns
     (M, ...) float32.
     """
+    if method == "cubic":
+        from scipy.interpolate import CubicSpline  # slow to import, and rarely asked for
+
     flat = values.reshape(len(values), -1)
     out = np.empty((len(at), flat.shape[1]), np.float32)
     step = max(1, _VALUES_AT_ONCE // len(values))
@@ -54,16 +59,22 @@ def signed_distances(
     The outline runs half a pixel from the centres. A frame without a mask gets the distances of the nearest frame
     with one, all of them outside, and ``gap`` farther: shapes end between the two.
     """
+    from scipy.ndimage import distance_transform_edt
+
     half = min(spacing) / 2
     out = np.empty(masks.shape, np.float32)
     filled = [k for k, mask in enumerate(masks) if mask.any()]
-    for k in filled:
+
+    def fill(k: int) -> None:
         mask = masks[k]
         if mask.all():
             out[k] = _FULL_DISTANCE
         else:
             inside, outside = distance_transform_edt(mask, spacing), distance_transform_edt(~mask, spacing)
             out[k] = np.where(mask, inside - half, half - outside)
+
+    with ThreadPoolExecutor(spare_processors()) as threads:  # the transform releases the interpreter lock
+        list(threads.map(fill, filled))
     for k in sorted(set(range(len(masks))) - set(filled)):
         nearest = min(filled, key=lambda other: abs(other - k), default=None)
         out[k] = -_FULL_DISTANCE if nearest is None else -np.abs(out[nearest]) - gap

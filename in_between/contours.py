@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from in_between.classical import signed_distances
-from in_between.networks import ContinuedEdges, convolutions, flipped, trained
+from in_between.networks import ContinuedEdges, convolutions, corners_of, pixels_of, trained
 from in_between.progress import Done, unheard
 from in_between.settings import ContourSettings
 
@@ -47,20 +47,26 @@ def learn_contours(
     near = (moved.abs().minimum(still.abs()) < 2)[:, 0].nonzero().cpu()  # the pixels in question
     if not len(near):
         return None
-    everything = torch.cat([moved, still, images, masks], 1).permute(0, 2, 3, 1)
-    limits = torch.tensor([height - size, width - size])
+    everything = (
+        torch.cat([moved, still, images, masks], 1).permute(0, 2, 3, 1).flatten(0, 2)
+    )  # (K H W, C + 3)
     window = torch.arange(size, device=images.device)
 
-    def loss(network: Contours, _: int) -> Tensor:
+    def draw(_: int) -> Tensor:
         pick = near[torch.randint(len(near), (batch,), generator=generator)]
-        pick[:, 1:] = (pick[:, 1:] - size // 2).clamp_min(0).minimum(limits)
-        k, y, x = pick.to(images.device)[:, :, None, None].unbind(1)
-        patch = flipped(everything[k, y + window[:, None], x + window], generator).permute(0, 3, 1, 2)
+        k, y, x = pick.unbind(1)
+        y, x = (
+            (at - size // 2).clamp_min(0).clamp_max(most)
+            for at, most in ((y, height - size), (x, width - size))
+        )
+        return corners_of((k * height + y) * width + x, (size, size), (width, 1), generator)
+
+    def loss(network: Contours, drawn: Tensor) -> Tensor:
+        patch = everything[pixels_of(drawn, window, window)].permute(0, 3, 1, 2)
         moved, still, seen, truth = patch.split([1, 1, channels, 1], 1)
         logits = 4 * (moved + network(moved, still, seen))
         return F.binary_cross_entropy_with_logits(logits, truth)
 
-    shapes = [(batch, c, size, size) for c in (1, 1, channels)]
     return trained(
-        lambda: Contours(channels, settings), loss, shapes, settings.network, images.device, generator, done
+        lambda: Contours(channels, settings), draw, loss, settings.network, images.device, generator, done
     )

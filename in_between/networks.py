@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import TypeVar
 
 import torch
@@ -16,18 +14,20 @@ from in_between.progress import Done, unheard
 from in_between.settings import NetworkSettings
 
 Network = TypeVar("Network", bound=nn.Module)
+_UNRECORDED = 3  # iterations on a GPU before one is recorded: torch sets up its libraries in the first
 
 
 def trained(
     make: Callable[[], Network],
-    loss: Callable[[Network, int], Tensor],
-    shapes: Sequence[tuple[int, ...]],
+    draw: Callable[[int], Tensor],
+    loss: Callable[[Network, Tensor], Tensor],
     settings: NetworkSettings,
     device: torch.device,
     generator: torch.Generator,
     done: Done = unheard,
 ) -> Network:
-    """The network that `make` returns, trained by `loss(network, i)`, which calls it once with tensors of `shapes`.
+    """The network that `make` returns, trained by `loss(network, drawn)`, where `draw(i)` says on the CPU, as integers,
+    which patches iteration i sees.
 
     Weights between hidden layers take Muon's steps, all others AdamW's: this reaches the same loss in a third of the
     iterations that AdamW alone needs. All randomness comes from `generator`.
@@ -35,30 +35,64 @@ def trained(
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         network = make().to(device)
-        with _recorded(network, shapes, device):
-            hidden = [
-                layer.weight
-                for layer in network.modules()
-                if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels
-            ]
-            others = [
-                value for value in network.parameters() if all(value is not weight for weight in hidden)
-            ]
-            optimizers = [
-                Muon(hidden, settings.hidden_rate),
-                torch.optim.AdamW(others, settings.rate, weight_decay=1e-4, fused=device.type == "cuda"),
-            ]
-            share = partial(_rate, iterations=settings.iterations)
-            schedules = [torch.optim.lr_scheduler.LambdaLR(each, share) for each in optimizers]
-            for i in range(settings.iterations):
-                for optimizer in optimizers:
-                    optimizer.zero_grad()
-                loss(network, i).backward()
-                for optimizer, schedule in zip(optimizers, schedules, strict=True):
-                    optimizer.step()
-                    schedule.step()
-                done((i + 1) / settings.iterations)
+        count = settings.iterations
+        drawn = torch.stack([draw(i) for i in range(count)]).to(
+            device
+        )  # of all iterations, as a GPU must not wait
+        hidden = [
+            layer.weight
+            for layer in network.modules()
+            if isinstance(layer, nn.Conv2d) and layer.in_channels == layer.out_channels
+        ]
+        others = [value for value in network.parameters() if all(value is not weight for weight in hidden)]
+        muon, adamw = Muon(hidden, settings.hidden_rate), AdamW(others, settings.rate, count, device)
+        shares = torch.tensor([_rate(i, count) for i in range(count)], device=device)
+        now = torch.zeros(1, dtype=torch.long, device=device)
+
+        def iterate() -> None:
+            loss(network, drawn[now][0]).backward()
+            share = shares[now]
+            muon.step(share)
+            adamw.step(share, now)
+            network.zero_grad(set_to_none=True)
+            now.add_(1)
+
+        with _repeated(iterate, device) as repeat:
+            for i in range(count):
+                repeat()
+                done((i + 1) / count)
     return network.requires_grad_(False)
+
+
+@contextlib.contextmanager
+def _repeated(iterate: Callable[[], None], device: torch.device) -> Iterator[Callable[[], None]]:
+    """Yields `iterate`; on a GPU a form of it that is recorded once it has run a few times, and then replayed: launched
+    one by one, its small kernels would wait for Python."""
+    if device.type != "cuda":
+        yield iterate
+        return
+    graph, runs = torch.cuda.CUDAGraph(), 0
+    side = torch.cuda.Stream(device)  # the default stream cannot be recorded
+
+    def repeat() -> None:
+        nonlocal runs
+        if runs < _UNRECORDED:
+            iterate()
+        else:
+            if runs == _UNRECORDED:
+                graph.capture_begin(capture_error_mode="thread_local")
+                iterate()  # does nothing yet
+                graph.capture_end()
+            graph.replay()
+        runs += 1
+
+    # Recording uses the current GPU, whichever one holds the tensors.
+    with torch.cuda.device(device):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            yield repeat
+        torch.cuda.current_stream().wait_stream(side)
+        side.synchronize()  # a recording's memory must outlive its last replay
 
 
 def _rate(i: int, iterations: int) -> float:
@@ -69,7 +103,7 @@ def _rate(i: int, iterations: int) -> float:
     return (1 + math.cos(math.pi * (i - rise) / max(1, iterations - rise))) / 2
 
 
-class Muon(torch.optim.Optimizer):
+class Muon:
     """Steps along the momentum, orthogonalised (Jordan et al. 2024): every direction of a layer learns equally fast.
 
     Weights are convolutions' (out, in, height, width), all of one shape. Five Newton-Schulz iterations with the
@@ -77,21 +111,51 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], lr: float, momentum: float = 0.9, decay: float = 1 / 30
+        self, weights: Sequence[Tensor], rate: float, momentum: float = 0.9, decay: float = 1 / 30
     ) -> None:
-        super().__init__(weights, {"lr": lr, "momentum": momentum, "decay": decay})
+        self.weights, self.rate, self.momentum, self.decay = weights, rate, momentum, decay
+        self.mean = torch.stack(
+            [torch.zeros_like(weight).flatten(1) for weight in weights]
+        )  # (layers, out, in * 9)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            weights = group["params"]
-            gradients = torch.stack([weight.grad.flatten(1) for weight in weights])  # (layers, out, in * 9)
-            state = self.state[weights[0]]
-            mean = state.setdefault("mean", torch.zeros_like(gradients))
-            mean.lerp_(gradients, 1 - group["momentum"])
-            steps = _orthogonal(gradients.lerp(mean, group["momentum"]))
-            for weight, step in zip(weights, steps, strict=True):
-                weight.mul_(1 - group["lr"] * group["decay"]).sub_(step.view_as(weight), alpha=group["lr"])
+    def step(self, share: Tensor) -> None:
+        """One step; share: () or (1,), of the highest learning rate."""
+        rate = self.rate * share
+        gradients = torch.stack(
+            [weight.grad.flatten(1) for weight in self.weights if weight.grad is not None]
+        )
+        self.mean.lerp_(gradients, 1 - self.momentum)
+        steps = _orthogonal(gradients.lerp(self.mean, self.momentum)) * rate
+        for weight, step in zip(self.weights, steps, strict=True):
+            weight.mul_(1 - rate * self.decay).sub_(step.view_as(weight))
+
+
+class AdamW:
+    """Loshchilov and Hutter 2019, with all that changes from step to step on the device, so that steps can be recorded.
+    (torch's own imports torch's compiler.)"""
+
+    _BETAS, _EPSILON, _DECAY = (0.9, 0.999), 1e-8, 1e-4
+
+    def __init__(self, weights: Sequence[Tensor], rate: float, steps: int, device: torch.device) -> None:
+        self.weights, self.rate = list(weights), rate
+        self.first = [torch.zeros_like(weight) for weight in weights]
+        self.second = [torch.zeros_like(weight) for weight in weights]
+        ends = torch.arange(1, steps + 1, dtype=torch.float64)
+        first, second = (1 - beta**ends for beta in self._BETAS)
+        self._corrections = torch.stack([1 / first, second.rsqrt()], 1).float().to(device)  # (steps, 2)
+
+    @torch.no_grad()
+    def step(self, share: Tensor, number: Tensor) -> None:
+        """Step `number` (1,), from 0; share: () or (1,), of the highest learning rate."""
+        of_first, of_second = self._corrections[number][0].unbind()
+        rate = (self.rate * share).squeeze()
+        for weight, first, second in zip(self.weights, self.first, self.second, strict=True):
+            assert weight.grad is not None
+            first.lerp_(weight.grad, 1 - self._BETAS[0])
+            second.mul_(self._BETAS[1]).addcmul_(weight.grad, weight.grad, value=1 - self._BETAS[1])
+            step = first / (second.sqrt().mul_(of_second).add_(self._EPSILON))
+            weight.mul_(1 - rate * self._DECAY).sub_(step.mul_(rate * of_first))
 
 
 def _orthogonal(matrices: Tensor) -> Tensor:
@@ -101,25 +165,6 @@ def _orthogonal(matrices: Tensor) -> Tensor:
         square = x @ x.mT
         x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
     return x
-
-
-@contextlib.contextmanager
-def _recorded(network: nn.Module, shapes: Sequence[tuple[int, ...]], device: torch.device) -> Iterator[None]:
-    """On a GPU, records the network's small kernels and replays them for calls with tensors of `shapes`: launched one
-    by one, they would wait for Python."""
-    if device.type != "cuda":
-        yield
-        return
-    # Recording uses the current GPU, whichever one holds the tensors.
-    with torch.cuda.device(device), warnings.catch_warnings():
-        # Gradients are summed on a different stream from the recording's: torch waits where it must, and warns.
-        warnings.filterwarnings("ignore", "The AccumulateGrad node's stream does not match")
-        torch.cuda.make_graphed_callables(
-            network, tuple(torch.zeros(shape, device=device) for shape in shapes)
-        )
-        yield
-        torch.cuda.synchronize()  # a recording's memory must outlive its last replay
-        vars(network).pop("forward", None)
 
 
 class ContinuedEdges(nn.Module):
@@ -142,7 +187,21 @@ def convolutions(inputs: int, settings: NetworkSettings, last: nn.Conv2d) -> nn.
     return nn.Sequential(*layers, last)
 
 
-def flipped(patches: Tensor, generator: torch.Generator) -> Tensor:
-    """Patches (B, H, W, ...), flipped along H, W, both or neither, at random."""
+def corners_of(
+    first: Tensor, size: tuple[int, int], strides: tuple[int, int], generator: torch.Generator
+) -> Tensor:
+    """Patches of `size` whose first pixels are at `first` (B,) in a flattened array, with these strides along their two
+    axes, all flipped along one, both or neither at random: (B, 3), the corner where each begins and its two strides."""
     bits = int(torch.randint(4, (1,), generator=generator))
-    return patches.flip([axis for axis in (1, 2) if bits & axis])
+    along = list(strides)
+    for axis in (0, 1):
+        if bits >> axis & 1:
+            first = first + (size[axis] - 1) * along[axis]
+            along[axis] = -along[axis]
+    return torch.stack([first, *(torch.full_like(first, stride) for stride in along)], 1)
+
+
+def pixels_of(corners: Tensor, down: Tensor, across: Tensor) -> Tensor:
+    """Where the pixels of patches (B, 3) lie (`corners_of`), (B, H, W). down, across: arange(H), arange(W)."""
+    first, rows, columns = corners[:, :, None, None].unbind(1)
+    return first + rows * down[:, None] + columns * across

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from in_between.networks import convolutions, flipped, trained
+from in_between.networks import convolutions, corners_of, pixels_of, trained
 from in_between.progress import Done, unheard
 from in_between.settings import STEPS, RowSettings
 
@@ -83,9 +83,8 @@ def learn_rows(
     side = min(height, width)
     count = min(settings.rows, (side - 1) // gap + 1)
     extent, columns = (count - 1) * gap + 1, min(settings.columns, side)
-    upright, turned = frames, frames.transpose(1, 2).contiguous()
-    sources = []
-    for images in (upright, turned):
+    sources = []  # of upright and of turned patches: first pixels in the flattened frames, and the strides
+    for images, strides in ((frames, (width, 1)), (frames.transpose(1, 2), (1, width))):
         mean = F.avg_pool2d(images[:, None], (extent, columns), 1)
         variance = F.avg_pool2d(images[:, None] ** 2, (extent, columns), 1) - mean**2
         corners = (
@@ -93,20 +92,25 @@ def learn_rows(
         )  # empty background teaches nothing
         if not len(corners):
             return None
-        sources.append((images, corners))
+        k, down, across = corners.unbind(1)
+        sources.append((k * height * width + down * strides[0] + across * strides[1], strides))
     matrix = between_matrix(count, gap).to(frames)
+    flat = frames.flatten()
     down, across = torch.arange(extent, device=frames.device), torch.arange(columns, device=frames.device)
 
-    def loss(network: RowsBetween, i: int) -> Tensor:
-        images, corners = sources[i % 2]
-        pick = corners[torch.randint(len(corners), (batch,), generator=generator)].to(frames.device)
-        k, y, x = pick[:, :, None, None].unbind(1)
-        patch = flipped(images[k, y + down[:, None], x + across], generator)  # (B, extent, columns)
+    def draw(i: int) -> Tensor:
+        first, strides = sources[i % 2]
+        chosen = first[torch.randint(len(first), (batch,), generator=generator)]
+        return corners_of(chosen, (extent, columns), strides, generator)
+
+    def loss(network: RowsBetween, drawn: Tensor) -> Tensor:
+        patch = flat[pixels_of(drawn, down, across)]  # (B, extent, columns)
         truth = torch.einsum("srl,blw->bsrw", matrix, patch)
         return 1000 * (network(patch[:, None, ::gap]) - truth).square().mean()
 
-    shapes = [(batch, 1, count, columns)]
-    return trained(lambda: RowsBetween(settings), loss, shapes, settings.network, frames.device, generator)
+    return trained(
+        lambda: RowsBetween(settings), draw, loss, settings.network, frames.device, generator, done
+    )
 
 
 def between_matrix(count: int, gap: int) -> Tensor:
@@ -131,7 +135,12 @@ def between_matrix(count: int, gap: int) -> Tensor:
 
 
 def fill_stack(network: RowsBetween, frames: Tensor, settings: RowSettings, done: Done = unheard) -> Tensor:
-    """The stack (K, H, W) filled in, (K - 1, STEPS - 1, H, W): the mean over it and its mirror images."""
+    """The stack (K, H, W) filled in, (K - 1, STEPS - 1, H, W): the mean over it and its mirror images.
+
+    On a GPU the network computes in half precision, whose 11 bits are those of the tensor cores' float32 (TF32).
+    """
+    if frames.is_cuda:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     passes = 1 + len(settings.mirrors)
     filled = _fill_cuts(network, frames)
     for number, axes in enumerate(settings.mirrors):
@@ -147,10 +156,11 @@ def _fill_cuts(network: RowsBetween, frames: Tensor, chunk: int = 32) -> Tensor:
     """As `fill_stack`, of the stack as it is: mean of its cuts along x and along y."""
     k, height, width = frames.shape
     total = frames.new_zeros(k - 1, STEPS - 1, height, width)
-    for first in range(0, height, chunk):  # cuts along x: (rows of the cut: frames, columns: x)
-        cuts = frames[:, first : first + chunk].transpose(0, 1)[:, None]
-        total[:, :, first : first + chunk] += network(cuts).permute(2, 1, 0, 3)
-    for first in range(0, width, chunk):
-        cuts = frames[:, :, first : first + chunk].permute(2, 0, 1)[:, None]
-        total[..., first : first + chunk] += network(cuts).permute(2, 1, 3, 0)
+    with torch.autocast(frames.device.type, torch.float16, enabled=frames.is_cuda):
+        for first in range(0, height, chunk):  # cuts along x: (rows of the cut: frames, columns: x)
+            cuts = frames[:, first : first + chunk].transpose(0, 1)[:, None]
+            total[:, :, first : first + chunk] += network(cuts).permute(2, 1, 0, 3)
+        for first in range(0, width, chunk):
+            cuts = frames[:, :, first : first + chunk].permute(2, 0, 1)[:, None]
+            total[..., first : first + chunk] += network(cuts).permute(2, 1, 3, 0)
     return total / 2

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from patient.geometry import swap_ras_lps
 from patient.labels import Label
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.threads import spare_processors
 
 FORMATS = ("ply", "stl", "obj", "glb")
 UNITS = {"mm": "units are millimetres", "voxels": "units are voxels"}
@@ -43,6 +45,7 @@ _HEADER = 1 << 16  # bytes that hold the comments of a file
 _GREY_BAND = 8 / 255  # of values near a level that rounding to 8 bits may have put on either side
 _VOLUME_TOLERANCE = 1e-3
 _VOLUME_STEPS = 20
+_BY_RANK = 4  # of them at most by the ranks of the values
 
 
 def otsu(values: np.ndarray) -> float:
@@ -84,12 +87,14 @@ def surface(
     Where the border of the stack cuts the object, a flat cap closes the mesh half a voxel outside, on the outer faces
     of the border voxels; with closed=False the mesh ends there, open. Raises ValueError if there is no surface.
     """
-    if values.max() < level:
-        raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {values.max():.4g}")
-    padded = np.pad(values, 1, mode="edge")
+    low, high = float(values.min()), float(values.max())
+    if high < level:
+        raise ValueError(f"nothing reaches the level {level:.4g}: the highest value is {high:.4g}")
+    margin = 1e-4 * max(high - low, abs(level), 1e-3)
+    box = _box(values > level - margin)
+    padded = np.pad(values[box], 1, mode="edge")
     # Marching cubes leaves holes where values equal the level: move them off it, to the inside.
-    margin = 1e-4 * max(float(np.ptp(values)), abs(level), 1e-3)
-    padded[np.abs(padded - level) < margin] = level + margin
+    padded[(padded > level - margin) & (padded < level + margin)] = level + margin
     if closed:
         for axis in range(3):
             for side in (0, -1):
@@ -98,7 +103,8 @@ def surface(
     elif padded.min() > level:
         raise ValueError("the object fills the stack: without caps it has no surface")
     vertices, triangles, _, _ = marching_cubes(padded, level)
-    vertices = vertices[:, ::-1].astype(np.float64) - 1  # (column, row, frame), without the padding
+    vertices = vertices[:, ::-1].astype(np.float64)  # (column, row, frame)
+    vertices += [part.start - 1 for part in box[::-1]]  # without the padding
     if not closed:
         for normal in np.eye(3):
             for inwards, face in ((normal, -0.5), (-normal, normal @ values.shape[::-1] - 0.5)):
@@ -117,6 +123,15 @@ def surface(
     return mesh
 
 
+def _box(inside: np.ndarray, around: Sequence[int] = (1, 1, 1)) -> tuple[slice, slice, slice]:
+    """Where there is something, and so many voxels around it."""
+    sides = []
+    for axis, (size, more) in enumerate(zip(inside.shape, around, strict=True)):
+        filled = np.flatnonzero(inside.any(axis=tuple(other for other in range(3) if other != axis)))
+        sides.append(slice(max(int(filled[0]) - more, 0), min(int(filled[-1]) + 1 + more, size)))
+    return sides[0], sides[1], sides[2]
+
+
 def frame_heights(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Indices and heights of frames, with one more at each end for the caps."""
     steps = np.diff(heights)
@@ -126,7 +141,24 @@ def frame_heights(heights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def smooth(values: np.ndarray, sigma: tuple[float, float, float]) -> np.ndarray:
     """values (frame, row, column) smoothed by a Gaussian of `sigma` voxels per axis; border values are repeated."""
-    return gaussian_filter(values, sigma, mode="nearest", truncate=4.0)
+    low = values.min()
+    if values.max() == low:
+        return values.copy()
+    reach = [int(4.0 * own + 0.5) for own in sigma]  # voxels, as the filter has it
+    out = np.full_like(values, low)
+    box = _box(values > low, reach)  # elsewhere, nothing changes
+    source, target = values[box], out[box]
+
+    def part(first: int, last: int) -> None:
+        below, above = max(first - reach[0], 0), min(last + reach[0], len(source))
+        smoothed = gaussian_filter(source[below:above], sigma, mode="nearest", truncate=4.0)
+        target[first:last] = smoothed[first - below : last - below]
+
+    count = min(max(len(source) // 32, spare_processors()), len(source))  # small ones need little memory
+    ends = np.linspace(0, len(source), count + 1).astype(int).tolist()
+    with ThreadPoolExecutor(spare_processors()) as threads:  # the filter releases the interpreter lock
+        list(threads.map(part, ends[:-1], ends[1:]))
+    return out
 
 
 def inside_shares(values: np.ndarray, level: float) -> np.ndarray:
@@ -137,7 +169,10 @@ def inside_shares(values: np.ndarray, level: float) -> np.ndarray:
     width = min(_GREY_BAND, 2 * (float(values.max()) - level), 2 * (level - float(values.min())))
     if width <= 0:
         return (values >= level).astype(np.float32)
-    return np.clip((values - level) / width + 0.5, 0, 1)
+    shares = values - np.float32(level)
+    shares *= np.float32(1 / width)  # in place: a stack may have hundreds of millions of voxels
+    shares += np.float32(0.5)
+    return np.clip(shares, 0, 1, out=shares)
 
 
 def surface_of_volume(
@@ -155,17 +190,19 @@ def surface_of_volume(
     low, high = float(values.min()), float(values.max())
     if not low < high:
         raise ValueError(f"all values are {low:g}")
-    falling = np.sort(values[values > low + 1e-3 * (high - low)])[::-1]
+    filled = values[values > low + 1e-3 * (high - low)]
     voxel = 1.0 if affine is None else abs(float(np.linalg.det(affine[:3, :3])))
     rank = volume / voxel  # of the level among the values: a smooth surface encloses about as many voxels
-    level = float(np.interp(rank - 0.5, np.arange(len(falling)), falling))
-    # Then false position (Illinois), between the levels where everything and nothing is inside.
+    level = _of_rank(filled, rank)
+    # Then as many voxels fewer or more as its volume is wrong by; where that does not do, false position (Illinois),
+    # between the levels where everything and nothing is inside.
     ends = [[low, values.size * voxel - volume], [high, -volume]]  # level and excess volume
-    best, least, last = level, np.inf, -1
-    for _ in range(_VOLUME_STEPS):
-        excess = float(surface(values, level, affine, heights).volume) - volume
+    best, found, least, last = level, Trimesh(), np.inf, -1
+    for step in range(_VOLUME_STEPS):
+        mesh = surface(values, level, affine, heights)
+        excess = enclosed_volume(mesh) - volume
         if abs(excess) < least:
-            best, least = level, abs(excess)
+            best, found, least = level, mesh, abs(excess)
         if least <= _VOLUME_TOLERANCE * volume:
             break
         side = 0 if excess > 0 else 1
@@ -174,8 +211,26 @@ def surface_of_volume(
             ends[1 - side][1] /= 2
         last = side
         (below, surplus), (above, lack) = ends
-        level = below + (above - below) * surplus / (surplus - lack)
-    return surface(values, best, affine, heights, closed), best
+        rank -= excess / voxel
+        level = _of_rank(filled, rank)
+        if step >= _BY_RANK or not below < level < above:
+            level = below + (above - below) * surplus / (surplus - lack)
+    return found if closed else surface(values, best, affine, heights, closed), best
+
+
+def _of_rank(values: np.ndarray, rank: float) -> float:
+    """The level that about ``rank`` of the values reach, which is between two of them."""
+    place = min(max(len(values) - rank - 0.5, 0), len(values) - 1)  # in ascending order
+    at = int(place), min(int(place) + 1, len(values) - 1)
+    lower, upper = np.partition(values, at)[list(at)].tolist()
+    return lower + (upper - lower) * (place - at[0])
+
+
+def enclosed_volume(mesh: Trimesh) -> float:
+    """Volume of a closed mesh (the divergence theorem), without the other properties that trimesh computes with it."""
+    points = np.asarray(mesh.vertices - mesh.vertices.mean(0))
+    (ax, ay, az), (bx, by, bz), (cx, cy, cz) = (points[corner].T for corner in np.asarray(mesh.faces).T)
+    return float((ax * (by * cz - bz * cy) + ay * (bz * cx - bx * cz) + az * (bx * cy - by * cx)).sum()) / 6
 
 
 def is_closed(mesh: Trimesh) -> bool:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shlex
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +14,9 @@ import numpy as np
 
 from patient.geometry import HELDOUT, FrameCut, Geometry, cut_geometry, voxel_sizes
 from patient.labels import Kind, LabelTable, Meaning, segmentation
-from patient.readers.nifti import nifti_grid
 from utils.errors import UserError
 from utils.images import frame_number, image_files, read_image, read_levels, to_grey
+from utils.threads import spare_processors
 
 FRAME_FOLDERS = ("render_mask", "render_img", "render")
 INNER = ("original", HELDOUT)  # folders of a data root
@@ -181,16 +182,9 @@ def read_frames(
     Renders, even of masks, have intermediate levels; they, and ambiguous files, get no meaning: a threshold separates
     inside from outside. known: ids that frames.json names. Raises UserError.
     """
-    stored = [read_levels(path) for path in paths]
-    for path, frame in zip(paths, stored, strict=True):
-        if frame.shape[:2] != stored[0].shape[:2]:
-            rows, columns = stored[0].shape[:2]
-            raise UserError(
-                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {columns} x {rows}: frames have"
-                " one size"
-            )
     rendered = paths[0].parent.name in FRAME_FOLDERS and kind is None
     if not rendered or known:
+        stored = _read_all(paths, read_levels)
         try:
             found = segmentation(paths, stored, soft=kind == "soft", labels=kind == "labels", known=known)
         except UserError:
@@ -202,7 +196,21 @@ def read_frames(
                 labelled = meaning.kind == "labels"
                 numbers = np.stack([meaning.numbers(f) for f in found.frames]) if labelled else None
                 return np.stack([meaning.shares(frame) for frame in found.frames]), numbers, meaning
-    return np.stack([to_grey(read_image(path)) for path in paths]), None, None
+    return np.stack(_read_all(paths, lambda path: to_grey(read_image(path)))), None, None
+
+
+def _read_all(paths: list[Path], read: Callable[[Path], np.ndarray]) -> list[np.ndarray]:
+    """Frames of one size, read by several threads: decoding releases the interpreter lock."""
+    with ThreadPoolExecutor(spare_processors()) as threads:
+        frames = list(threads.map(read, paths))
+    rows, columns = frames[0].shape[:2]
+    for path, frame in zip(paths, frames, strict=True):
+        if frame.shape[:2] != (rows, columns):
+            raise UserError(
+                f"{path} is {frame.shape[1]} x {frame.shape[0]} pixels, {paths[0].name} {columns} x {rows}: frames have"
+                " one size"
+            )
+    return frames
 
 
 def beside(folder: Path, masks: Stack, extension: str = ".png") -> np.ndarray | None:
@@ -234,6 +242,8 @@ def _geometry(folder: Path, nifti: str | os.PathLike[str] | None) -> tuple[Geome
     geometry = case_geometry(folder)
     if geometry is not None and geometry.affine is not None:
         return geometry, f"place from frames.json of {geometry.source}"
+    from patient.readers.nifti import nifti_grid  # training never gets here, and would wait for nibabel
+
     candidates = [Path(nifti) / f"{name}{suffix}" for suffix in NIFTI] if nifti else []
     candidates += sorted(path for path in folder.iterdir() if path.name.endswith(NIFTI))
     for path in candidates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +23,7 @@ from patient.stacks import case_geometry
 from utils.errors import UserError
 from utils.files import atomic_folder
 from utils.images import READABLE, WRITABLE, frame_number, image_files, read_image, to_unit, write_image
+from utils.threads import spare_processors
 
 WIDEST = 1600  # pixels; resolution -1 scales wider frames down to this
 DIVISORS = (1, 2, 4, 8)  # values of `resolution` that divide; others are a width in pixels
@@ -170,7 +172,7 @@ class Frames:
         if self.labels is not None:
             return one_hot(_flipped(frames, mirrored), len(self.labels))
         if frames.dtype == torch.uint8:
-            frames = frames.float() / 255
+            frames = frames / 255
         elif frames.dtype == torch.int16:
             frames = (frames.float() + 32768) / 65535
         if self.has_alpha:
@@ -260,11 +262,14 @@ def write_mirror(
     if os.path.lexists(mirror):
         return
     try:
-        with atomic_folder(mirror) as temporary:
-            for file in frame_files(folder):
+        with atomic_folder(mirror) as temporary, ThreadPoolExecutor(spare_processors()) as threads:
+
+            def flip(file: Path) -> None:
                 array = read_image(file)
                 name = file.name if file.suffix.lower() in WRITABLE else f"{file.stem}.png"
                 write_image(temporary / name, to_unit(array[:, ::-1]), 8 if array.dtype == np.uint8 else 16)
+
+            list(threads.map(flip, frame_files(folder)))
     except OSError as error:
         say(f"{mirror} cannot be written ({error.strerror}): going on, as only other programs need it")
 

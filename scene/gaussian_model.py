@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
@@ -67,15 +69,15 @@ class GaussianModel:
         device: torch.device | str = "cpu",
         durations: Sequence[float] | None = None,
         labels: LabelTable | None = None,
+        spaced: bool = True,
     ) -> GaussianModel:
         """N = ``options.num_pts`` Gaussians, uniform over the plane and over time; drawn on the CPU, so that a seed
         means the same model everywhere.
 
         durations: (K,) of the frames, of sum 1; None where they are evenly spaced, 1 / K each. Learned times start
-        from them. labels: of a label map that the image head shows; each has the same share at first.
+        from them. labels: of a label map that the image head shows; each has the same share at first. spaced: scales
+        follow the distances between neighbours; else they are 1, for callers that replace them.
         """
-        from simple_knn._C import distCUDA2
-
         n, p, rest = options.num_pts, options.poly_degree, (options.sh_degree + 1) ** 2 - 1
 
         def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -89,7 +91,12 @@ class GaussianModel:
         sigma = torch.log(uniform(*_SIGMA_RANGE, n, 1, 1))
         rotation = torch.logit(uniform(0, 1, n, 1), eps=_LOGIT_EPS)
         xyz = xyz.to(device)
-        distances = distCUDA2(xyz).clamp_min(_MIN_SQUARED_DISTANCE)  # (N,)
+        scaling = torch.zeros(n, 3)
+        if spaced:
+            from simple_knn._C import distCUDA2
+
+            distances = distCUDA2(xyz).clamp_min(_MIN_SQUARED_DISTANCE)  # (N,)
+            scaling = torch.log(torch.sqrt(distances))[:, None].repeat(1, 3)
         params = {
             "xyz": xyz,
             "f_dc": torch.full(
@@ -97,7 +104,7 @@ class GaussianModel:
             ),
             "f_rest": torch.zeros(n, rest, channels),
             "opacity": torch.full((n, 1), math.log(_OPACITY / (1 - _OPACITY))),
-            "scaling": torch.log(torch.sqrt(distances))[:, None].repeat(1, 3),
+            "scaling": scaling,
             "rotation": rotation,
             "m": m,
             "sigma": sigma,
@@ -197,6 +204,21 @@ class GaussianModel:
         index = positions.long().clamp_max(self.num_frames - 1)
         fraction = (positions - index).to(durations.dtype)
         return starts[index] + durations[index] * fraction
+
+    def fixed_times(self, positions: Sequence[float]) -> list[float] | None:
+        """The same on the CPU, without waiting for the device; None where times are learned."""
+        if self.uses_dff:
+            return None
+        starts, durations = self._clock
+        index = np.minimum(np.array(positions).astype(np.int64), self.num_frames - 1)
+        fraction = (np.array(positions) - index).astype(durations.dtype)
+        return (starts[index] + durations[index] * fraction).tolist()
+
+    @cached_property
+    def _clock(self) -> tuple[np.ndarray, np.ndarray]:
+        """(K,) each: when the frames begin, and how long they last."""
+        durations = self.durations().detach()
+        return (self._earlier * durations).sum(1).cpu().numpy(), durations.cpu().numpy()
 
     def durations(self) -> Tensor:
         """(K,), how long each frame lasts; where times are learned, the last one sits at t = 1 and lasts 0."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from scene.frames import Frames
 from scene.gaussian_model import GaussianModel
 from scene.parameters import IMAGE, SEGMENTATION, head_parameters
 from utils.spherical_harmonics import C0
+from utils.threads import spare_processors
 
 EDGE_BLUR = 1.0
 """Pixels: how far from an edge its gradient attracts Gaussians."""
@@ -56,7 +58,7 @@ def image_start(
     """
     first, n = sequences[0], options.num_pts
     model = GaussianModel.random(
-        options, camera, len(first), len(background), generator, device, durations, first.labels
+        options, camera, len(first), len(background), generator, device, durations, first.labels, spaced=False
     )
     if len(sequences) > 1:
         model.add_segmentation_head(sequences[1].labels)
@@ -121,9 +123,8 @@ def _interest(sequences: Sequence[Frames], background: Tensor) -> np.ndarray:
     first = sequences[0]
     total = np.full((len(first), first.height, first.width), FLOOR, np.float32)
     for frames, share in zip(sequences, (1.0, CONTOURS), strict=False):
-        edges = np.empty_like(total)
-        for k in range(len(frames)):
-            edges[k] = _edges(frames, k, background)
+        with ThreadPoolExecutor(spare_processors()) as threads:  # the filter releases the interpreter lock
+            edges = np.stack(list(threads.map(lambda k: _edges(frames, k, background), range(len(frames)))))  # noqa: B023
         mean = float(edges.mean(dtype=np.float64))
         if mean > 0:
             edges *= share / mean

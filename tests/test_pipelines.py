@@ -662,15 +662,15 @@ def test_in_betweens_expect_what_moves_where_it_would_be():
         )
         for images in (None, between.images)
     )
-    where, background = torch.tensor([0.5, 1.5], dtype=torch.float64), torch.zeros(1)
+    around, background = torch.tensor([0, 1, 1, 2]), torch.zeros(1)  # at 0.5 and 1.5
+
+    def expected(task, mirrored=False):
+        return task.shown(around, 0, torch.tensor([0.5, 0.5]), background, torch.tensor(mirrored))[1]
+
     truth = frames[1::2]
-    errors = [
-        (task.expected(where, background, torch.tensor(False)) - truth).abs().mean()
-        for task in (plain, moving)
-    ]
+    errors = [(expected(task) - truth).abs().mean() for task in (plain, moving)]
     assert errors[1] < 0.6 * errors[0]
-    flipped = moving.expected(where, background, torch.tensor(True))
-    assert flipped.flip(-1).equal(moving.expected(where, background, torch.tensor(False)))
+    assert expected(moving, True).flip(-1).equal(expected(moving))
 
 
 @pytest.mark.parametrize("pipeline", ["img", "seg", "joint"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from arguments import OptimisationOptions
 from gaussian_renderer import Render
+from scene.gaussian_model import GaussianModel
 from training.pipelines import Task
 
 
@@ -60,39 +62,80 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Views:
-    """A batch on the model's device: all that an iteration reads besides the model and the frames."""
+    """A batch on the model's device: all that an iteration reads besides the model and the frames.
 
-    packed: Tensor  # (2, V) float64: `positions` and `mirrored` in one tensor, hence one copy to the device
+    What can be computed from the batch alone is, on the CPU: on a GPU, every small tensor of it would cost a kernel.
+    """
+
+    packed: Tensor  # (bytes,) uint8: all of it, hence one copy to the device
+    count: int  # V
     real: int  # B: that many are of frames, the others lie between two
+    timed: bool  # whether it holds `clock`
 
     @classmethod
-    def of(cls, batch: Batch, device: torch.device) -> Views:
-        mirrored = [float(batch.mirrored)] * len(batch.positions)
-        packed = torch.tensor([batch.positions, mirrored], dtype=torch.float64)
-        return cls(packed.to(device, non_blocking=True), len(batch.frames))
+    def of(cls, batch: Batch, device: torch.device, model: GaussianModel | None = None) -> Views:
+        """model: whose times the views have, where these are not learned."""
+        positions = batch.positions
+        count, real = len(positions), len(batch.frames)
+        before = [int(position) for position in positions]
+        between = before[real:]
+        times = None if model is None else model.fixed_times(positions)
+        numbers = (
+            *positions,
+            *before,
+            *(k + 1 for k in between),
+            *([0.0] * count if times is None else times),
+            *[-1.0 if batch.mirrored else 1.0] * count,
+            *[float(batch.mirrored)] * count,
+            *(position - k for position, k in zip(positions[real:], between, strict=True)),
+            batch.mirrored,
+        )
+        layout = f"={count}d{count}q{count - real}q{count}f{count}f{count}f{count - real}f?"
+        packed = torch.frombuffer(bytearray(struct.pack(layout, *numbers)), dtype=torch.uint8)
+        return cls(packed.to(device, non_blocking=True), count, real, times is not None)
+
+    def _part(self, dtype: torch.dtype, first: int, count: int) -> Tensor:
+        """``count`` numbers that begin at byte ``first``."""
+        return self.packed[first : first + count * dtype.itemsize].view(dtype)
+
+    @property
+    def _floats(self) -> int:
+        """The byte at which the float32 numbers begin."""
+        return 8 * (3 * self.count - self.real)
 
     def __len__(self) -> int:
         """V."""
-        return self.packed.shape[1]
+        return self.count
 
     @property
     def positions(self) -> Tensor:
-        """(V,), in the sequence; real ones first."""
-        return self.packed[0]
+        """(V,) float64, in the sequence; real ones first."""
+        return self._part(torch.float64, 0, self.count)
 
     @property
     def mirrored(self) -> Tensor:
-        """(V,), 1 where the mirror side is shown, else 0."""
-        return self.packed[1]
+        """(V,) float32, 1 where the mirror side is shown, else 0."""
+        return self._part(torch.float32, self._floats + 8 * self.count, self.count)
+
+    @property
+    def clock(self) -> tuple[Tensor, Tensor] | None:
+        """Times (V,) and signs (V,), +1 or -1 for the mirror side; None where times are learned."""
+        if not self.timed:
+            return None
+        signs = self._part(torch.float32, self._floats + 4 * self.count, self.count)
+        return self._part(torch.float32, self._floats, self.count), signs
 
     def shown(self, task: Task, background: Tensor) -> tuple[Tensor, Tensor]:
         """What the task's renders should show: (B, C, H, W) at the real views, and (V - B, C, H, W) at those between,
         none where the task has no IBFR."""
-        flipped = self.mirrored[0] > 0  # () bool: a batch is of one side
-        targets = task.targets(self.positions[: self.real].long(), background, flipped)
-        if not task.in_betweens or len(self) == self.real:
+        flipped = self.packed[-1:].view(torch.bool)[0]  # a batch is of one side
+        extra = self.count - self.real
+        if not task.in_betweens or not extra:
+            targets = task.targets(self._part(torch.int64, 8 * self.count, self.real), background, flipped)
             return targets, targets[:0]
-        return targets, task.expected(self.positions[self.real :], background, flipped)
+        frames = self._part(torch.int64, 8 * self.count, self.count + extra)
+        alphas = self._part(torch.float32, self._floats + 12 * self.count, extra)
+        return task.shown(frames, self.real, alphas, background, flipped)
 
 
 def requested_renders(tasks: Sequence[Task], views: Views) -> list[list[Render]]:

@@ -66,7 +66,7 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
             training.optimizer.zero_grad(
                 set_to_none=True
             )  # as before every iteration: gradients would accumulate
-            step(Views.of(batch, device), training.iteration + 1, training.controlled)
+            step(Views.of(batch, device, training.model), training.iteration + 1, training.controlled)
         _wait(device)
         return (time.perf_counter() - start) / repeats
 

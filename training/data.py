@@ -19,6 +19,7 @@ from patient.geometry import FILE_NAME, HELDOUT, Geometry
 from scene.frames import Frames
 from scene.heldout import HeldOut, hold_out, of_masks, read_test
 from training.pipelines import Task
+from utils.beside import Beside
 from utils.errors import UserError
 
 
@@ -150,9 +151,11 @@ def _check_masks(where: str, frames: Frames, masks: Frames) -> None:
         )
 
 
-def expected_between(options: TrainOptions, data: Data, say: Callable[[str], object]) -> InBetween | None:
+def expected_between(
+    options: TrainOptions, data: Data, say: Callable[[str], object], beside: Beside
+) -> InBetween | None:
     """The expected in-between frames for --ibfr_target motion: read from the output folder if an earlier run left
-    them, else computed, which takes minutes."""
+    them, else computed, which takes minutes, and from a GPU saved beside the training."""
     frames, masks, geometry = data.frames, data.masks, data.geometry
     of_images, of_masks = options.lambda_ibfr + options.lambda_ibfr_dssim, options.lambda_ibfr_seg
     weights = {"img": (of_images,), "seg": (of_masks,)}
@@ -176,7 +179,10 @@ def expected_between(options: TrainOptions, data: Data, say: Callable[[str], obj
     start = time.perf_counter()
     with shown("motion between the frames", options.quiet) as report:
         made = InBetween(images, truth, gap, options.seed, report=report, labels=labels)
-    made.save(path, images, truth, labels)
+    if images.is_cuda:
+        beside(made.save, path, images, truth, labels)
+    else:
+        made.save(path, images, truth, labels)
     say(f"motion between the frames: {time.perf_counter() - start:.0f} s")
     return made
 

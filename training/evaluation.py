@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from scene.frames import Frames
 from scene.heldout import HeldOut
 from training.iteration import Objective
 from training.pipelines import Task
+from utils.beside import Beside
 from utils.metrics import LabelScores, Scores, psnr
 
 _AT_ONCE = 4  # frames rendered together: as much memory as an iteration takes
@@ -78,7 +80,14 @@ class Evaluation:
     def __init__(self, heldout: Mapping[str, HeldOut], geometry: Geometry | None = None) -> None:
         self.heldout = heldout  # by task
         self.geometry = geometry  # of the frames, where it is known
-        self._classical: dict[str, dict[str, Scores]] = {}
+        self._classical: dict[str, Future[dict[str, Scores]]] = {}
+
+    def begin(self, objective: Objective, beside: Beside) -> None:
+        """Has the classical interpolation of held-out frames scored in a thread, before it is needed."""
+        for task in objective.tasks:
+            if task.name in self.heldout:
+                test, background = self.heldout[task.name], objective.background
+                self._classical[task.name] = beside(evaluate_classical, task, test, background)
 
     def __call__(self, objective: Objective, compare: bool) -> Iterator[TaskScores]:
         """The scores of each task of ``objective``; with ``compare`` also pictures of held-out frames."""
@@ -96,9 +105,10 @@ class Evaluation:
 
     def _heldout(self, objective: Objective, task: Task, test: HeldOut, compare: bool) -> HeldOutScores:
         if task.name not in self._classical:
-            self._classical[task.name] = evaluate_classical(task, test, objective.background)
+            self._classical[task.name] = Future()
+            self._classical[task.name].set_result(evaluate_classical(task, test, objective.background))
         model = evaluate_heldout(objective, task, test)
-        scores = {"model": model, **self._classical[task.name]}
+        scores = {"model": model, **self._classical[task.name].result()}
         comparison = self._compare(objective, task, test, model) if compare else None
         return HeldOutScores(test.slices, scores, comparison)
 

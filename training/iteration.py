@@ -77,6 +77,7 @@ def forward_backward(
         capacity=capacity,
         counted=counted,
         antialiasing=options.antialiasing,
+        clock=views.clock,
     )
     shares = split(renders.images, [len(task) for task in requested])
     images = [_own(share, model.channels_of(task.head)) for share, task in zip(shares, tasks, strict=True)]

@@ -34,7 +34,9 @@ def train(training: Training, stop: object = None) -> None:
                 training.set_rates()
 
             batch = training.sampler.draw(in_between=training.regularised)
-            result = step(Views.of(batch, training.model.device), iteration, training.controlled)
+            result = step(
+                Views.of(batch, training.model.device, training.model), iteration, training.controlled
+            )
             if options.debug or 0 <= options.debug_from <= iteration:
                 training.check_finite(result.losses(training.tasks))
             if report.advance(iteration):
@@ -59,6 +61,8 @@ def train(training: Training, stop: object = None) -> None:
             if stopping or last:
                 break
             training.update()
+    with parts("waiting"):
+        training.beside.finish()
     report.close(parts.seconds)
     if budget and options.time and not stop and (note := budget.note(options.time, training.iteration)):
         report.say(note)

@@ -9,6 +9,7 @@ import torch
 from arguments import OptimisationOptions
 from scene.gaussian_model import GaussianModel
 from scene.parameters import PARAMETERS, SEGMENTATION, SEGMENTATION_HEAD
+from utils.compiler import spare_the_compiler
 
 
 def make_optimizer(
@@ -19,6 +20,7 @@ def make_optimizer(
 ) -> torch.optim.Adam:
     """Adam, or the subclass ``kind``, with one named group per parameter, in the order of the published checkpoint.
     `set_rates` sets the rate of xyz. With ``head_only`` one group, "seg_head", and everything else is frozen."""
+    spare_the_compiler()
     if head_only:
         for name, parameter in model.named_parameters().items():
             parameter.requires_grad_(name in SEGMENTATION_HEAD)

@@ -61,16 +61,24 @@ class Task:
     def _channels(self, background: Tensor) -> int:
         return len(background) if self.labels is None else len(self.labels)
 
-    def expected(self, positions: Tensor, background: Tensor, mirrored: Tensor) -> Tensor:
-        """What ``positions`` (B,) between frames should show (IBFR), (B, C, H, W): as published, the frames around each
-        blended linearly, (1 - alpha) I_k + alpha I_{k+1} at k + alpha."""
-        before = positions.long()
-        alphas = (positions - before).float()
-        if self.between is None:
-            first, second = self.targets(torch.cat([before, before + 1]), background, mirrored).chunk(2)
-            return torch.lerp(first, second, alphas.view(-1, 1, 1, 1))
-        images = self.between(before, alphas)
-        return torch.where(mirrored, images.flip(-1), images).expand(-1, self._channels(background), -1, -1)
+    def shown(
+        self, frames: Tensor, real: int, alphas: Tensor, background: Tensor, mirrored: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """What renders should show: ``real`` frames, (B, C, H, W), and M positions between two frames (IBFR),
+        (M, C, H, W): as published, the frames around each blended linearly, (1 - alpha) I_k + alpha I_{k+1}.
+
+        frames: indices (B + 2 M,), of the real ones, then of those before and after each position. alphas: (M,).
+        """
+        extra = len(alphas)
+        if self.between is None:  # all at once: each call costs a GPU several small kernels
+            images, before, after = self.targets(frames, background, mirrored).split([real, extra, extra])
+            return images, torch.lerp(before, after, alphas.view(-1, 1, 1, 1))
+        between = self.between(frames[real : real + extra], alphas)
+        between = torch.where(mirrored, between.flip(-1), between)
+        return (
+            self.targets(frames[:real], background, mirrored),
+            between.expand(-1, self._channels(background), -1, -1),
+        )
 
 
 def tasks(

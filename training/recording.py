@@ -14,6 +14,7 @@ from training.batches import Views
 from training.iteration import IterationResult, Objective, forward_backward
 
 _SPARE = 1.2  # room for pairs of Gaussian and tile, over the last count; with too little, the graph is recorded again
+_GROWN = 1.25
 _MOST_PAIRS = (
     2**31 - 1
 )  # the largest capacity that ``blend`` accepts; its error says what to do where that is too little
@@ -97,18 +98,24 @@ class RecordedStep:
         self._count = self.counted.numpy()
         self._anchor: torch.cuda.CUDAGraph | None = None
         self._held: Tensor | None = None
+        self._made_for = 0  # Gaussians that there were when its memory was first used
 
-    def forget(self) -> None:
-        """Frees the recordings' memory for work that needs much of it: the two might not fit together. The parameters
-        keep their gradients."""
+    def forget(self, keep_memory: bool = False) -> None:
+        """Drops the recordings, and frees their memory for work that needs much of it: the two might not fit together.
+        The parameters keep their gradients.
+
+        keep_memory: for the next recordings, which then need not ask the driver for it. It is freed nevertheless where
+        the model has grown by so much that little of it would be used again.
+        """
         for parameter in self._parameters():
             if parameter.grad is not None:
                 parameter.grad = parameter.grad.clone()
         # Memory may be released at once (expandable segments are), while a recording is still being replayed.
         torch.cuda.current_stream().synchronize()
         self.recordings.clear()
-        self._anchor = self._held = None
-        torch.cuda.empty_cache()
+        if not keep_memory or len(self.objective.model) > _GROWN * self._made_for:
+            self._anchor = self._held = None
+            torch.cuda.empty_cache()
 
     def _parameters(self) -> Sequence[Tensor]:
         return list(self.objective.model.named_parameters().values())
@@ -121,13 +128,14 @@ class RecordedStep:
             self._anchor.capture_begin(capture_error_mode="thread_local")
             self._held = torch.zeros(1, device=self.objective.model.device)
             self._anchor.capture_end()
+            self._made_for = len(self.objective.model)
         return self._anchor.pool()
 
     def __call__(self, views: Views, iteration: int, screen_gradients: bool) -> IterationResult:
         model = self.objective.model
         parameters = [p.data_ptr() for p in model.params.values()]
         if parameters != self.parameters:
-            self.forget()
+            self.forget(keep_memory=True)
             self.parameters = parameters
         with_sigma = iteration < self.objective.options.sigma_until_iter
         kind = _Kind(len(views), views.real, screen_gradients, with_sigma, model.active_sh_degree)
@@ -140,7 +148,7 @@ class RecordedStep:
             torch.cuda.current_stream().synchronize()
             self._note(int(self._count[0]), views)
             return result
-        if self._anchor is None:  # the largest first: the others fit into its memory
+        if not self.recordings:  # the largest first: the others fit into its memory
             largest = max((like for like in self.seen if like.regime == kind.regime), key=lambda k: k[:2])
             self._record(largest, self.seen[largest], iteration)
         recording = self.recordings.get(kind) or self._record(kind, views, iteration)

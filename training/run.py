@@ -37,6 +37,7 @@ from training.recording import RecordedStep
 from training.reports import Metrics
 from training.resuming import as_saved, changes, check_continues, check_fits, starting_point, with_model_of
 from training.schedule import fitted, replan, warn, with_iterations
+from utils.beside import Beside, import_ahead
 from utils.errors import UserError
 from utils.files import atomic_write, remove_temporaries
 from utils.metrics import psnr
@@ -45,6 +46,14 @@ from utils.stages import stage
 from utils.timing import Parts
 
 Run = TypeVar("Run", bound="Training")
+
+LATER = (
+    "matplotlib.backends.backend_agg",
+    "matplotlib.figure",
+    "torch.utils.tensorboard",
+    "scipy.interpolate",
+)
+"""Modules that evaluation and reports import, and that take a while."""
 
 
 @dataclass
@@ -68,13 +77,16 @@ class Training:
     averaged: GaussianModel | None = None  # running averages of the model's parameters, while there are any
     say: Callable[[str], object] = print  # one line to the user
     parts: Parts = field(default_factory=Parts)  # where its time goes
+    beside: Beside = field(default_factory=Beside)  # what nothing waits for before the end
     _recorded: RecordedStep | None = None
 
     @classmethod
     def start(cls: type[Run], options: TrainOptions, say: Callable[[str], object]) -> Run:
         """Reads the frames, then makes a new model or takes the one of ``options.start_checkpoint``."""
         device = resolve_device(options.device)
-        asked = options
+        asked, beside = options, Beside()
+        if device.type == "cuda":  # on a CPU, threads would take turns with the main one
+            beside(import_ahead, *LATER)
         options, saved = starting_point(options, device, say)
         parts = Parts()
         with parts("reading"):
@@ -100,19 +112,20 @@ class Training:
             background = torch.zeros(channels)  # nothing is labelled behind a label map
 
         options = with_bound(options, saved, device, channels, len(labels) if labels else None)
-        if saved is None:
-            durations = geometry.durations() if geometry else None
-            if options.start == "frames":
-                sequences = [task.frames for task in todo]
-                model = image_start(options, camera, sequences, background, generator, device, durations)
+        with parts("start"):
+            if saved is None:
+                durations = geometry.durations() if geometry else None
+                if options.start == "frames":
+                    sequences = [task.frames for task in todo]
+                    model = image_start(options, camera, sequences, background, generator, device, durations)
+                else:
+                    of_images = labels if todo[-1].head == IMAGE else None
+                    model = GaussianModel.random(
+                        options, camera, len(frames), channels, generator, device, durations, of_images
+                    )
             else:
-                of_images = labels if todo[-1].head == IMAGE else None
-                model = GaussianModel.random(
-                    options, camera, len(frames), channels, generator, device, durations, of_images
-                )
-        else:
-            model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree, saved.labels)
-            options = with_model_of(options, saved)
+                model = GaussianModel(saved.params, saved.time_func, saved.active_sh_degree, saved.labels)
+                options = with_model_of(options, saved)
         needs_head = options.pipeline == "joint" or options.seg_head_only
         if needs_head and SEGMENTATION not in model.heads:
             model.add_segmentation_head(labels)
@@ -131,13 +144,16 @@ class Training:
             {task.name: test for task, test in zip(todo, data.heldout, strict=True) if test is not None},
             say=say,
             parts=parts,
+            beside=beside,
         )
         if saved is not None:
             training.found = asked.start_checkpoint == AUTO
             training._resume(saved, say)
+        if device.type == "cuda":
+            training._evaluation.begin(training.objective, beside)
         if training.iteration < options.iterations:  # last, as it takes minutes
             with parts("motion"):
-                between = expected_between(options, data, say)
+                between = expected_between(options, data, say, beside)
             training.tasks = tasks(options, frames, data.masks, between, data.painted)
         return training
 
@@ -274,7 +290,7 @@ class Training:
     def _control_density(self) -> None:
         options, model, iteration = self.options, self.model, self.iteration
         if iteration > options.densify_from_iter and iteration % options.densification_interval == 0:
-            self.release()
+            self.release(keep_memory=True)
             self.averaged = None
             held_back = self.control.step(
                 model, self.optimizer, iteration, options, self.extent, self.generator
@@ -353,10 +369,11 @@ class Training:
             self.objective, views, iteration, gradients
         )
 
-    def release(self) -> None:
-        """Frees recorded iterations, before the parameters are replaced or much else is rendered."""
+    def release(self, keep_memory: bool = False) -> None:
+        """Frees recorded iterations, before the parameters are replaced (when their memory can be kept for the next) or
+        much else is rendered."""
         if self._recorded is not None:
-            self._recorded.forget()
+            self._recorded.forget(keep_memory)
 
     @property
     def extent(self) -> float:
@@ -374,7 +391,7 @@ class Training:
         mirrored frames of the published layout, where they are absent."""
         if self.options.camera == "mirror":
             for root in filter(None, (self.options.source_path, self.options.seg_source_path)):
-                write_mirror(self.options.folder_of(root), Path(root) / "mirror", say)
+                self.beside(write_mirror, self.options.folder_of(root), Path(root) / "mirror", say)
         frames = self.tasks[0].frames
         write_cfg_args(self.folder / "cfg_args", self.options)
         with atomic_write(self.folder / "cameras.json") as temporary:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import tifffile
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from utils.errors import UserError
@@ -177,6 +176,8 @@ def write_levels(path: str | os.PathLike[str], levels: np.ndarray) -> None:
         if suffix == ".png":
             temporary.write_bytes(_encode_png(levels))
         elif suffix in (".tif", ".tiff"):
+            import tifffile  # most frames are PNG
+
             extra = ["unassalpha"] if levels.shape[2:] == (4,) else None
             photometric = "minisblack" if levels.ndim == 2 else "rgb"
             tifffile.imwrite(
@@ -214,6 +215,8 @@ def _read_npy(path: Path, levels: bool) -> np.ndarray:
 
 
 def _read_tiff(path: Path, levels: bool) -> np.ndarray:
+    import tifffile
+
     with tifffile.TiffFile(path) as file:
         if len(file.pages) != 1:
             raise UserError(f"{path} holds {len(file.pages)} pages: write each frame into a file of its own")

@@ -1,4 +1,5 @@
-"""How many threads torch's operators use and how they wait; imported first, as OpenMP reads this when torch is loaded.
+"""What torch reads when it is loaded, so this is imported first: how many threads its operators use, how they wait, and
+how a GPU's memory is allotted.
 
 Threads that spin while waiting take the processor from other programs' threads: on a busy machine, training was 10 to
 18 times slower. Settings made by the user are kept.
@@ -6,6 +7,7 @@ Threads that spin while waiting take the processor from other programs' threads:
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -31,7 +33,15 @@ def processors() -> int:
     return min(there, *(share for share in (slurm_share(), container_share()) if share), there)
 
 
+def spare_processors() -> int:
+    """The same for threads of our own; 1 in one of several worker processes, which share the processors."""
+    return processors() if multiprocessing.parent_process() is None else 1
+
+
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if "PYTORCH_ALLOC_CONF" not in os.environ:  # the newer name of the same variable
+    # Memory grows in place: without gaps that no tensor fits into, as the number of Gaussians changes.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 if (_asked := slurm_share()) is not None:
     os.environ.setdefault("OMP_NUM_THREADS", str(_asked))
 if (_share := container_share()) is not None and _share < (os.cpu_count() or 1):
