@@ -5,7 +5,8 @@
 
 CASE/volume.nii.gz and CASE/label.nii.gz (which may be missing) are prepared with every N-th slice kept, trained on,
 rendered N times as densely and, with a label, meshed. The slices left out are scored by train.py itself. Arguments
-after -- go to train.py. On a shared machine, compare processor seconds, not wall time.
+after -- go to train.py. On a shared machine, compare processor seconds, not wall time. --upsample gives a small case
+the size of a hospital's, for time and memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
 
 from arguments import PRESETS, resolve_device
 from benchmarks.common import ROOT, describe, table
@@ -51,17 +57,41 @@ class Stopwatch:
         self.processors[program] = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
-def measure(case: Path, preset: str, keep: int, images_only: bool, device: str, extra: Sequence[str]) -> Row:
+def upsampled(case: Path, size: Sequence[int], folder: Path) -> Path:
+    """The case at ``size`` (columns, rows, slices), interpolated linearly, in ``folder``."""
+    for name in ("volume.nii.gz", "label.nii.gz"):
+        if (case / name).is_file():
+            image = nibabel.load(case / name)
+            values = torch.from_numpy(np.asarray(image.dataobj, np.float32).copy())
+            steps = [old / new for old, new in zip(values.shape, size, strict=True)]
+            values = interpolate(values[None, None], size=tuple(size), mode="trilinear")[0, 0]
+            if name == "label.nii.gz":
+                values = (values >= float(values.max()) / 2).float()
+            affine = image.affine @ np.diag([*steps, 1.0])
+            nibabel.save(nibabel.Nifti1Image(values.numpy(), affine), folder / name)
+    return folder
+
+
+def measure(
+    case: Path,
+    preset: str,
+    keep: int,
+    images_only: bool,
+    device: str,
+    size: Sequence[int] | None,
+    extra: Sequence[str],
+) -> Row:
     """One case from its volume to its mesh."""
-    label = case / "label.nii.gz"
-    joint = label.is_file() and not images_only
+    joint = (case / "label.nii.gz").is_file() and not images_only
     described = case / "case.json"
     window = json.loads(described.read_text())["window"] if described.is_file() else None
     watch = Stopwatch()
     with tempfile.TemporaryDirectory() as temporary:
         data, model = Path(temporary) / "data", Path(temporary) / "model"
+        source = upsampled(case, size, Path(temporary)) if size else case
+        label = source / "label.nii.gz"
         watch.run(
-            "prepare.py", "-i", case / "volume.nii.gz", *(("-l", label) if joint else ()), "-o", data,
+            "prepare.py", "-i", source / "volume.nii.gz", *(("-l", label) if joint else ()), "-o", data,
             "--keep_every", keep, "--bits", 8, *(("--window", *window) if window else ()),
         )  # fmt: skip
         masks = ("--pipeline", "joint", "--seg_source_path", data / "seg") if joint else ()
@@ -72,10 +102,11 @@ def measure(case: Path, preset: str, keep: int, images_only: bool, device: str, 
             watch.run("slices_to_ply.py", "-i", model, "-o", Path(temporary) / "mesh", "--inter", keep)
         scores = json.loads((model / "evaluation.json").read_text())
         saved = load_checkpoint(newest(model), "cpu")
-        parts = json.loads((model / "time.json").read_text())["parts"]
+        spent = json.loads((model / "time.json").read_text())
     last = [row for row in scores if row["iteration"] == saved.iteration and row["method"] == "model"]
     return {
         "case": case.name,
+        "upsampled": list(size) if size else None,
         "keep": keep,
         "preset": preset,
         "pipeline": "joint" if joint else "img",
@@ -84,29 +115,34 @@ def measure(case: Path, preset: str, keep: int, images_only: bool, device: str, 
         "gaussians": len(saved.params["xyz"]),
         "clock": watch.clock,
         "processors": watch.processors,
-        "train.py": parts,
+        "train.py": spent["parts"],
+        "memory": spent["memory"],
         "scores": last,
         "load": os.getloadavg()[0],
     }
 
 
 def shown(rows: Sequence[Row]) -> str:
-    """One line per row: scores of held-out frames, seconds in total and by program."""
+    """One line per row: scores of held-out frames (with --keep 1, of training frames), seconds in total and by
+    program."""
 
     def score(row: Row, task: str, name: str, form: str) -> str:
-        found = [r for r in row["scores"] if (r["task"], r["frames"]) == (task, "heldout")]
+        frames = "heldout" if row["keep"] > 1 else "training"
+        found = [r for r in row["scores"] if (r["task"], r["frames"]) == (task, frames)]
         return format(found[0][name], form) if found else "-"
 
     lines = [
         [
-            f"{row['case']}, 1/{row['keep']}, {row['pipeline']}",
+            f"{row['case']}{_size(row)}, 1/{row['keep']}, {row['pipeline']}",
             " ".join([row["preset"], *row["options"]]),
             f"{score(row, 'img', 'psnr', '.2f')} / {score(row, 'img', 'ssim', '.4f')}",
             score(row, "seg", "dice", ".4f"),
             f"{sum(row['clock'].values()):.0f}",
             f"{sum(row['processors'].values()):.0f}",
             ", ".join(f"{name.removesuffix('.py')} {s:.0f}" for name, s in row["processors"].items()),
-            f"{row['train.py'].get('motion', 0):.0f}",
+            f"{row['train.py']['whole process']:.1f}",
+            f"{row['train.py'].get('motion', 0):.1f}",
+            f"{row['memory'] / 1e9:.2f}" if "memory" in row else "-",
             row["about"]["machine"] if row["about"]["device"] == "cpu" else row["about"]["device"],
             f"{row['load']:.1f}",
         ]
@@ -120,11 +156,17 @@ def shown(rows: Sequence[Row]) -> str:
         "s",
         "processor s",
         "of these",
+        "train.py, s",
         "motion, s",
+        "GB",
         "on",
         "load",
     ]
     return table(headers, lines)
+
+
+def _size(row: Row) -> str:
+    return " at " + " x ".join(map(str, row["upsampled"])) if row.get("upsampled") else ""
 
 
 def save(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -143,6 +185,13 @@ def parser() -> ArgumentParser:
     out.add_argument("--presets", nargs="+", choices=PRESETS, default=["quick"])
     out.add_argument("--keep", type=positive, default=2, help="every N-th slice is kept (default: 2)")
     out.add_argument("--images_only", action="store_true", help="leave labels out")
+    out.add_argument(
+        "--upsample",
+        nargs=3,
+        type=positive,
+        metavar="N",
+        help="columns, rows and slices to interpolate to first",
+    )
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu")
     out.add_argument("--out", type=Path, default=OUT, help=f"rows are appended to this file (default: {OUT})")
     return out
@@ -159,7 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not (case / "volume.nii.gz").is_file():
             raise UserError(f"{case} has no volume.nii.gz: give the folder of a case")
         for preset in given.presets:
-            row = measure(case, preset, given.keep, given.images_only, str(device), extra)
+            row = measure(case, preset, given.keep, given.images_only, str(device), given.upsample, extra)
             rows.append(row | {"about": describe(device)})
             save(given.out, rows)
     print(shown(rows))

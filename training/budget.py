@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections import deque
 from dataclasses import dataclass
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from training.batches import Batch, Views
+from training.density_control import bytes_per_gaussian
+from utils.memory import peak_memory
 from utils.timing import BEGUN, Clock, in_words
 
 if TYPE_CHECKING:
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 GROWTH = 1.3
 """How much longer an iteration takes on average than at the start, as Gaussians are added and the optimizer steps."""
+DENSER = {"published": 5.5, "best": 12.0, "fast": 1.5, "quick": 1.0}
+"""How many times as many Gaussians density control has left at most, on the cases in benchmarks/results/presets."""
 PATIENCE = 600.0
 """Seconds from which a faster preset is worth mentioning on a CPU."""
 
@@ -30,7 +32,8 @@ PATIENCE = 600.0
 
 @dataclass(frozen=True)
 class Forecast:
-    """rate: iterations per second. seconds: what the iterations that are left take. memory: bytes, the most so far."""
+    """rate: iterations per second. seconds: what the iterations that are left take. memory: bytes, the most that they
+    are likely to need."""
 
     rate: float
     seconds: float
@@ -42,7 +45,7 @@ class Forecast:
         count = options.iterations - training.iteration
         text = (
             f"about {in_words(self.seconds)} for {count} iterations on {device.type} ({self.rate:.3g} per second), "
-            f"{self.memory / 1e9:.1f} GB of memory so far"
+            f"up to {self.memory / 1e9:.1f} GB of memory"
         )
         slow = device.type == "cpu" and options.preset in ("published", "best") and self.seconds > PATIENCE
         return text + ("; --preset quick takes minutes on a CPU" if slow else "")
@@ -80,20 +83,16 @@ def forecast(training: Training, step: Callable[[Views, int, bool], IterationRes
     begun = max(len(left) - max(options.ibfr_from_iter - left.start, 0), 0) if taught else 0
     share = 1 - 1 / options.ibfr_skip if options.ibfr_skip else 1.0
     in_all = GROWTH * (begun * share * with_between + (len(left) - begun * share) * plain)
-    return Forecast(len(left) / in_all, in_all, _memory(device))
+    gaussians = len(training.model)
+    most = max(DENSER[options.preset] * options.num_pts, gaussians) if training.controlled else gaussians
+    most = min(most, max(options.max_gaussians, gaussians))
+    each = bytes_per_gaussian(options, len(training.background))
+    return Forecast(len(left) / in_all, in_all, peak_memory(device) + int((most - gaussians) * each))
 
 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _memory(device: torch.device) -> int:
-    """Peak memory of this process on the device, in bytes."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_reserved(device)
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most << 10  # other systems count in KiB
 
 
 # ---- no longer than that ---------------------------------------------------------------------------------------------

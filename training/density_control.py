@@ -126,6 +126,18 @@ def with_bound(
         return options
     if before > 0:
         return replace(options, max_gaussians=before)
+    most = int(_MEMORY_SHARE * free_memory(device)) // bytes_per_gaussian(options, channels, of_masks)
+    start = len(saved.params["xyz"]) if saved else options.num_pts
+    if start > most:
+        raise UserError(
+            f"{start} Gaussians are likely to need more than half of the free memory, which would hold {most}: lower "
+            "--num_pts or --batch_size, free some, or say how many to try with --max_gaussians"
+        )
+    return replace(options, max_gaussians=most)
+
+
+def bytes_per_gaussian(options: TrainOptions, channels: int, of_masks: int | None = None) -> int:
+    """Memory that a Gaussian is likely to take in training; the channels as in `with_bound`."""
     heads = (IMAGE, SEGMENTATION) if options.pipeline == "joint" or options.seg_head_only else (IMAGE,)
     harmonics = (options.sh_degree + 1) ** 2 - 1
     sizes = {"C": channels, "S": of_masks or channels, "R": harmonics, "W": 2 * options.poly_degree}
@@ -134,15 +146,7 @@ def with_bound(
     # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
     # where Gaussians are as small as after training).
     images = len(heads) * (2 * options.batch_size - 1)
-    size = 4 * (5 * raw + 5 + 100 * images)
-    most = int(_MEMORY_SHARE * free_memory(device)) // size
-    start = len(saved.params["xyz"]) if saved else options.num_pts
-    if start > most:
-        raise UserError(
-            f"{start} Gaussians are likely to need more than half of the free memory, which would hold {most}: lower "
-            "--num_pts or --batch_size, free some, or say how many to try with --max_gaussians"
-        )
-    return replace(options, max_gaussians=most)
+    return 4 * (5 * raw + 5 + 100 * images)
 
 
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:

@@ -7,6 +7,7 @@ from training.budget import budget_of, forecast
 from training.recording import side_stream
 from training.reports import Report
 from training.run import Training
+from utils.memory import peak_memory
 from utils.stages import stage
 
 XYZ_INTERVAL = 5000  # iterations between two files of --save_xyz
@@ -63,6 +64,6 @@ def train(training: Training, stop: object = None) -> None:
             training.update()
     with parts("waiting"):
         training.beside.finish()
-    report.close(parts.seconds)
+    report.close(parts.seconds, peak_memory(training.model.device))
     if budget and options.time and not stop and (note := budget.note(options.time, training.iteration)):
         report.say(note)

@@ -258,9 +258,9 @@ class Report:
             for name in stated.keys() & means.keys() - {"l1"}:
                 self.writer.add_scalar(f"{place}/{name}", means[name], iteration)
 
-    def close(self, parts: Mapping[str, float]) -> None:
+    def close(self, parts: Mapping[str, float], memory: int) -> None:
         """Ends the bar and writes ``time.json``. parts: seconds that parts of the process took, by name; evaluation and
-        saving are within the loop's."""
+        saving are within the loop's. memory: bytes, the most that was taken."""
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
@@ -270,6 +270,7 @@ class Report:
         spent = {
             "time": time.process_time(),
             "elapsed": elapsed,
+            "memory": memory,
             "parts": {name: round(value, 3) for name, value in seconds.items()},
         }
         with atomic_write(self.folder / "time.json") as temporary:

@@ -1,8 +1,10 @@
-"""How much memory is free."""
+"""How much memory is free, and how much was taken."""
 
 from __future__ import annotations
 
 import os
+import resource
+import sys
 from pathlib import Path
 
 import torch
@@ -18,6 +20,14 @@ def free_memory(device: torch.device) -> int:
     except (OSError, StopIteration):  # not Linux
         free = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_left_to_the_container()])
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most that this process has taken on the device so far, in bytes; on a GPU, what torch has asked it for."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most << 10  # other systems count in KiB
 
 
 def _left_to_the_container() -> list[int]:
