@@ -229,7 +229,7 @@ def test_time_is_measured(joint):
     _, out, _ = joint
     spent = json.loads((out / "time.json").read_text())
     parts = spent.pop("parts")
-    assert set(spent) == {"time", "elapsed"} and all(value > 0 for value in spent.values())
+    assert set(spent) == {"time", "elapsed", "memory"} and all(value > 0 for value in spent.values())
     assert all(value >= 0 for value in parts.values())
     assert parts["iterations"] + parts["evaluation"] + parts["saving"] == pytest.approx(
         spent["elapsed"], abs=0.01
