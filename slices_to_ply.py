@@ -65,7 +65,7 @@ from patient.stacks import (
 )
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.images import MAX_PIXELS, limit_pixels
-from utils.threads import spare_processors
+from utils.threads import processors, spare_processors
 
 NOT_CASES = (
     "mirror",
