@@ -2,6 +2,7 @@
 
 import math
 
+import general_oracle
 import pytest
 import torch
 from general_oracle import rotation_matrices
@@ -99,9 +100,54 @@ def test_values_of_means2d_are_never_read(device):
     assert GaussianRasterizer(settings)(gaussians["means3D"], None, **given)[0].equal(expected[0])
 
 
-def test_the_absolute_gradient_is_refused():
-    with pytest.raises(ValueError, match="absolute gradient"):
-        rasterize(scene(camera()), camera(), torch.zeros(10, 4).double())
+@pytest.mark.parametrize("device", DEVICES)
+def test_absolute_gradient_is_the_sum_of_each_pixels_magnitude(device):
+    """AbsGS, GOF: four columns of means2D. The reference differentiates one pixel at a time."""
+    settings = camera(width=9, height=7, device=device)
+    gaussians = {name: value.to(device) for name, value in scene(camera(width=9, height=7)).items()}
+    n = len(gaussians["means3D"])
+    screen = torch.zeros(n, 4, dtype=torch.float64, device=device, requires_grad=True)
+    generator = torch.Generator().manual_seed(3)
+    weights = torch.randn(4, 7, 9, dtype=torch.float64, generator=generator).to(device)
+
+    def weighted(given):
+        colour, _, depth = rasterize(gaussians, settings, given)
+        return (torch.cat([colour, depth]) * weights).sum(0)
+
+    (ours,) = torch.autograd.grad(weighted(screen).sum(), screen)
+    plain = torch.zeros(n, 3, dtype=torch.float64, requires_grad=True, device=device)
+    colour, _, depth = general_oracle.rasterize_gaussians(
+        gaussians["means3D"], plain, gaussians["shs"], None, gaussians["opacities"], gaussians["scales"],
+        gaussians["rotations"], None, settings,
+    )  # fmt: skip
+    pixels = (torch.cat([colour, depth]) * weights).sum(0).flatten()
+    each = torch.stack([torch.autograd.grad(pixel, plain, retain_graph=True)[0] for pixel in pixels])
+    torch.testing.assert_close(ours[:, :2], each.sum(0)[:, :2], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ours[:, 2:], each.abs().sum(0)[:, :2], rtol=1e-9, atol=1e-9)
+    assert (ours[:, 2:] > 1.01 * ours[:, :2].abs()).any()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_touched_counts_the_pixels_that_a_gaussian_is_seen_at(device):
+    """MonoGS: drawn, and more than half of the transmittance left in front. The reference adds one Gaussian at a time."""
+    settings = camera(device=device)
+    gaussians = {name: value.to(device) for name, value in scene(camera(), n=30).items()}
+    with returning("touched"):
+        colour, radii, depth, alpha, touched = rasterize(gaussians, settings)
+    with returning("depth_alpha"):
+        for our, their in zip((colour, radii, depth, alpha), rasterize(gaussians, settings), strict=True):
+            assert our.equal(their)
+        z = gaussians["means3D"] @ settings.viewmatrix[:3, 2] + settings.viewmatrix[3, 2]
+        order = torch.argsort(z)
+        before = torch.ones_like(alpha)
+        expected = torch.zeros_like(touched)
+        for k, n in enumerate(order.tolist()):
+            first = {name: value[order[: k + 1]] for name, value in gaussians.items()}
+            after = 1 - rasterize(first, settings)[3]
+            expected[n] = ((after < before) & (before > 0.5)).sum()
+            before = after
+    assert touched.dtype == torch.int32 and touched.equal(expected)
+    assert touched.max() > 50 and (touched == 0).any()
 
 
 def test_dc_apart_from_the_rest():
@@ -158,7 +204,7 @@ def test_forms_of_the_result(form, how, monkeypatch):
         assert len(rasterize(gaussians, settings)) == 3
     else:
         out = rasterize(gaussians, settings)
-    assert len(out) == {"radii": 2, "depth_alpha": 4}.get(form, 3)
+    assert len(out) == {"radii": 2, "depth_alpha": 4, "touched": 5}.get(form, 3)
     assert out[0].equal(colour) and out[1].equal(radii)
     if form == "inverse_depth":
         assert out[2].equal(inverse_depth)

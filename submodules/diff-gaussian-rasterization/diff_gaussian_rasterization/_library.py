@@ -1,42 +1,215 @@
 """The compiled operators of this package: found, or compiled on first use, and loaded into torch.
 
-A library is named after all that went into it (sources, flags, torch, CUDA or not), so one that was made for another
-torch, or of other sources, is never loaded: under the name looked for it is not there. The places, in this order:
+A library is named after all that went into it (sources, flags, torch, CUDA or not), so one of other sources is never
+loaded: under the name looked for it is not there. The places, in this order:
 
 1. beside this file, where an install that sees torch (`pip install --no-build-isolation`) compiles it;
-2. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
+2. beside this file, where a wheel brings it (`make wheels`). The operators call torch through its stable ABI, so this one
+   serves every torch from 2.10 on and every Python, and needs neither compiler nor CUDA toolkit;
+3. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
 
 A library that was just compiled must prove itself in a process of its own before it is used: an error raised in it has
 to arrive in Python (`check`). Where the compiler brings a C++ runtime of its own, it would end the process instead.
 
 The environment variable MEDGS_FORCE_CPU=1 leaves the CUDA kernels out, MEDGS_CXX_FLAGS adds flags for the C++ compiler
-and linker (a library compiled with other flags has another name); TORCH_CUDA_ARCH_LIST and MAX_JOBS are torch's.
+and linker (a library compiled with other flags has another name); TORCH_CUDA_ARCH_LIST and MAX_JOBS are as torch's.
 This file is the same in both packages (a test compares them), and setup.py reads it too: it imports torch late.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parent
 NAME = PACKAGE.name
 CSRC = PACKAGE / "csrc"
 
+OLDEST_TORCH = (2, 10)  # the first with all of the stable ABI that the operators call
 # -fno-math-errno lets the compiler inline sqrt and its kind; results stay IEEE. Apple's clang has no OpenMP.
 CXX_FLAGS = ["-O3", "-fno-math-errno"] + ([] if sys.platform == "darwin" else ["-fopenmp"])
 CXX_FLAGS += os.environ.get("MEDGS_CXX_FLAGS", "").split()
 LINK_FLAGS = [flag for flag in CXX_FLAGS if flag.startswith(("-fopenmp", "-fsanitize"))]
 NVCC_FLAGS = ["-O3"]
+COMMON_FLAGS = ["-std=c++17", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH[0] << 56 | OLDEST_TORCH[1] << 48:#x}"]
+ARCHITECTURES = "7.5;8.0;8.6;8.9;9.0+PTX"  # where no GPU is visible; PTX is for those to come
+
+
+@functools.cache
+def load(instead: str | None = None) -> str:
+    """Make the operators known to torch, once; later calls return at once.
+
+    Args:
+        instead: what a user who cannot compile may do; the end of the error message.
+
+    Returns:
+        What they were compiled for: "cpu", or CUDA's version as in "cu130". Also "cpu" where there is nothing to
+        compile for it.
+
+    Raises:
+        ImportError: a compiler is missing, or compiling failed; the text says what to do.
+    """
+    import torch
+
+    if torch_version() < OLDEST_TORCH:
+        oldest = ".".join(map(str, OLDEST_TORCH))
+        raise ImportError(f"{NAME} needs torch {oldest} or newer, and this is {torch.__version__}")
+    target = torch_target()
+    library = _ready_library(target)
+    if library is None:
+        target = build_target()
+        library = _ready_library(target)
+    if library is None and sources(target):
+        try:
+            library = _cached_library(target)
+        except ImportError as error:
+            raise ImportError(f"{error}, or {instead}" if instead else str(error)) from error.__cause__
+    if library is not None:
+        try:
+            torch.ops.load_library(str(library))
+        except OSError as error:
+            raise ImportError(
+                f"{library} does not load ({error}): remove it, and it is compiled anew"
+            ) from error
+    return target
+
+
+def torch_version() -> tuple[int, int]:
+    """Of the torch at hand: (2, 13)."""
+    import torch
+
+    major, minor = re.match(r"(\d+)\.(\d+)", torch.__version__).groups()  # type: ignore[union-attr]
+    return int(major), int(minor)
+
+
+def torch_target() -> str:
+    """What the torch at hand could run: "cpu", or CUDA's version as in "cu130"."""
+    import torch
+
+    if torch.version.cuda is None or os.environ.get("MEDGS_FORCE_CPU", "0") not in ("", "0"):
+        return "cpu"
+    return "cu" + torch.version.cuda.replace(".", "")
+
+
+def build_target() -> str:
+    """What can be compiled here: the same, but "cpu" where there is no CUDA toolkit with nvcc."""
+    target = torch_target()
+    return target if target == "cpu" or _nvcc() is not None else "cpu"
+
+
+def sources(target: str) -> list[Path]:
+    """The files to compile."""
+    patterns = ["cpu/*.cpp"] + ([] if target == "cpu" else ["cuda/*.cpp", "cuda/*.cu"])
+    return sorted(path for pattern in patterns for path in CSRC.glob(pattern))
+
+
+def library_name(target: str) -> str:
+    """A name no library of other sources, other flags or another torch has."""
+    import torch
+
+    return f"_ops_{target}_{_digest(torch.__version__, str(torch.version.git_version))}"
+
+
+def installed_library(target: str) -> Path:
+    """Where an install that sees torch puts the library."""
+    return PACKAGE / f"{library_name(target)}.so"
+
+
+def wheel_library(target: str) -> Path:
+    """Where a wheel has the library that serves any torch; that of CUDA 13 is for every CUDA 13."""
+    family = target if target == "cpu" else target[:4]
+    return PACKAGE / f"_ops_{family}_{_digest()}.so"
+
+
+def _ready_library(target: str) -> Path | None:
+    places = (installed_library(target), wheel_library(target))
+    return next((path for path in places if path.exists()), None)
+
+
+def _digest(*torch: str) -> str:
+    digest = hashlib.sha256(
+        "\0".join([*torch, sys.platform, platform.machine(), *COMMON_FLAGS, *CXX_FLAGS, *NVCC_FLAGS]).encode()
+    )
+    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")):
+        digest.update(b"\0" + path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+# ---- compiling -----------------------------------------------------------------------------------------------------
+
+
+def build(target: str, library: Path, architectures: str | None = None) -> None:
+    """Compile and link the operators, a file on each processor (MAX_JOBS).
+
+    Args:
+        target: "cpu", or CUDA's version as in "cu130".
+        library: the file to write.
+        architectures: GPUs to compile for, as in TORCH_CUDA_ARCH_LIST; by default those that are visible.
+
+    Raises:
+        ImportError: there is no compiler, or nvcc is not of torch's CUDA.
+        RuntimeError: with what the compiler said.
+    """
+    import torch
+
+    if problem := _missing_tool() or other_cuda(target):
+        raise ImportError(f"{NAME} has to be compiled once for torch {torch.__version__}, and {problem}")
+    home, nvcc = Path(torch.__file__).parent, _nvcc()
+    compiler = shlex.split(os.environ.get("CXX", "c++"))
+    headers = [f"-I{CSRC}", "-isystem", str(home / "include")]
+    if nvcc is not None and target != "cpu":
+        headers += ["-isystem", str(nvcc.parents[1] / "include")]
+
+    def command(source: Path, output: Path) -> list[str]:
+        if source.suffix == ".cu":
+            host = ["-ccbin", compiler[-1]] if "CXX" in os.environ else []
+            flags = [*COMMON_FLAGS, *NVCC_FLAGS, *_architecture_flags(architectures), f"-I{CSRC}"]
+            return [str(nvcc), *host, "-c", str(source), "-o", str(output), *flags,
+                    "--compiler-options", "-fPIC,-fvisibility=hidden"]  # fmt: skip
+        flags = [*COMMON_FLAGS, *CXX_FLAGS, "-fPIC", "-fvisibility=hidden", *headers]
+        return [*compiler, "-c", str(source), "-o", str(output), *flags]
+
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="build") as folder:
+        files = sources(target)
+        objects = [Path(folder, f"{i}_{path.name}.o") for i, path in enumerate(files)]
+        jobs = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
+        with ThreadPoolExecutor(jobs) as pool:  # the long ones first: those of nvcc
+            pairs = sorted(zip(files, objects, strict=True), key=lambda pair: pair[0].suffix != ".cu")
+            list(pool.map(lambda pair: _run(command(*pair)), pairs))
+        whole = Path(folder, "whole.so")
+        link = [*compiler, "-shared", *map(str, objects), "-o", str(whole), *link_flags()]
+        _run([*link, f"-L{home / 'lib'}", *_libraries(target, nvcc)])
+        os.replace(whole, library)  # under its name only once whole
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{shlex.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _libraries(target: str, nvcc: Path | None) -> list[str]:
+    """What is linked: torch by name only, as it is loaded before; CUDA's runtime whole, so that any torch will do."""
+    if not sys.platform.startswith("linux"):
+        return ["-ltorch_cpu", "-lc10", "-undefined", "dynamic_lookup"]
+    libraries = ["-Wl,--as-needed", "-Wl,-S", "-ltorch_cpu", "-lc10"]
+    if nvcc is not None and target != "cpu":
+        home = nvcc.parents[1]
+        folders = [home / "lib64", home / "lib", *home.glob("targets/*/lib")]
+        folder = next((f for f in folders if (f / "libcudart_static.a").exists()), None)
+        static = [str(folder / "libcudart_static.a")] if folder else [f"-L{home / 'lib64'}", "-lcudart"]
+        libraries += [*static, "-ldl", "-lrt", "-lpthread"]
+    return libraries
 
 
 def link_flags() -> list[str]:
@@ -57,130 +230,36 @@ def link_flags() -> list[str]:
     return [*LINK_FLAGS, *runtime, "-Wl,--exclude-libs,libstdc++.a:libgcc_eh.a"]
 
 
-@functools.cache
-def load(instead: str | None = None) -> str:
-    """Make the operators known to torch, once; later calls return at once.
-
-    Args:
-        instead: what a user who cannot compile may do; the end of the error message.
-
-    Returns:
-        What they were compiled for: "cpu", or CUDA's version as in "cu130". Also "cpu" where there is nothing to
-        compile for it.
-
-    Raises:
-        ImportError: a compiler or ninja is missing, or compiling failed; the text says what to do.
-    """
+def _architecture_flags(architectures: str | None) -> list[str]:
     import torch
 
-    target = torch_target()
-    library = installed_library(target)
-    if not library.exists():
-        target = build_target()
-        library = installed_library(target)
-    if not library.exists() and sources(target):
-        try:
-            library = _cached_library(target)
-        except ImportError as error:
-            raise ImportError(f"{error}, or {instead}" if instead else str(error)) from error.__cause__
-    if library.exists():
-        try:
-            torch.ops.load_library(str(library))
-        except OSError as error:
-            raise ImportError(
-                f"{library} does not load ({error}): remove it, and it is compiled anew"
-            ) from error
-    return target
-
-
-def torch_target() -> str:
-    """What the torch at hand could run: "cpu", or CUDA's version as in "cu130"."""
-    import torch
-
-    if torch.version.cuda is None or os.environ.get("MEDGS_FORCE_CPU", "0") not in ("", "0"):
-        return "cpu"
-    return "cu" + torch.version.cuda.replace(".", "")
-
-
-def build_target() -> str:
-    """What can be compiled here: the same, but "cpu" where torch finds no CUDA toolkit with nvcc."""
-    target = torch_target()
-    if target != "cpu":
-        from torch.utils.cpp_extension import CUDA_HOME
-
-        if not CUDA_HOME or not Path(CUDA_HOME, "bin", "nvcc").exists():
-            return "cpu"
-    return target
-
-
-def sources(target: str) -> list[Path]:
-    """The files to compile."""
-    patterns = ["cpu/*.cpp"] + ([] if target == "cpu" else ["cuda/*.cpp", "cuda/*.cu"])
-    return sorted(path for pattern in patterns for path in CSRC.glob(pattern))
-
-
-def library_name(target: str) -> str:
-    """A name no library of other sources, other flags or another torch has."""
-    import torch
-
-    parts = [torch.__version__, str(torch.version.git_version), sys.platform, platform.machine()]
-    digest = hashlib.sha256("\0".join([*parts, *CXX_FLAGS, *NVCC_FLAGS]).encode())
-    for path in sorted(path for path in CSRC.rglob("*") if path.suffix in (".h", ".cpp", ".cu", ".cuh")):
-        digest.update(b"\0" + path.relative_to(CSRC).as_posix().encode() + b"\0" + path.read_bytes())
-    return f"_ops_{target}_{digest.hexdigest()[:16]}"
-
-
-def installed_library(target: str) -> Path:
-    """Where an install that sees torch puts the library."""
-    return PACKAGE / f"{library_name(target)}.so"
-
-
-@contextlib.contextmanager
-def build_environment(target: str) -> Iterator[None]:
-    """For torch's build tools: finds ninja where no virtual environment is activated, and chooses GPUs to compile for.
-
-    The latter are the visible ones, as always with torch. Where none is visible, as in a container's build or on a
-    cluster's front end, torch would refuse or guess: then all current ones, with PTX for those to come.
-    """
-    import torch
-
-    if problem := _other_cuda(target):
-        raise ImportError(f"{NAME} cannot be compiled for torch {torch.__version__}: {problem}")
-    changes = {}
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        changes["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
-    if target != "cpu" and "TORCH_CUDA_ARCH_LIST" not in os.environ and not torch.cuda.is_available():
-        volta = [] if int(target[2:-1]) >= 13 else ["7.0"]  # CUDA 13 dropped it
-        changes["TORCH_CUDA_ARCH_LIST"] = ";".join([*volta, "7.5", "8.0", "8.6", "8.9", "9.0+PTX"])
-    before = {name: os.environ.get(name) for name in changes}
-    os.environ.update(changes)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    wanted = architectures or os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not wanted and torch.cuda.is_available():
+        devices = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        wanted = ";".join(f"{major}.{minor}" for major, minor in sorted(devices))
+    flags = []
+    for name in re.split(r"[;\s]+", (wanted or ARCHITECTURES).strip()):
+        number = name.removesuffix("+PTX").replace(".", "")
+        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
+        if name.endswith("+PTX"):
+            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
+    return flags
 
 
 def _cached_library(target: str) -> Path:
     """The library in torch's extension cache, compiled now if it is not there."""
     import torch
-    from filelock import FileLock
-    from torch.utils import cpp_extension
 
     name = library_name(target)
     if target != "cpu":  # a cache may be shared by machines whose GPUs differ
         visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         name += "".join(f"_sm{major}{minor}" for major, minor in sorted(visible))
-    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    folder = root / NAME
+    folder = _cache() / NAME
     library = folder / f"{name}.so"
     if library.exists():
         return library
+    from filelock import FileLock
+
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{name}.lock").touch()
@@ -191,49 +270,42 @@ def _cached_library(target: str) -> Path:
         ) from error
     with FileLock(folder / f"{name}.lock"):
         if not library.exists():  # else another process compiled it while this one waited
-            _compile(target, name, library)
+            _compile(target, library)
     return library
 
 
-def _compile(target: str, name: str, library: Path) -> None:
-    import torch
-    from torch.utils import cpp_extension
+def _cache() -> Path:
+    """torch's extension cache."""
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(folder)
+    if sys.platform == "darwin":
+        return Path.home() / "Library/Caches/torch_extensions"
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "torch_extensions"
 
-    build = library.with_suffix(".build")
-    shutil.rmtree(build, ignore_errors=True)  # half a build, of a process that was stopped
-    build.mkdir()
-    with build_environment(target):
-        if problem := _missing_tool():
-            raise ImportError(f"{NAME} has to be compiled once for torch {torch.__version__}, and {problem}")
-        files = sources(target)
-        print(
-            f"{NAME}: compiling for torch {torch.__version__} ({_describe(target)}), once, about {_seconds(files)} s",
-            file=sys.stderr,
-            flush=True,
-        )
-        try:
-            cpp_extension.load(
-                name=name,
-                sources=[str(path) for path in files],
-                extra_cflags=[*CXX_FLAGS],
-                extra_cuda_cflags=[*NVCC_FLAGS],
-                extra_ldflags=link_flags(),
-                extra_include_paths=[str(CSRC)],
-                build_directory=str(build),
-                with_cuda=target != "cpu",
-                is_python_module=False,
-            )
-        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
-            log = library.with_suffix(".log")
-            log.write_text(str(error))
-            lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-            reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
-            raise ImportError(f"compiling {NAME} failed: {reason} (full output in {log})") from error
-    if problem := check(build / f"{name}.so"):
+
+def _compile(target: str, library: Path) -> None:
+    import torch
+
+    if problem := _missing_tool() or other_cuda(target):
+        raise ImportError(f"{NAME} has to be compiled once for torch {torch.__version__}, and {problem}")
+    print(
+        f"{NAME}: compiling for torch {torch.__version__} ({_describe(target)}), once, about {_seconds(target)} s",
+        file=sys.stderr,
+        flush=True,
+    )
+    new = library.with_suffix(".new")
+    try:
+        build(target, new)
+    except (RuntimeError, OSError) as error:
+        log = library.with_suffix(".log")
+        log.write_text(str(error))
+        lines = [line.strip() for line in str(error).splitlines()[1:] if line.strip()]
+        reason = next((line for line in lines if "error:" in line), lines[0] if lines else repr(error))
+        raise ImportError(f"compiling {NAME} failed: {reason} (full output in {log})") from error
+    if problem := check(new):
+        new.unlink()
         raise ImportError(f"{NAME} was compiled with {_compiler()}, but {problem}")
-    # Under its name only once whole. torch has loaded it already: the same file again is no second load.
-    os.replace(build / f"{name}.so", library)
-    shutil.rmtree(build)
+    os.replace(new, library)
 
 
 def check(library: Path) -> str | None:
@@ -278,34 +350,43 @@ def _compiler() -> str:
 
 
 def _missing_tool() -> str | None:
-    from torch.utils.cpp_extension import is_ninja_available
-
     compiler = os.environ.get("CXX", "c++").split()[0]
     if shutil.which(compiler) is None:
         return (
             f"there is no C++ compiler ({compiler}): install one (apt-get install g++, dnf install gcc-c++, "
             "conda install cxx-compiler)"
         )
-    if not is_ninja_available():
-        return "there is no ninja: pip3 install ninja"
     return None
 
 
-def _other_cuda(target: str) -> str | None:
-    """What to do where nvcc is of another major version than the CUDA that torch was built with."""
-    import torch
-    from torch.utils.cpp_extension import CUDA_HOME
+def _nvcc() -> Path | None:
+    """nvcc of the CUDA toolkit: of CUDA_HOME, else on the PATH or in the usual folder."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if not home and (found := shutil.which("nvcc")):
+        home = str(Path(found).resolve().parents[1])
+    nvcc = Path(home or "/usr/local/cuda", "bin", "nvcc")
+    return nvcc if nvcc.exists() else None
 
-    if target == "cpu" or CUDA_HOME is None or torch.version.cuda is None:
-        return None
-    nvcc = Path(CUDA_HOME, "bin", "nvcc")
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+
+def toolkit() -> tuple[str, str]:
+    """Major and minor number of the CUDA toolkit that is here."""
+    nvcc = _nvcc()
+    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
     release = re.search(r"release (\d+)\.(\d+)", said)
-    wanted = torch.version.cuda.split(".")[0]
-    if release is None or release[1] == wanted:
+    if release is None:
+        raise ImportError("there is no CUDA toolkit with nvcc: install one and name its folder with CUDA_HOME")
+    return release[1], release[2]
+
+
+def other_cuda(target: str) -> str | None:
+    """What to do where nvcc is of another major version than the target's CUDA, that of torch."""
+    if target == "cpu":
+        return None
+    found, wanted = toolkit(), target[2:4]
+    if found[0] == wanted:
         return None
     return (
-        f"{nvcc} is of CUDA {release[1]}.{release[2]}, torch of CUDA {torch.version.cuda}. Install the toolkit of CUDA "
+        f"{_nvcc()} is of CUDA {'.'.join(found)}, torch of CUDA {wanted}.{target[4:]}. Install the toolkit of CUDA "
         f"{wanted} and name its folder with CUDA_HOME, or do without the GPU (MEDGS_FORCE_CPU=1)"
     )
 
@@ -318,10 +399,11 @@ def _describe(target: str) -> str:
     return "CPU" if torch_target() == "cpu" else "CPU alone: no nvcc found, set CUDA_HOME"
 
 
-def _seconds(files: list[Path]) -> int:
-    """A rough guess from a common machine's seconds for a file, most of them spent in torch's and CUDA's headers; what
-    else the machine does now takes its share."""
-    work = sum(30 if path.suffix == ".cu" else 12 for path in files)
+def _seconds(target: str) -> int:
+    """A guess from a common machine's processor seconds for each file; what else the machine does now takes its share."""
+    files = sources(target)
+    gpus = len(_architecture_flags(None)) // 2 if target != "cpu" else 0
+    work = sum(9 + 13 * gpus if path.suffix == ".cu" else 4 for path in files)
     cores = os.cpu_count() or 1
     busy = 1 + (os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 0)
-    return round(max(work / min(cores, len(files)), 20) * busy)
+    return round(max(work / min(cores, len(files)), 5) * busy)

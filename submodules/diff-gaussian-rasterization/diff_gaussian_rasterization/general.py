@@ -1,9 +1,9 @@
 """The drop-in rasteriser of 3-D Gaussians: any pinhole, spherical harmonics, antialiasing, depth, poses that learn.
 
-Two compiled operators with plain PyTorch between them: ``project`` turns 3-D Gaussians into footprints in the
-image (EWA splatting, Zwicker et al. 2001, with the conventions of Kerbl et al. 2023), and ``blend``, shared
-with the folded rasteriser, draws footprints front to back. Names and shapes of the interface are those that
-programs of the field use; the README lists which program needs which option.
+Two compiled operators: ``project`` turns 3-D Gaussians into footprints in the image (EWA splatting, Zwicker et al.
+2001, with the conventions of Kerbl et al. 2023), and ``splat`` sorts footprints by depth and draws them front to back,
+with the kernels of the folded rasteriser. Names and shapes of the interface are those that programs of the field use;
+the README lists which program needs which option.
 
 Conventions: matrices are in the row-vector (transposed) convention, ``p_view = [p, 1] @ viewmatrix``; the
 view looks along +z with x right and y down; pixel centres lie on integers; float32 or float64, on CPU or
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .ops import ACTIVE, blend, differentiated_twice, no_forward_mode, one_device
+from .ops import differentiated_twice, no_forward_mode, one_device, wants_gradient
 
 NEAR_PLANE = 0.2  # what is at this view-space depth or nearer is not drawn; kNearPlane in csrc/common
 LOW_PASS = 0.3  # px^2, kLowPass in csrc/common
@@ -31,6 +31,7 @@ RETURNS = {
     "inverse_depth": "(colour, radii, inverse depth), as since October 2024: the default",
     "depth": "(colour, radii, depth)",
     "depth_alpha": "(colour, radii, depth, alpha)",
+    "touched": "(colour, radii, depth, alpha, touched), as MonoGS has it",
 }
 RETURNS_VARIABLE = "DIFF_GAUSSIAN_RASTERIZATION_RETURNS"
 _returns: list[str] = []  # what `returning` set, innermost last
@@ -160,7 +161,8 @@ def rasterize_gaussians(
     Args:
         means3D: (N, 3) centres, world.
         means2D: (N, 3) or (N, 2): its gradient is that with respect to the screen position in NDC, 0 in a third
-            column. Its values are never read. None where no one asks for that gradient.
+            column. (N, 4): the third and fourth column get the absolute gradient, the sum of the magnitudes of what
+            each pixel adds to the first two (AbsGS, GOF). Its values are never read. None where no one asks for it.
         sh: (N, K, 3) spherical harmonics, K >= (sh_degree + 1)^2: colour = max(0, sum + 0.5), seen from
             ``campos``.
         colors_precomp: (N, 3) colours, instead of ``sh``.
@@ -175,7 +177,8 @@ def rasterize_gaussians(
     Returns:
         colour (3, H, W); radii (N,) int32 in px, 0 for a Gaussian that is not visible; inverse depth (1, H, W),
         blended as a colour is over a background of 0. Other forms, see RETURNS: depth likewise, and alpha (1, H, W),
-        one minus the transmittance. All images pass gradients on to every Gaussian argument.
+        one minus the transmittance. All images pass gradients on to every Gaussian argument. Touched (N,) int32 counts
+        the pixels that a Gaussian is drawn at while more than half of the transmittance is left in front of it.
 
     Raises:
         ValueError: not exactly one form of colour and one of covariance, or a shape or device that does not
@@ -212,11 +215,7 @@ def rasterize_gaussians(
         raise ValueError(f"colors_precomp must have shape ({n}, 3), got {tuple(colors_precomp.shape)}")
     if opacities.shape not in ((n,), (n, 1), (1, n, 1)):
         raise ValueError(f"opacities must have shape ({n}, 1), got {tuple(opacities.shape)}")
-    if means2D is not None and means2D.shape == (n, 4):
-        raise ValueError(
-            f"means2D must have shape ({n}, 3): four columns ask for the absolute gradient, which is not computed here"
-        )
-    if means2D is not None and means2D.shape not in ((n, 3), (n, 2)):
+    if means2D is not None and means2D.shape not in ((n, 3), (n, 2), (n, 4)):
         raise ValueError(f"means2D must have shape ({n}, 3), got {tuple(means2D.shape)}")
 
     width, height = int(settings.image_width), int(settings.image_height)
@@ -224,39 +223,20 @@ def rasterize_gaussians(
     means2d, conics, colours, depths, compensations, radii = _project(scene, settings)
     if settings.subpixel_offset is not None:
         means2d = means2d - _one_offset(settings.subpixel_offset, width, height).to(means2d)
-    opacities = opacities.reshape(n) * compensations  # [N]
     if colors_precomp is not None:
         colours = colors_precomp
-
-    # `blend` draws in the order of the index: nearest first, and equal depths in the order they were given. What is not
-    # visible goes last, inactive: to leave it out would wait for the device.
-    visible = radii > 0
-    order = torch.argsort(torch.where(visible, depths.detach(), torch.inf), stable=True)  # [N]
-    depths = torch.where(visible, depths, 1)
-    if form in ("inverse_depth", "radii"):
-        depths = depths.reciprocal()
-    screen = None
-    if means2D is not None and means2D.requires_grad:
-        screen = (means2D[:, :2] * _half(width, height, means2D.dtype, means2D.device))[order][None, None]
-    images, transmittance = blend(
-        means2d[order][None],  # [1, N, 2]
-        conics[order][None],  # [1, N, 3]
-        visible[order].to(torch.uint8)[None] * ACTIVE,
-        opacities[order][None],  # [1, N]
-        torch.cat([colours, depths[:, None]], dim=1)[order][None],  # [1, N, 4]
-        torch.cat([settings.bg.to(means3D).reshape(3), means3D.new_zeros(1)])[None],  # [1, 4]
-        [0],
-        [0],
-        [ACTIVE],
-        width,
-        height,
-        screen,
+    background = settings.bg.to(means3D).reshape(3)
+    screen = means2D if means2D is not None and means2D.requires_grad else None
+    inputs = (means2d, conics, colours, depths, compensations, radii, opacities, background, screen)
+    colour, depth, transmittance, touched, *_ = torch.ops.diff_gaussian_rasterization.splat(
+        *inputs, width, height, form in ("inverse_depth", "radii"), form == "touched", wants_gradient(*inputs)
     )
-    colour, depth = images[0, :3], images[0, 3:]
     if form == "radii":
         return colour, radii
     if form == "depth_alpha":
         return colour, radii, depth, 1 - transmittance
+    if form == "touched":
+        return colour, radii, depth, 1 - transmittance, touched
     return colour, radii, depth
 
 

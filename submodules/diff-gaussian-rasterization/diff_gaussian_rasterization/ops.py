@@ -1,7 +1,7 @@
-"""The two operators behind every render, registered with torch (schema, CPU and CUDA kernels, fake kernels, autograd).
+"""The operators behind every render, registered with torch (schema, CPU and CUDA kernels, fake kernels, autograd).
 
 ``fold`` cuts Folded-Gaussians at V times and projects them; ``blend`` draws projected Gaussians front to back by index.
-The general rasteriser of :mod:`.general` ends in the same ``blend``.
+The general rasteriser of :mod:`.general` ends in ``splat``, the same kernels behind a sort by depth.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def without_kernels(name: str) -> Callable[..., None]:
 
 
 if load() == "cpu" and torch.version.cuda is not None:
-    for _name in ("fold", "blend", "project", "similarity", "sigma_outside", "observe", "adam_step"):
+    for _name in ("fold", "blend", "project", "splat", "similarity", "sigma_outside", "observe", "adam_step"):
         torch.library.impl(f"diff_gaussian_rasterization::{_name}", "CUDA", without_kernels(_name))
 
 ACTIVE = 1
@@ -119,8 +119,10 @@ def blend(
         images (R, C, height, width) and the transmittance left at each pixel (R, height, width). Gradients flow to
         means2d, conics, opacities, colours and backgrounds.
     """
-    no_forward_mode("blend", means2d, conics, opacities, colours, backgrounds)
+    inputs = (means2d, conics, opacities, colours, backgrounds)
+    no_forward_mode("blend", *inputs)
     renders = list(views), list(heads), list(bits)
+    keep = wants_gradient(*inputs, screen)
     out = _ops.blend(
         means2d,
         conics,
@@ -134,6 +136,7 @@ def blend(
         height,
         raw,
         capacity,
+        keep,
     )
     if counted is not None:
         counted.copy_(out[6][-1:], non_blocking=True)
@@ -286,6 +289,7 @@ def _(
     height,
     raw,
     capacity=0,
+    keep=True,
 ):
     one_device(means2d, conics, active, opacities, colours, backgrounds, screen)
     v, n, _ = means2d.shape
@@ -300,7 +304,7 @@ def _(
         means2d.new_empty(pairs, **ints),
         means2d.new_empty(pairs, **ints),
         means2d.new_empty(v * n + 1, **ints),
-        means2d.new_empty(torch.library.get_ctx().new_dynamic_size()),
+        means2d.new_empty(torch.library.get_ctx().new_dynamic_size() if keep else 0),
     )
 
 
@@ -330,6 +334,73 @@ def _(
 ):
     v_means2d = means2d.new_empty(opacities.shape[0], *means2d.shape)
     return v_means2d, *(torch.empty_like(p) for p in (conics, opacities, colours))
+
+
+@torch.library.register_fake("diff_gaussian_rasterization::splat")
+def _(
+    means2d,
+    conics,
+    colours,
+    depths,
+    compensations,
+    radii,
+    opacities,
+    background,
+    screen,
+    width,
+    height,
+    inverse,
+    count,
+    keep=True,
+):
+    one_device(means2d, conics, colours, depths, compensations, radii, opacities, background, screen)
+    n, ints = means2d.shape[0], {"dtype": torch.int32}
+    pairs = torch.library.get_ctx().new_dynamic_size()
+    return (
+        means2d.new_empty(3, height, width),
+        means2d.new_empty(1, height, width),
+        means2d.new_empty(1, height, width),
+        means2d.new_empty(n if count else 0, **ints),
+        means2d.new_empty(1, height, width, **ints),
+        means2d.new_empty(1, torch.library.get_ctx().new_dynamic_size(), **ints),
+        means2d.new_empty(pairs, **ints),
+        means2d.new_empty(pairs, **ints),
+        means2d.new_empty(n + 1, **ints),
+        means2d.new_empty(torch.library.get_ctx().new_dynamic_size() if keep else 0),
+        means2d.new_empty(n, **ints),
+    )
+
+
+@torch.library.register_fake("diff_gaussian_rasterization::splat_backward")
+def _(
+    v_colour,
+    v_depth,
+    v_transmittance,
+    colour,
+    depth,
+    transmittance,
+    stops,
+    tile_offsets,
+    pair_gaussians,
+    pair_slots,
+    gaussian_offsets,
+    starts,
+    order,
+    means2d,
+    conics,
+    colours,
+    depths,
+    compensations,
+    radii,
+    opacities,
+    width,
+    height,
+    inverse,
+    columns,
+):
+    of = (means2d, conics, colours, depths, compensations, opacities)
+    screen = means2d.new_empty(means2d.shape[0] if columns else 0, columns)
+    return *(torch.empty_like(p, memory_format=torch.contiguous_format) for p in of), screen
 
 
 @torch.library.register_fake("diff_gaussian_rasterization::similarity")
@@ -367,6 +438,11 @@ def differentiated_twice(name: str) -> Callable[..., None]:
         raise NotImplementedError(f"{name} can be differentiated once, not twice")
 
     return refuse
+
+
+def wants_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward pass may follow."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def no_forward_mode(name: str, *tensors: Tensor | None) -> None:
@@ -417,7 +493,7 @@ def _blend_setup(ctx, inputs, output):
 def _blend_backward(ctx, v_images, v_transmittance, *_):
     inputs, (images, transmittance, *lists) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
     if v_images is None and v_transmittance is None:
-        return (None,) * 14
+        return (None,) * 15
     v_images = torch.zeros_like(images) if v_images is None else v_images
     v_transmittance = torch.zeros_like(transmittance) if v_transmittance is None else v_transmittance
     v_means2d, v_conics, v_opacities, v_colours = _ops.blend_backward(
@@ -429,7 +505,7 @@ def _blend_backward(ctx, v_images, v_transmittance, *_):
         v_backgrounds = (v_images * transmittance[:, None]).sum(3).sum(2)
     v_screen = v_means2d if ctx.needs_input_grad[6] else None
     v_means2d = v_means2d[0] if len(v_means2d) == 1 else v_means2d.sum(0)
-    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 7
+    return v_means2d, v_conics, None, v_opacities, v_colours, v_backgrounds, v_screen, *[None] * 8
 
 
 torch.library.register_autograd(
@@ -437,10 +513,45 @@ torch.library.register_autograd(
 )
 
 
+def _splat_setup(ctx, inputs, output):
+    ctx.set_materialize_grads(False)
+    colour, depth, transmittance, _, *lists = output
+    ctx.save_for_backward(colour, depth, transmittance, *lists, *inputs[:7])
+    screen = inputs[8]
+    ctx.columns = 0 if screen is None else screen.shape[1]
+    ctx.image = inputs[9:12]
+
+
+def _splat_backward(ctx, v_colour, v_depth, v_transmittance, *_):
+    if v_colour is None and v_depth is None and v_transmittance is None:
+        return (None,) * 14
+    columns = ctx.columns if ctx.needs_input_grad[8] else 0
+    *gradients, v_screen = _ops.splat_backward(
+        v_colour, v_depth, v_transmittance, *ctx.saved_tensors, *ctx.image, columns
+    )
+    v_means2d, v_conics, v_colours, v_depths, v_compensations, v_opacities = gradients
+    v_background = None
+    if ctx.needs_input_grad[7] and v_colour is not None:
+        # In two steps torch adds in one order, whatever the number of threads.
+        v_background = (v_colour * ctx.saved_tensors[2]).sum(2).sum(1)
+    return (
+        v_means2d, v_conics, v_colours, v_depths, v_compensations, None, v_opacities, v_background,
+        v_screen if columns else None, *[None] * 5,
+    )  # fmt: skip
+
+
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::splat", _splat_backward, setup_context=_splat_setup
+)
+
+
 for _name in ("fold", "blend"):
     torch.library.register_autograd(
         f"diff_gaussian_rasterization::{_name}_backward", differentiated_twice(_name)
     )
+torch.library.register_autograd(
+    "diff_gaussian_rasterization::splat_backward", differentiated_twice("the rasteriser")
+)
 
 
 def _similarity_setup(ctx, inputs, output):

@@ -9,12 +9,19 @@ constexpr int kMostChannels = 18;  // that one walk over the lists blends: with 
 
 /// Numbers in the record that `blend_backward` writes for one pair of Gaussian and tile: five moments and one sum of
 /// w = dL/d(-q/2) over the tile's pixels, (sum w dx, w dy, w dx^2, w dx dy, w dy^2, w), then dL/dcolour. Eight are
-/// reduced together: few channels have one group and single numbers, many have whole groups.
-constexpr int record_size(int64_t channels) {
-  return channels <= 2 ? 8 : channels <= 4 ? 6 + int(channels) : (6 + int(channels) + 7) / 8 * 8;
+/// reduced together: few channels have one group and single numbers, many have whole groups. With `absolute` the sums of
+/// |dL/dmean| over the pixels follow, one an axis.
+constexpr int record_size(int64_t channels, bool absolute = false) {
+  const int numbers = 6 + int(channels) + (absolute ? 2 : 0);
+  return channels <= 2 ? 8 : channels <= 4 ? numbers : (numbers + 7) / 8 * 8;
 }
-template <int C>
-constexpr int kRecordSize = record_size(C);
+template <int C, bool Absolute = false>
+constexpr int kRecordSize = record_size(C, Absolute);
+
+/// The channels that a kernel is compiled for, at least as many as asked: the surplus are zeros.
+constexpr int64_t compiled_channels(int64_t channels) {
+  return channels <= 4 ? channels : channels <= 10 ? 10 : kMostChannels;
+}
 
 constexpr int kMaxRenders = 64;  // renders and views in one call
 
@@ -54,7 +61,7 @@ struct BoundsArguments {
 
 template <class S>
 struct BlendArguments {
-  int64_t gaussians, view_count, renders, width, height, tiles_x, tiles_y;
+  int64_t gaussians, view_count, renders, width, height, tile, tiles_x, tiles_y;  // tile: px a side, of the lists
   int64_t channels, stride;                    // C of this walk, and of colours, backgrounds and images in memory
   bool first_slice;                            // of the channels: what all share is written, else added to
   const int64_t *views, *heads, *bits;         // (R) each, on the host: see `blend` in ops.py
@@ -64,21 +71,42 @@ struct BlendArguments {
   const uint8_t* active;                       // (V,N)
   const S *opacities, *colours;                // (heads,N) (heads,N,C); of all with C the walk's first channel
   const S* backgrounds;                        // (R,C)
+  const int32_t* order;                        // (N), of a single view: front to back, or null: by index
   const int32_t* tile_offsets;                 // (V, tiles + 1): each tile's range of pairs
   const int32_t *pair_gaussians, *pair_slots;  // (pairs): front to back within a tile
   S *images, *transmittance;                   // (R,C,H,W) (R,H,W)
+  S* last_image;                               // (H,W): the last channel of a single render, if not among the images
   int32_t* stops;                              // (R,H,W): pairs of its tile in front of where a pixel stops
   int64_t pairs, layers;                       // room for pairs; most renders of one view
   // CUDA: the lists are cut into segments
   int64_t segments;
   const int32_t* segment_tiles;  // (segments): tile of each, counted over all views, or -1
-  S* starts;                     // (layers, segments, C + 1, pixels): transmittance and colour in front of each
-  // backward
-  const S *v_images, *v_transmittance;  // (R,C,H,W) (R,H,W)
+  int64_t slots;                 // room for the segments of tiles that have several
+  S* starts;                     // (layers, slots, C + 1, pixels): transmittance and colour in front of each of those
+  int32_t* touched;              // (N): pixels that a Gaussian is drawn at while transmittance exceeds 1/2, or null
+  // backward; what is null counts as zeros
+  const S *v_images, *v_last_image, *v_transmittance;  // (R,C,H,W) (H,W) (R,H,W)
   const int32_t* gaussian_offsets;      // (V N + 1): the slots of each Gaussian of each view
   S *v_means2d, *v_conics;              // (heads,V,N,2) (V,N,3)
   S *v_opacities, *v_colours;           // (heads,N) (heads,N,C)
+  S* v_absolute;                        // (N,2), of a single view and head of 4 channels: sums of |dL/dmean|, or null
   S* records;                           // (layers, pairs, record_size(C))
+};
+
+/// What lies between `project` and blending: footprints to what is blended, and gradients back.
+template <class S>
+struct SplatArguments {
+  int64_t gaussians;
+  bool inverse;  // depth is blended as 1 / z
+  S half_width, half_height;  // px in an NDC unit
+  const S *depths, *colours, *compensations, *opacities;  // (N) (N,3) (N) (N)
+  const int32_t* radii;                                   // (N)
+  S *alphas, *features;                                   // (N) (N,4): opacity; colour and depth
+  uint8_t* active;                                        // (N)
+  // backward
+  const S *v_means2d, *v_absolute, *v_alphas, *v_features;         // (N,2) (N,2) (N) (N,4)
+  S *v_depths, *v_colours, *v_compensations, *v_opacities, *v_screen;  // v_screen: (N, columns), or null
+  int64_t columns;
 };
 
 /// L1 and structural similarity of images and what they should be, and the gradient of the latter.
@@ -92,7 +120,9 @@ struct SimilarityArguments {
   S window[kWindow];              // one axis of the separable window, of sum 1
   S c1, c2;                       // the constants that keep the quotients finite
   S* maps;                        // (3, planes, height, width): dSSIM/d(mean x, mean x^2, mean xy); scratch
+  int64_t parts;
   S* sums;                        // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
+  S *l1, *ssim;                   // () each: their means over all pixels
   S* gradient;                    // (planes, height, width): d(sum of SSIM)/d images, or null
 };
 

@@ -52,5 +52,13 @@ MEDGS_INLINE void add_moments(const Contribution<T, Condition>& of, T v_power, T
   total[5] += v_power;
 }
 
+/// Adds |dL/dmean| of a pixel, one an axis, to sums over pixels.
+template <class T, class S, class Condition>
+MEDGS_INLINE void add_absolute(const Contribution<T, Condition>& of, T v_power, S a, S b, S c, T* total) {
+  const T x = v_power * (a * of.dx + b * of.dy), y = v_power * (b * of.dx + c * of.dy);
+  total[0] += x < S(0) ? -x : x;
+  total[1] += y < S(0) ? -y : y;
+}
+
 }  // namespace MEDGS_ISA
 }  // namespace medgs

@@ -22,7 +22,9 @@ namespace MEDGS_ISA {
 
 constexpr double kMinAlpha = 1.0 / 255.0;       // a weaker contribution is skipped
 constexpr double kMaxAlpha = 0.99;              // alpha is clamped here, and its gradient is 0 there
+constexpr double kTouchedTransmittance = 0.5;   // a Gaussian touches a pixel while more than this is left in front of it
 constexpr double kMinTransmittance = 1e-4;      // a pixel stops before the Gaussian that would go below
+constexpr double kHarmonic0 = 0.28209479177387814;  // the constant spherical harmonic: colour = kHarmonic0 raw + 0.5
 constexpr double kLowPass = 0.3;                // px^2 added to the diagonal of every projected covariance
 constexpr double kRadiusSigmas = 3.0;           // radius = ceil(3 standard deviations along the longer axis)
 constexpr double kMinEigenvalueGap = 0.1;       // floor under mid^2 - det in the larger eigenvalue

@@ -1,6 +1,7 @@
 // Structural similarity (Wang et al. 2004) at one pixel.
 #pragma once
 
+#include "arguments.h"
 #include "constants.h"
 
 namespace medgs {

@@ -2,9 +2,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include <c10/util/Exception.h>
-#include <torch/library.h>
-
+#include "../common/checks.h"
 #include "kernels.h"
 
 namespace medgs {
@@ -41,7 +39,7 @@ const Kernels<S>& choose() {
   if (has_avx512 && (free || std::strcmp(wanted, "avx512") == 0)) return Table<S>::avx512();
   if (has_avx2 && (free || std::strcmp(wanted, "avx2") == 0)) return Table<S>::avx2();
 #endif
-  TORCH_CHECK(free, "MEDGS_CPU_KERNELS=", wanted, ": not one of portable, avx2, avx512, or not for this processor");
+  MEDGS_CHECK(free, "MEDGS_CPU_KERNELS=", wanted, ": not one of portable, avx2, avx512, or not for this processor");
   return Table<S>::generic();
 }
 
@@ -63,13 +61,18 @@ std::string cpu_kernels() {
 /// Refuses every negative number. The loader asks for it once after compiling, to see that an error raised here, with a
 /// number in its message, arrives in Python.
 int64_t self_test(int64_t number) {
-  TORCH_CHECK_VALUE(number >= 0, "self_test: must not be negative, got ", number);
+  MEDGS_CHECK_VALUE(number >= 0, "self_test: must not be negative, got ", number);
   return number;
 }
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
-  m.def("cpu_kernels() -> str", &cpu_kernels);
-  m.def("self_test(int number) -> int", &self_test);
+STABLE_TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+  m.def("cpu_kernels() -> str");
+  m.def("self_test(int number) -> int");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CompositeImplicitAutograd, m) {
+  m.impl("cpu_kernels", TORCH_BOX(&cpu_kernels));
+  m.impl("self_test", TORCH_BOX(&self_test));
 }
 
 }  // namespace medgs

@@ -5,7 +5,8 @@
 
 namespace medgs {
 
-/// Sizes of the tile that one vectorised loop blends: 16 pixels, in registers for the whole list of the tile.
+/// Side of the tile that one vectorised loop blends: 16 pixels, in registers for the whole list. A list may be for
+/// several of them, where splats are large.
 constexpr int kTile = 4;
 
 /// Threads for a loop over that many cheap items: waking others costs more than a few thousand of them.
@@ -23,7 +24,8 @@ struct Kernels {
   void (*blend)(const BlendArguments<S>&, int threads);
   void (*blend_backward)(const BlendArguments<S>&, int threads);
   void (*sum_records)(const BlendArguments<S>&, int64_t heads, int threads);
-  void (*similarity)(const SimilarityArguments<S>&, int threads);
+  void (*activate)(const S* raw, int64_t count, S* opacities);  // sigmoid
+  bool (*similarity)(const SimilarityArguments<S>&, int threads);  // false: no memory for it
   void (*adam)(const AdamTensor<S>&, const AdamConstants<S>&, int threads);
   void (*sigma_outside)(const SigmaArguments<S>&, int threads);
 };

@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <type_traits>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 #if defined(__x86_64__) && defined(__GNUC__)
 #include <immintrin.h>
 #endif

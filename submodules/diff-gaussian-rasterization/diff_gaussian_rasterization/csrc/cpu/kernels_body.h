@@ -6,6 +6,9 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "../common/blending.h"
 #include "../common/bounds.h"
@@ -161,12 +164,7 @@ constexpr int kPixels = kTile * kTile;
 template <class S>
 constexpr int kParts = kPixels / kLanes<S>;  // vectors that hold one number of every pixel of the tile
 
-/// One number of each pixel of a tile.
-template <class V, int K>
-struct Pixels {
-  V part[K];
-};
-
+/// 16 pixels, and where their tile's list is. A list serves a square of such tiles, its parts.
 template <class S>
 struct TileFrame {
   Vec<S> x[kParts<S>], y[kParts<S>];  // pixel centres
@@ -174,9 +172,10 @@ struct TileFrame {
   int64_t x0, y0;
   int columns, rows;
 
-  MEDGS_INLINE TileFrame(int64_t tile, const BlendArguments<S>& in) {
-    x0 = tile % in.tiles_x * kTile;
-    y0 = tile / in.tiles_x * kTile;
+  MEDGS_INLINE TileFrame(int64_t tile, int64_t part, const BlendArguments<S>& in) {
+    const int64_t side = in.tile / kTile;
+    x0 = tile % in.tiles_x * in.tile + part % side * kTile;
+    y0 = tile / in.tiles_x * in.tile + part / side * kTile;
     columns = int(in.width - x0 < kTile ? in.width - x0 : kTile);
     rows = int(in.height - y0 < kTile ? in.height - y0 : kTile);
     for (int i = 0; i < kPixels; ++i) {
@@ -187,13 +186,21 @@ struct TileFrame {
     }
   }
 
+  MEDGS_INLINE bool empty() const { return columns <= 0 || rows <= 0; }
   /// Pixel i of the tile in an image of the given start.
   MEDGS_INLINE int64_t at(int i, int64_t width) const { return (y0 + i / kTile) * width + x0 + i % kTile; }
 };
 
+/// Parts of a tile, and how many tiles one thread takes at once.
+template <class S>
+MEDGS_INLINE int parts_of(const BlendArguments<S>& in) {
+  return int((in.tile / kTile) * (in.tile / kTile));
+}
+constexpr int kPartsAtOnce = 32;
+
 constexpr int kAhead = 8;  // pairs between asking for a Gaussian's numbers and using them
 
-/// Runs `body(pair, gaussian, mean, conic, opacity, colour)` front to back over a tile's pairs until it returns false.
+/// Runs `body(pair, n, drawn, mean, conic, opacity, colour)` front to back over a tile's pairs until it returns false.
 template <class S, class Body>
 MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int64_t tile, const Body& body) {
   const int64_t view = in.views[render], tiles = in.tiles_x * in.tiles_y;
@@ -213,145 +220,199 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
     __builtin_prefetch(opacities + soon);
     __builtin_prefetch(colours + soon * in.stride);
     const bool drawn = !check || (active[n] & bit);
-    if (!body(pair, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.stride)) break;
+    if (!body(pair, n, drawn, means + 2 * n, conics + 3 * n, opacities[n], colours + n * in.stride)) break;
   }
 }
 
-/// C is the number of channels, or kMostChannels, which serves any number up to it. A number that is known when the
-/// template is read: else loops over channels are unrolled too late for registers.
-#define MEDGS_CHANNELS (C == kMostChannels ? int(in.channels) : C)
-#define MEDGS_RECORD (C == kMostChannels ? record_size(in.channels) : kRecordSize<C>)
+// C is the number of channels that a kernel is compiled for; where there are fewer, the others are zeros, and only what
+// reads or writes memory of the operator looks whether a channel exists.
+template <int C, class S>
+MEDGS_INLINE bool has_channel(const BlendArguments<S>& in, int c) {
+  return C <= 4 || c < in.channels;
+}
+
+/// The plane of channel c among the images of a render, or their gradients; null where there are none.
+template <class S, class T>
+MEDGS_INLINE T* plane_of(const BlendArguments<S>& in, T* images, T* last, bool apart, int64_t render, int c) {
+  if (apart && c == in.channels - 1) return last;
+  return images ? images + (render * in.stride + c) * in.width * in.height : nullptr;
+}
 
 template <class S, int C>
 void blend_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
+  const int parts = parts_of(in), chunk = parts < kPartsAtOnce ? kPartsAtOnce / parts : 1;
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders * area, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
-    const TileFrame<S> frame(tile, in);
-    Vec<S> image[C][K], transmittance[K];
-    Mask<S> running[K], stop[K];
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
-    for (int k = 0; k < K; ++k) {
-      transmittance[k] = Vec<S>{} + S(1);
-      running[k] = frame.inside[k];
-      stop[k] = Mask<S>{};
-      for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] = Vec<S>{};
-    }
-    for_each_pair(in, render, tile,
-                  [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-                    if (!drawn) return true;
-                    bool saturated = false;
-                    for (int k = 0; k < K; ++k) {
-                      const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0],
-                                                             conic[1], conic[2], opacity);
-                      const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
-                      const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
-                      running[k] &= ~ends;
-                      const Mask<S> used = running[k] & g.hit;
-                      const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-                      for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] += colour[c] * weight;
-                      transmittance[k] = used ? next : transmittance[k];
-                      stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
-                      saturated |= any(ends);
-                    }
-                    if (!saturated) return true;
-                    for (int k = 0; k < K; ++k)
-                      if (any(running[k])) return true;
-                    return false;
-                  });
-    for (int i = 0; i < kPixels; ++i) {
-      const int k = i / kLanes<S>, l = i % kLanes<S>;
-      if (!frame.inside[k][l]) continue;
-      const int64_t at = frame.at(i, in.width);
-      in.transmittance[render * area + at] = transmittance[k][l];
-      in.stops[render * area + at] = int32_t(stop[k][l]);
-      for (int c = 0; c < MEDGS_CHANNELS; ++c)
-        in.images[(render * in.stride + c) * area + at] =
-            image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
+    for (int part = 0; part < parts; ++part) {
+      const TileFrame<S> frame(tile, part, in);
+      if (frame.empty()) continue;
+      Vec<S> image[C][K], transmittance[K];
+      Mask<S> running[K], stop[K];
+      for (int k = 0; k < K; ++k) {
+        transmittance[k] = Vec<S>{} + S(1);
+        running[k] = frame.inside[k];
+        stop[k] = Mask<S>{};
+        for (int c = 0; c < C; ++c) image[c][k] = Vec<S>{};
+      }
+      for_each_pair(in, render, tile,
+                    [&](int64_t pair, int64_t n, bool drawn, const S* mean, const S* conic, S opacity, const S* given) {
+                      if (!drawn) return true;
+                      S colour[C];
+                      for (int c = 0; c < C; ++c) colour[c] = has_channel<C>(in, c) ? given[c] : S(0);
+                      bool saturated = false;
+                      for (int k = 0; k < K; ++k) {
+                        const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0],
+                                                               conic[1], conic[2], opacity);
+                        const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
+                        const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
+                        running[k] &= ~ends;
+                        const Mask<S> used = running[k] & g.hit;
+                        if (in.touched) {
+                          const Mask<S> touches = used & (transmittance[k] > S(kTouchedTransmittance));
+                          int32_t pixels = 0;
+                          for (int l = 0; l < kLanes<S>; ++l) pixels -= int32_t(touches[l]);
+                          if (pixels > 0)
+#pragma omp atomic
+                            in.touched[n] += pixels;
+                        }
+                        const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+                        for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
+                        transmittance[k] = used ? next : transmittance[k];
+                        stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
+                        saturated |= any(ends);
+                      }
+                      if (!saturated) return true;
+                      for (int k = 0; k < K; ++k)
+                        if (any(running[k])) return true;
+                      return false;
+                    });
+      for (int i = 0; i < kPixels; ++i) {
+        const int k = i / kLanes<S>, l = i % kLanes<S>;
+        if (!frame.inside[k][l]) continue;
+        const int64_t at = frame.at(i, in.width);
+        in.transmittance[render * area + at] = transmittance[k][l];
+        in.stops[render * area + at] = int32_t(stop[k][l]);
+        for (int c = 0; c < C; ++c)
+          if (has_channel<C>(in, c))
+            plane_of(in, in.images, in.last_image, in.last_image != nullptr, render, c)[at] =
+                image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
+      }
     }
   }
 }
 
 /// Front to back again, with what is still behind a pixel in one number; see power_gradient. Each pair writes one
 /// record of its own, which the caller sums per Gaussian: no atomics, and the same bits whatever the number of threads.
-template <class S, int C>
+template <class S, int C, bool Absolute>
 void blend_backward_channels(const BlendArguments<S>& in, int threads) {
-  constexpr int K = kParts<S>;
+  constexpr int K = kParts<S>, R = kRecordSize<C, Absolute>;
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
-#pragma omp parallel for schedule(dynamic, 32) num_threads(threads_for(in.renders * tiles * kPixels, threads))
+  const int parts = parts_of(in), chunk = parts < kPartsAtOnce ? kPartsAtOnce / parts : 1;
+  const bool apart = in.last_image != nullptr;
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders * area, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
-    const TileFrame<S> frame(tile, in);
-    Vec<S> v_image[C][K], transmittance[K], behind[K];
-    Mask<S> stop[K];
-    int64_t deepest = 0;
-    for (int i = 0; i < kPixels; ++i) {
-      const int k = i / kLanes<S>, l = i % kLanes<S>;
-      stop[k][l] = 0;
-      behind[k][l] = 0;
-      transmittance[k][l] = 1;
-      for (int c = 0; c < MEDGS_CHANNELS; ++c) v_image[c][k][l] = 0;
-      if (!frame.inside[k][l]) continue;
-      const int64_t at = frame.at(i, in.width);
-      S rest = in.v_transmittance[render * area + at] * in.transmittance[render * area + at];
-      for (int c = 0; c < MEDGS_CHANNELS; ++c) {
-        v_image[c][k][l] = in.v_images[(render * in.stride + c) * area + at];
-        rest += v_image[c][k][l] * in.images[(render * in.stride + c) * area + at];
-      }
-      behind[k][l] = rest;
-      stop[k][l] = in.stops[render * area + at];
-      deepest = in.stops[render * area + at] > deepest ? in.stops[render * area + at] : deepest;
-    }
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
-    for_each_pair(
-        in, render, tile, [&](int64_t pair, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
-          S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * MEDGS_RECORD;
-          Vec<S> total[kRecordSize<C>];
-          Mask<S> touched{};
-          if (drawn && pair - start < deepest) {
-            for (int r = 0; r < MEDGS_RECORD; ++r) total[r] = Vec<S>{};
-            for (int k = 0; k < K; ++k) {
-              const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
-                                                     conic[2], opacity);
-              const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
-              touched |= used;
-              const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-              Vec<S> v_weight{};
-              for (int c = 0; c < MEDGS_CHANNELS; ++c) {
-                v_weight += colour[c] * v_image[c][k];
-                total[6 + c] += weight * v_image[c][k];
+    for (int part = 0; part < parts; ++part) {
+      const TileFrame<S> frame(tile, part, in);
+      if (frame.empty()) continue;
+      Vec<S> v_image[C][K], transmittance[K], behind[K];
+      Mask<S> stop[K];
+      int64_t deepest = 0;
+      for (int i = 0; i < kPixels; ++i) {
+        const int k = i / kLanes<S>, l = i % kLanes<S>;
+        stop[k][l] = 0;
+        behind[k][l] = 0;
+        transmittance[k][l] = 1;
+        for (int c = 0; c < C; ++c) v_image[c][k][l] = 0;
+        if (!frame.inside[k][l]) continue;
+        const int64_t at = frame.at(i, in.width);
+        S rest = in.v_transmittance ? in.v_transmittance[render * area + at] * in.transmittance[render * area + at] : 0;
+        for (int c = 0; c < C; ++c) {
+          const S* incoming =
+              has_channel<C>(in, c) ? plane_of(in, in.v_images, in.v_last_image, apart, render, c) : nullptr;
+          if (!incoming) continue;
+          v_image[c][k][l] = incoming[at];
+          rest += v_image[c][k][l] * plane_of(in, in.images, in.last_image, apart, render, c)[at];
+        }
+        behind[k][l] = rest;
+        stop[k][l] = in.stops[render * area + at];
+        deepest = in.stops[render * area + at] > deepest ? in.stops[render * area + at] : deepest;
+      }
+      for_each_pair(
+          in, render, tile,
+          [&](int64_t pair, int64_t, bool drawn, const S* mean, const S* conic, S opacity, const S* given) {
+            S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * R;
+            Vec<S> total[R];
+            Mask<S> touched{};
+            const bool reached = pair - start < deepest;
+            if (drawn && reached) {
+              S colour[C];
+              for (int c = 0; c < C; ++c) colour[c] = has_channel<C>(in, c) ? given[c] : S(0);
+              for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
+              for (int k = 0; k < K; ++k) {
+                const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
+                                                       conic[2], opacity);
+                const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
+                touched |= used;
+                const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+                Vec<S> v_weight{};
+                for (int c = 0; c < C; ++c) {
+                  v_weight += colour[c] * v_image[c][k];
+                  total[6 + c] += weight * v_image[c][k];
+                }
+                behind[k] -= weight * v_weight;
+                const Vec<S> v_power = power_gradient<S>(g, used, transmittance[k], v_weight, behind[k]);
+                add_moments(g, v_power, total);
+                if constexpr (Absolute) add_absolute(g, v_power, conic[0], conic[1], conic[2], total + 6 + C);
+                transmittance[k] =
+                    used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
               }
-              behind[k] -= weight * v_weight;
-              add_moments(g, power_gradient<S>(g, used, transmittance[k], v_weight, behind[k]), total);
-              transmittance[k] =
-                  used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
             }
-          }
-          if (!any(touched)) {
-            for (int r = 0; r < MEDGS_RECORD; ++r) record[r] = 0;
+            // The first part writes the record, the others add to it.
+            if (!any(touched)) {
+              if (part > 0) return reached;
+              for (int r = 0; r < R; ++r) record[r] = 0;
+              return true;
+            }
+            S sums[R];
+            if constexpr (C <= 4) {
+              for (int r = 8; r < R; ++r) sums[r] = sum<S>(total[r]);
+              sum8<S>(total, sums);
+            } else {
+              for (int r = 0; r < R; r += 8) sum8<S>(total + r, sums + r);
+            }
+            if (part == 0)
+              std::memcpy(record, sums, sizeof sums);
+            else
+              for (int r = 0; r < R; ++r) record[r] += sums[r];
             return true;
-          }
-          if (C <= 4) {
-            for (int r = 8; r < MEDGS_RECORD; ++r) record[r] = sum<S>(total[r]);
-            sum8<S>(total, record);
-          } else {
-            for (int r = 0; r < MEDGS_RECORD; r += 8) sum8<S>(total + r, record + r);
-          }
-          return true;
-        });
+          });
+    }
   }
 }
 
-/// Calls `run` with the number of channels as a compile-time constant: itself where it is small.
+/// Calls `run` with the C of the kernels for that many channels.
 template <class Run>
 void with_channels(int64_t channels, const Run& run) {
-  if (channels == 1) return run(std::integral_constant<int, 1>{});
-  if (channels == 2) return run(std::integral_constant<int, 2>{});
-  if (channels == 3) return run(std::integral_constant<int, 3>{});
-  if (channels == 4) return run(std::integral_constant<int, 4>{});
-  run(std::integral_constant<int, kMostChannels>{});
+  switch (compiled_channels(channels)) {
+    case 1:
+      return run(std::integral_constant<int, 1>{});
+    case 2:
+      return run(std::integral_constant<int, 2>{});
+    case 3:
+      return run(std::integral_constant<int, 3>{});
+    case 4:
+      return run(std::integral_constant<int, 4>{});
+    case 10:
+      return run(std::integral_constant<int, 10>{});
+    default:
+      return run(std::integral_constant<int, kMostChannels>{});
+  }
 }
 
 template <class S>
@@ -361,34 +422,37 @@ void blend(const BlendArguments<S>& in, int threads) {
 
 template <class S>
 void blend_backward(const BlendArguments<S>& in, int threads) {
-  with_channels(in.channels, [&](auto c) { blend_backward_channels<S, c.value>(in, threads); });
+  if (in.v_absolute) return blend_backward_channels<S, 4, true>(in, threads);
+  with_channels(in.channels, [&](auto c) { blend_backward_channels<S, c.value, false>(in, threads); });
 }
 
 /// Sums the records of every pair of a Gaussian, in the order of the slots, and turns the moments into gradients. The
 /// first slice of the channels writes every entry of them, the others add to what all channels share.
-template <class S, int C>
+template <class S, int C, bool Absolute>
 void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int threads) {
+  constexpr int R = kRecordSize<C, Absolute>;
   using Eight = typename Simd<S, 8>::type;
 #pragma omp parallel for schedule(static) num_threads(threads_for(in.gaussians* in.view_count, threads))
-  for (int64_t n = 0; n < in.gaussians; ++n) {
+  for (int64_t place = 0; place < in.gaussians; ++place) {
+    const int64_t n = in.order ? in.order[place] : place;
     for (int64_t head = 0; head < heads; ++head) {
       const int64_t at = head * in.gaussians + n;
       S v_opacity = 0, v_colour[C] = {};
       for (int64_t view = 0; view < in.view_count; ++view) {
-        const int64_t row = view * in.gaussians + n;
-        const int64_t first = in.gaussian_offsets[row], last = in.gaussian_offsets[row + 1];
-        constexpr int kMore = kRecordSize<C> > 8 ? kRecordSize<C> - 8 : 1;
+        const int64_t slots = view * in.gaussians + place, row = view * in.gaussians + n;
+        const int64_t first = in.gaussian_offsets[slots], last = in.gaussian_offsets[slots + 1];
+        constexpr int kMore = R > 8 ? R - 8 : 1;
         Eight sum{};
         S more[kMore] = {};
         if (first < last) {
           for (int64_t r = 0; r < in.renders; ++r) {
             if (in.views[r] != view || in.heads[r] != head) continue;
-            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * MEDGS_RECORD;
-            for (int64_t slot = first; slot < last; ++slot, record += MEDGS_RECORD) {
+            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * R;
+            for (int64_t slot = first; slot < last; ++slot, record += R) {
               Eight eight;
               std::memcpy(&eight, record, sizeof eight);
               sum += eight;
-              for (int k = 8; k < MEDGS_RECORD; ++k) more[k - 8] += record[k];
+              for (int k = 8; k < R; ++k) more[k - 8] += record[k];
             }
           }
         }
@@ -401,18 +465,33 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         for (int i = 0; i < 2; ++i) v_mean[i] = in.first_slice ? by_mean[i] : v_mean[i] + by_mean[i];
         for (int i = 0; i < 3; ++i) v_conic[i] = (head > 0 || !in.first_slice ? v_conic[i] : S(0)) - by_conic[i];
         v_opacity += sum[5];
-        for (int c = 0; c < MEDGS_CHANNELS; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c - 2];
+        for (int c = 0; c < C; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c < 2 ? 0 : c - 2];
+        if constexpr (Absolute)
+          for (int i = 0; i < 2; ++i) in.v_absolute[2 * n + i] = more[C - 2 + i];
       }
       const S by_opacity = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
       in.v_opacities[at] = in.first_slice ? by_opacity : in.v_opacities[at] + by_opacity;
-      for (int c = 0; c < MEDGS_CHANNELS; ++c) in.v_colours[at * in.stride + c] = v_colour[c];
+      for (int c = 0; c < C; ++c)
+        if (has_channel<C>(in, c)) in.v_colours[at * in.stride + c] = v_colour[c];
     }
   }
 }
 
 template <class S>
 void sum_records(const BlendArguments<S>& in, int64_t heads, int threads) {
-  with_channels(in.channels, [&](auto c) { sum_records_channels<S, c.value>(in, heads, threads); });
+  if (in.v_absolute) return sum_records_channels<S, 4, true>(in, heads, threads);
+  with_channels(in.channels, [&](auto c) { sum_records_channels<S, c.value, false>(in, heads, threads); });
+}
+
+template <class S>
+void activate(const S* raw, int64_t count, S* opacities) {
+  for (int64_t i = 0; i < count; i += kLanes<S>) {
+    const int64_t left = count - i < kLanes<S> ? count - i : kLanes<S>;
+    Vec<S> x{};
+    std::memcpy(&x, raw + i, left * sizeof(S));
+    x = S(1) / (S(1) + math::exp(-x));
+    std::memcpy(opacities + i, &x, left * sizeof(S));
+  }
 }
 
 // ---- similarity: W pixels of a row at once --------------------------------------------------------------------------
@@ -427,6 +506,15 @@ MEDGS_INLINE Vec<S> load(const S* from) {
 template <class S>
 MEDGS_INLINE void store(S* to, Vec<S> v, int64_t count) {
   std::memcpy(to, &v, (count < kLanes<S> ? count : kLanes<S>)*sizeof(S));
+}
+
+/// Of the calling thread in its team.
+inline int thread_number() {
+#ifdef _OPENMP
+  return omp_get_thread_num();
+#else
+  return 0;
+#endif
 }
 
 /// M rows-of-a-band buffers, blurred along the row: `fill(m, y, line)` writes row y of map m, and rows outside the
@@ -464,13 +552,16 @@ MEDGS_INLINE Vec<S> blur_down(const SimilarityArguments<S>& in, const S* rows, i
 }
 
 template <class S>
-void similarity(const SimilarityArguments<S>& in, int threads) {
+bool similarity(const SimilarityArguments<S>& in, int threads) {
   const int64_t padded = ceil_div(in.width, int64_t(kLanes<S>)) * kLanes<S>, length = padded + 2 * kHalo + kLanes<S>;
   const int64_t bands = ceil_div(in.height, int64_t(kBand)), area = in.width * in.height;
   const int64_t scratch = 5 * ((kBand + 2 * kHalo) * padded + length);
-#pragma omp parallel num_threads(threads_for(in.planes* area, threads))
+  const int team = threads_for(in.planes * area, threads);
+  S* const lines = static_cast<S*>(std::malloc(team * scratch * sizeof(S)));
+  if (lines == nullptr) return false;
+#pragma omp parallel num_threads(team)
   {
-    S* line = static_cast<S*>(std::malloc(scratch * sizeof(S)));
+    S* line = lines + thread_number() * scratch;
     S* rows = line + 5 * length;
     std::memset(line, 0, 5 * length * sizeof(S));
 #pragma omp for schedule(dynamic)
@@ -531,8 +622,16 @@ void similarity(const SimilarityArguments<S>& in, int threads) {
         }
       }
     }
-    std::free(line);
   }
+  std::free(lines);
+  S difference = 0, total = 0;
+  for (int64_t part = 0; part < in.parts; ++part) {
+    difference += in.sums[2 * part];
+    total += in.sums[2 * part + 1];
+  }
+  *in.l1 = difference / S(in.planes * area);
+  *in.ssim = total / S(in.planes * area);
+  return true;
 }
 
 // ---- what a training step needs beside renders ----------------------------------------------------------------------
@@ -583,11 +682,13 @@ void sigma_outside(const SigmaArguments<S>& in, int threads) {
 #define MEDGS_STRING_OF(x) #x
 #define MEDGS_STRING(x) MEDGS_STRING_OF(x)
 const Kernels<float> kernels_float = {
-    MEDGS_STRING(MEDGS_ISA), fold<float>,        fold_backward<float>, bound<float>, blend<float>,
-    blend_backward<float>,   sum_records<float>, similarity<float>,    adam<float>,  sigma_outside<float>};
+    MEDGS_STRING(MEDGS_ISA), fold<float>,        fold_backward<float>, bound<float>,      blend<float>,
+    blend_backward<float>,   sum_records<float>, activate<float>,      similarity<float>, adam<float>,
+    sigma_outside<float>};
 const Kernels<double> kernels_double = {
-    MEDGS_STRING(MEDGS_ISA), fold<double>,        fold_backward<double>, bound<double>, blend<double>,
-    blend_backward<double>,  sum_records<double>, similarity<double>,    adam<double>,  sigma_outside<double>};
+    MEDGS_STRING(MEDGS_ISA), fold<double>,        fold_backward<double>, bound<double>,      blend<double>,
+    blend_backward<double>,  sum_records<double>, activate<double>,      similarity<double>, adam<double>,
+    sigma_outside<double>};
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

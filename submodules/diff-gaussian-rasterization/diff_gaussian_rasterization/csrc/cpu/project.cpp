@@ -1,7 +1,4 @@
 // `project` and its gradient on the CPU, and the schemas of both. See general.py for the meaning of the arguments.
-#include <ATen/Parallel.h>
-#include <torch/library.h>
-
 #include "../common/project_op.h"
 
 namespace medgs {
@@ -19,7 +16,7 @@ ProjectOutputs project(const Tensor& means3d, const OptionalTensor& scales, cons
                               tanfovy, scale_modifier, width, height, sh_degree, antialiasing, low_pass);
   return project_with(
       arguments, [](const auto& camera, const auto& gaussians, int64_t count, const auto& footprints, int32_t* radii) {
-#pragma omp parallel for schedule(static) num_threads(count < kWorthThreads ? 1 : at::get_num_threads())
+#pragma omp parallel for schedule(static) num_threads(count < kWorthThreads ? 1 : medgs::threads())
         for (int64_t n = 0; n < count; ++n) project_gaussian(camera, gaussians, n, footprints, radii);
       });
 }
@@ -38,7 +35,7 @@ ProjectGradients project_backward(const Tensor& v_means2d, const Tensor& v_conic
   return project_backward_with(arguments, v_means2d, v_conics, v_colours, v_depths, v_compensations, radii,
                                [](const auto& camera, const auto& gaussians, int64_t count, const int32_t* radii,
                                   const auto& v_footprints, const auto& v_gaussians) {
-#pragma omp parallel for schedule(static) num_threads(count < kWorthThreads ? 1 : at::get_num_threads())
+#pragma omp parallel for schedule(static) num_threads(count < kWorthThreads ? 1 : medgs::threads())
                                  for (int64_t n = 0; n < count; ++n)
                                    project_gaussian_backward(camera, gaussians, n, radii, v_footprints, v_gaussians);
                                });
@@ -47,7 +44,7 @@ ProjectGradients project_backward(const Tensor& v_means2d, const Tensor& v_conic
 }  // namespace
 }  // namespace medgs
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
       "project(Tensor means3d, Tensor? scales, Tensor? quaternions, Tensor? covariances, Tensor? shs, "
       "Tensor viewmatrix, Tensor projmatrix, Tensor campos, float tanfovx, float tanfovy, float scale_modifier, "
@@ -62,7 +59,7 @@ TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
       "(Tensor v_means3d, Tensor v_scales, Tensor v_quaternions, Tensor v_covariances, Tensor v_shs)");
 }
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
-  m.impl("project", &medgs::project);
-  m.impl("project_backward", &medgs::project_backward);
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
+  m.impl("project", TORCH_BOX(&medgs::project));
+  m.impl("project_backward", TORCH_BOX(&medgs::project_backward));
 }

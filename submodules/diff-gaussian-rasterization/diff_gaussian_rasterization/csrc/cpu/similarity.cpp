@@ -1,7 +1,4 @@
 // `similarity`: L1 and SSIM of renders against frames in one pass. Schema and CPU side.
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-
 #include "../common/similarity_op.h"
 #include "kernels.h"
 
@@ -13,16 +10,16 @@ std::tuple<Tensor, Tensor, Tensor> similarity_cpu(const Tensor& images, const Te
   const int64_t parts = images.dim() == 4 ? images.size(0) * images.size(1) * bands : 0;
   return similarity_op(images, targets, with_gradient, parts, [&](const auto& in) {
     using S = std::decay_t<decltype(in.c1)>;
-    kernels<S>().similarity(in, at::get_num_threads());
+    MEDGS_CHECK(kernels<S>().similarity(in, medgs::threads()), "similarity: out of memory on the CPU");
   });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def("similarity(Tensor images, Tensor targets, bool with_gradient) -> (Tensor l1, Tensor ssim, Tensor gradient)");
 }
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) { m.impl("similarity", &similarity_cpu); }
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) { m.impl("similarity", TORCH_BOX(&similarity_cpu)); }
 
 }  // namespace medgs

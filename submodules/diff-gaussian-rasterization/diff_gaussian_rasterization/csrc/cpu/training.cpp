@@ -1,7 +1,4 @@
 // `adam_step`, `observe` and `sigma_outside`. Schemas and CPU side.
-#include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-
 #include "../common/statistics.h"
 #include "../common/training_op.h"
 #include "kernels.h"
@@ -9,12 +6,12 @@
 namespace medgs {
 namespace {
 
-void adam_step_cpu(TensorList parameters, TensorList gradients, TensorList first_moments, TensorList second_moments,
-                   TensorList steps, at::ArrayRef<double> rates, double beta1, double beta2, double epsilon) {
+void adam_step_cpu(const Tensors& parameters, const Tensors& gradients, const Tensors& first_moments,
+                   const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1, double beta2, double epsilon) {
   adam_step_op(parameters, gradients, first_moments, second_moments, steps, rates, beta1, beta2, epsilon,
                [](const auto& tensors, const auto& constants) {
                  using S = std::decay_t<decltype(constants.beta1)>;
-                 for (const auto& tensor : tensors) kernels<S>().adam(tensor, constants, at::get_num_threads());
+                 for (const auto& tensor : tensors) kernels<S>().adam(tensor, constants, medgs::threads());
                });
 }
 
@@ -23,7 +20,7 @@ void observe_cpu(const Tensor& radii, const Tensor& active, const Tensor& screen
                  Tensor m_gradient_accum, Tensor denom, Tensor m_denom) {
   observe_op(radii, active, screen_gradients, m_gradients, bit, half_width, half_height, max_radii, xyz_gradient_accum,
              m_gradient_accum, denom, m_denom, [](const auto& in) {
-               at::parallel_for(0, in.gaussians, 4096, [&](int64_t begin, int64_t end) {
+               torch::stable::parallel_for(0, in.gaussians, 4096, [&](int64_t begin, int64_t end) {
                  for (int64_t n = begin; n < end; ++n) generic::observe_gaussian(in, n);
                });
              });
@@ -33,13 +30,13 @@ std::tuple<Tensor, Tensor> sigma_outside_cpu(const Tensor& raw, double low, doub
   constexpr int64_t kParts = 16;
   return sigma_outside_op(raw, low, high, kParts, [](const auto& in) {
     using S = std::decay_t<decltype(in.low)>;
-    kernels<S>().sigma_outside(in, at::get_num_threads());
+    kernels<S>().sigma_outside(in, medgs::threads());
   });
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
       "adam_step(Tensor(a!)[] parameters, Tensor[] gradients, Tensor(b!)[] first_moments, Tensor(c!)[] second_moments, "
       "Tensor(d!)[] steps, float[] rates, float beta1, float beta2, float epsilon) -> ()");
@@ -51,10 +48,10 @@ TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def("sigma_outside(Tensor raw, float low, float high) -> (Tensor loss, Tensor gradient)");
 }
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
-  m.impl("adam_step", &adam_step_cpu);
-  m.impl("observe", &observe_cpu);
-  m.impl("sigma_outside", &sigma_outside_cpu);
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CPU, m) {
+  m.impl("adam_step", TORCH_BOX(&adam_step_cpu));
+  m.impl("observe", TORCH_BOX(&observe_cpu));
+  m.impl("sigma_outside", TORCH_BOX(&sigma_outside_cpu));
 }
 
 }  // namespace medgs

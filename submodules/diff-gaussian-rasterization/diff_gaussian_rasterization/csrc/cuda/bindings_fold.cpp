@@ -6,21 +6,21 @@ namespace medgs {
 namespace {
 
 struct Cuda {
-  using Guard = c10::cuda::CUDAGuard;
+  using Guard = CudaGuard;
   static constexpr int64_t kFoldChunk = cuda::kFoldChunk;
 
   template <class S>
   static void fold(const FoldArguments<S>& in) {
-    C10_CUDA_CHECK(cuda::launch_fold(in, at::cuda::getCurrentCUDAStream()));
+    MEDGS_CUDA_CHECK(cuda::launch_fold(in, current_stream()));
   }
   template <class S>
   static void fold_backward(const FoldArguments<S>& in) {
-    C10_CUDA_CHECK(cuda::launch_fold_backward(in, at::cuda::getCurrentCUDAStream()));
+    MEDGS_CUDA_CHECK(cuda::launch_fold_backward(in, current_stream()));
   }
 };
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CUDA, m) { register_fold<Cuda>(m); }
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CUDA, m) { register_fold<Cuda>(m); }
 
 }  // namespace medgs

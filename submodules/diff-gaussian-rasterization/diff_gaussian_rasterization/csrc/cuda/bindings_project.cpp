@@ -1,12 +1,8 @@
 // `project` and its gradient on CUDA tensors; their schemas are in cpu/project.cpp.
 #include "project.h"
 
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
-
 #include "../common/project_op.h"
+#include "bindings.h"
 
 namespace medgs {
 namespace {
@@ -16,14 +12,14 @@ ProjectOutputs project(const Tensor& means3d, const OptionalTensor& scales, cons
                        const Tensor& projmatrix, const Tensor& campos, double tanfovx, double tanfovy,
                        double scale_modifier, int64_t width, int64_t height, int64_t sh_degree, bool antialiasing,
                        double low_pass) {
-  const c10::cuda::CUDAGuard guard(means3d.device());
+  const CudaGuard guard(means3d);
   const auto arguments =
       check_project_arguments(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos, tanfovx,
                               tanfovy, scale_modifier, width, height, sh_degree, antialiasing, low_pass);
   return project_with(
       arguments, [](const auto& camera, const auto& gaussians, int64_t count, const auto& footprints, int32_t* radii) {
-        launch_project(camera, gaussians, count, footprints, radii, c10::cuda::getCurrentCUDAStream());
-        C10_CUDA_KERNEL_LAUNCH_CHECK();
+        launch_project(camera, gaussians, count, footprints, radii, current_stream());
+        MEDGS_CUDA_CHECK(cudaGetLastError());
       });
 }
 
@@ -35,7 +31,7 @@ ProjectGradients project_backward(const Tensor& v_means2d, const Tensor& v_conic
                                   const Tensor& campos, double tanfovx, double tanfovy, double scale_modifier,
                                   int64_t width, int64_t height, int64_t sh_degree, bool antialiasing,
                                   double low_pass) {
-  const c10::cuda::CUDAGuard guard(means3d.device());
+  const CudaGuard guard(means3d);
   const auto arguments =
       check_project_arguments(means3d, scales, quaternions, covariances, shs, viewmatrix, projmatrix, campos, tanfovx,
                               tanfovy, scale_modifier, width, height, sh_degree, antialiasing, low_pass);
@@ -43,15 +39,15 @@ ProjectGradients project_backward(const Tensor& v_means2d, const Tensor& v_conic
                                [](const auto& camera, const auto& gaussians, int64_t count, const int32_t* radii,
                                   const auto& v_footprints, const auto& v_gaussians) {
                                  launch_project_backward(camera, gaussians, count, radii, v_footprints, v_gaussians,
-                                                         c10::cuda::getCurrentCUDAStream());
-                                 C10_CUDA_KERNEL_LAUNCH_CHECK();
+                                                         current_stream());
+                                 MEDGS_CUDA_CHECK(cudaGetLastError());
                                });
 }
 
 }  // namespace
 }  // namespace medgs
 
-TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CUDA, m) {
-  m.impl("project", &medgs::project);
-  m.impl("project_backward", &medgs::project_backward);
+STABLE_TORCH_LIBRARY_IMPL(diff_gaussian_rasterization, CUDA, m) {
+  m.impl("project", TORCH_BOX(&medgs::project));
+  m.impl("project_backward", TORCH_BOX(&medgs::project_backward));
 }

@@ -109,6 +109,22 @@ __global__ void __launch_bounds__(kThreads) differentiate(const SimilarityArgume
   in.gradient[at] = by[0] + 2 * in.images[at] * by[1] + in.targets[at] * by[2];
 }
 
+/// The means of the sums of all parts, in one block.
+template <class S>
+__global__ void __launch_bounds__(kThreads) finish(const SimilarityArguments<S> in) {
+  S difference = 0, total = 0;
+  for (int64_t part = threadIdx.x; part < in.parts; part += kThreads) {
+    difference += in.sums[2 * part];
+    total += in.sums[2 * part + 1];
+  }
+  difference = block_sum(difference);
+  total = block_sum(total);
+  if (threadIdx.x != 0) return;
+  const S pixels = S(in.planes * in.width * in.height);
+  *in.l1 = difference / pixels;
+  *in.ssim = total / pixels;
+}
+
 }  // namespace
 
 template <class S>
@@ -116,6 +132,7 @@ cudaError_t launch_similarity(const SimilarityArguments<S>& in, cudaStream_t str
   const dim3 grid(unsigned(generic::ceil_div(in.width, int64_t(kSide))),
                   unsigned(generic::ceil_div(in.height, int64_t(kSide))), unsigned(in.planes));
   compare<S><<<grid, kThreads, 0, stream>>>(in);
+  finish<S><<<1, kThreads, 0, stream>>>(in);
   if (in.gradient) differentiate<S><<<grid, kThreads, 0, stream>>>(in);
   return cudaGetLastError();
 }
