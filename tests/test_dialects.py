@@ -129,7 +129,7 @@ def test_absolute_gradient_is_the_sum_of_each_pixels_magnitude(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_touched_counts_the_pixels_that_a_gaussian_is_seen_at(device):
-    """MonoGS: drawn, and more than half of the transmittance left in front. The reference adds one Gaussian at a time."""
+    """MonoGS: drawn, and more than half of the transmittance left. The reference adds one Gaussian at a time."""
     settings = camera(device=device)
     gaussians = {name: value.to(device) for name, value in scene(camera(), n=30).items()}
     with returning("touched"):

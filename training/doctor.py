@@ -127,12 +127,12 @@ def _operators(package: str) -> str:
     except (importlib.metadata.PackageNotFoundError, ImportError):
         return f"{MISSING}: make setup, or pip3 install ./submodules/{package.replace('_', '-')}"
     target = library.build_target()
-    installed = library.installed_library(target)
-    name = library.library_name(target)
-    cache = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
-    cached = sorted((cache / package).glob(f"{name}*.so"))
+    installed, wheel = library.installed_library(target), library.wheel_library(target)
+    cached = sorted((library.extension_cache() / package).glob(f"{library.library_name(target)}*.so"))
     if installed.exists():
         state = f"compiled on installing ({installed})"
+    elif wheel.exists():
+        state = f"came with the wheel ({wheel})"
     elif cached:
         state = f"compiled on first use ({cached[0]})"
     else:

@@ -4,8 +4,8 @@ A library is named after all that went into it (sources, flags, torch, CUDA or n
 loaded: under the name looked for it is not there. The places, in this order:
 
 1. beside this file, where an install that sees torch (`pip install --no-build-isolation`) compiles it;
-2. beside this file, where a wheel brings it (`make wheels`). The operators call torch through its stable ABI, so this one
-   serves every torch from 2.10 on and every Python, and needs neither compiler nor CUDA toolkit;
+2. beside this file, where a wheel brings it (`make wheels`). The operators call torch through its stable ABI, so this
+   one serves every torch from 2.10 on and every Python, and needs neither compiler nor CUDA toolkit;
 3. torch's extension cache (TORCH_EXTENSIONS_DIR, else ~/.cache/torch_extensions), where the first import compiles it.
 
 A library that was just compiled must prove itself in a process of its own before it is used: an error raised in it has
@@ -254,7 +254,7 @@ def _cached_library(target: str) -> Path:
     if target != "cpu":  # a cache may be shared by machines whose GPUs differ
         visible = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         name += "".join(f"_sm{major}{minor}" for major, minor in sorted(visible))
-    folder = _cache() / NAME
+    folder = extension_cache() / NAME
     library = folder / f"{name}.so"
     if library.exists():
         return library
@@ -274,7 +274,7 @@ def _cached_library(target: str) -> Path:
     return library
 
 
-def _cache() -> Path:
+def extension_cache() -> Path:
     """torch's extension cache."""
     if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):
         return Path(folder)
@@ -371,10 +371,16 @@ def _nvcc() -> Path | None:
 def toolkit() -> tuple[str, str]:
     """Major and minor number of the CUDA toolkit that is here."""
     nvcc = _nvcc()
-    said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout if nvcc else ""
+    said = (
+        subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+        if nvcc
+        else ""
+    )
     release = re.search(r"release (\d+)\.(\d+)", said)
     if release is None:
-        raise ImportError("there is no CUDA toolkit with nvcc: install one and name its folder with CUDA_HOME")
+        raise ImportError(
+            "there is no CUDA toolkit with nvcc: install one and name its folder with CUDA_HOME"
+        )
     return release[1], release[2]
 
 
@@ -400,7 +406,7 @@ def _describe(target: str) -> str:
 
 
 def _seconds(target: str) -> int:
-    """A guess from a common machine's processor seconds for each file; what else the machine does now takes its share."""
+    """A guess from a common machine's processor seconds per file; what else the machine does now takes its share."""
     files = sources(target)
     gpus = len(_architecture_flags(None)) // 2 if target != "cpu" else 0
     work = sum(9 + 13 * gpus if path.suffix == ".cu" else 4 for path in files)

@@ -9,8 +9,8 @@ constexpr int kMostChannels = 18;  // that one walk over the lists blends: with 
 
 /// Numbers in the record that `blend_backward` writes for one pair of Gaussian and tile: five moments and one sum of
 /// w = dL/d(-q/2) over the tile's pixels, (sum w dx, w dy, w dx^2, w dx dy, w dy^2, w), then dL/dcolour. Eight are
-/// reduced together: few channels have one group and single numbers, many have whole groups. With `absolute` the sums of
-/// |dL/dmean| over the pixels follow, one an axis.
+/// reduced together: few channels have one group and single numbers, many have whole groups. With `absolute` the sums
+/// of |dL/dmean| over the pixels follow, one an axis.
 constexpr int record_size(int64_t channels, bool absolute = false) {
   const int numbers = 6 + int(channels) + (absolute ? 2 : 0);
   return channels <= 2 ? 8 : channels <= 4 ? numbers : (numbers + 7) / 8 * 8;
@@ -18,7 +18,7 @@ constexpr int record_size(int64_t channels, bool absolute = false) {
 template <int C, bool Absolute = false>
 constexpr int kRecordSize = record_size(C, Absolute);
 
-/// The channels that a kernel is compiled for, at least as many as asked: the surplus are zeros.
+/// The channels that a GPU's kernel is compiled for, at least as many as asked: the surplus are zeros.
 constexpr int64_t compiled_channels(int64_t channels) {
   return channels <= 4 ? channels : channels <= 10 ? 10 : kMostChannels;
 }
@@ -86,25 +86,25 @@ struct BlendArguments {
   int32_t* touched;              // (N): pixels that a Gaussian is drawn at while transmittance exceeds 1/2, or null
   // backward; what is null counts as zeros
   const S *v_images, *v_last_image, *v_transmittance;  // (R,C,H,W) (H,W) (R,H,W)
-  const int32_t* gaussian_offsets;      // (V N + 1): the slots of each Gaussian of each view
-  S *v_means2d, *v_conics;              // (heads,V,N,2) (V,N,3)
-  S *v_opacities, *v_colours;           // (heads,N) (heads,N,C)
-  S* v_absolute;                        // (N,2), of a single view and head of 4 channels: sums of |dL/dmean|, or null
-  S* records;                           // (layers, pairs, record_size(C))
+  const int32_t* gaussian_offsets;                     // (V N + 1): the slots of each Gaussian of each view
+  S *v_means2d, *v_conics;                             // (heads,V,N,2) (V,N,3)
+  S *v_opacities, *v_colours;                          // (heads,N) (heads,N,C)
+  S* v_absolute;  // (N,2), of a single view and head of 4 channels: sums of |dL/dmean|, or null
+  S* records;     // (layers, pairs, record_size(C))
 };
 
 /// What lies between `project` and blending: footprints to what is blended, and gradients back.
 template <class S>
 struct SplatArguments {
   int64_t gaussians;
-  bool inverse;  // depth is blended as 1 / z
-  S half_width, half_height;  // px in an NDC unit
+  bool inverse;                                           // depth is blended as 1 / z
+  S half_width, half_height;                              // px in an NDC unit
   const S *depths, *colours, *compensations, *opacities;  // (N) (N,3) (N) (N)
   const int32_t* radii;                                   // (N)
   S *alphas, *features;                                   // (N) (N,4): opacity; colour and depth
   uint8_t* active;                                        // (N)
   // backward
-  const S *v_means2d, *v_absolute, *v_alphas, *v_features;         // (N,2) (N,2) (N) (N,4)
+  const S *v_means2d, *v_absolute, *v_alphas, *v_features;             // (N,2) (N,2) (N) (N,4)
   S *v_depths, *v_colours, *v_compensations, *v_opacities, *v_screen;  // v_screen: (N, columns), or null
   int64_t columns;
 };
@@ -121,9 +121,9 @@ struct SimilarityArguments {
   S c1, c2;                       // the constants that keep the quotients finite
   S* maps;                        // (3, planes, height, width): dSSIM/d(mean x, mean x^2, mean xy); scratch
   int64_t parts;
-  S* sums;                        // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
-  S *l1, *ssim;                   // () each: their means over all pixels
-  S* gradient;                    // (planes, height, width): d(sum of SSIM)/d images, or null
+  S* sums;       // (parts, 2): sums of |x - y| and of SSIM over parts of the planes
+  S *l1, *ssim;  // () each: their means over all pixels
+  S* gradient;   // (planes, height, width): d(sum of SSIM)/d images, or null
 };
 
 /// One tensor of an Adam step, with its rate over 1 - beta1^t, and 1 / sqrt(1 - beta2^t).

@@ -1,4 +1,5 @@
-// The operators `blend` and `splat` on tensors, the same on every device but for the kernels. `Device` is what runs them:
+// The operators `blend` and `splat` on tensors, the same on every device but for the kernels. `Device` is what runs
+// them:
 //   tile_of(inputs, tile_offsets)            side of the tiles that lists of that size are for, px
 //   bin<S>(inputs, capacity)                 the pairs of Gaussian and tile
 //   room(inputs, pairs, channels)            numbers that it keeps of the forward pass for one slice of the channels
@@ -30,8 +31,7 @@ struct Pairs {
 
 using BlendOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // as the schema
 using BlendGradients = std::tuple<Tensor, Tensor, Tensor, Tensor>;
-using SplatOutputs =
-    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using SplatOutputs = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using SplatGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 /// What both directions take, checked, contiguous and active.
@@ -48,8 +48,16 @@ struct BlendInputs {
   BlendInputs(const Tensor& means2d_, const Tensor& conics_, const Tensor& active_, const Tensor& opacities_,
               const Tensor& colours_, const Shape& views_, const Shape& heads_, const Shape& bits_, int64_t width_,
               int64_t height_)
-      : means2d(means2d_), conics(conics_), active(active_), opacities(opacities_), colours(colours_), views(views_),
-        heads(heads_), bits(bits_), width(width_), height(height_) {
+      : means2d(means2d_),
+        conics(conics_),
+        active(active_),
+        opacities(opacities_),
+        colours(colours_),
+        views(views_),
+        heads(heads_),
+        bits(bits_),
+        width(width_),
+        height(height_) {
     check_real(means2d_, "means2d");
     MEDGS_CHECK_VALUE(means2d_.dim() == 3, "means2d must have shape (V, N, 2), got ", shape_of(means2d_));
     MEDGS_CHECK_VALUE(colours_.dim() == 3, "colours must have shape (heads, N, C), got ", shape_of(colours_));
@@ -87,9 +95,21 @@ struct BlendInputs {
   /// Of `splat`: one view, one head, colour and depth, checked before.
   BlendInputs(const Tensor& means2d_, const Tensor& conics_, const Tensor& active_, const Tensor& opacities_,
               const Tensor& colours_, const Tensor& order_, int64_t width_, int64_t height_)
-      : means2d(means2d_), conics(conics_), active(active_), opacities(opacities_), colours(colours_), order(order_),
-        views{0}, heads{0}, bits{generic::kActive}, view_count(1), gaussians(means2d_.size(0)), head_count(1),
-        channels(4), width(width_), height(height_) {
+      : means2d(means2d_),
+        conics(conics_),
+        active(active_),
+        opacities(opacities_),
+        colours(colours_),
+        order(order_),
+        views{0},
+        heads{0},
+        bits{generic::kActive},
+        view_count(1),
+        gaussians(means2d_.size(0)),
+        head_count(1),
+        channels(4),
+        width(width_),
+        height(height_) {
     plan();
   }
 
@@ -152,8 +172,8 @@ void activate(BlendInputs& inputs) {
   const Tensor opacities = new_like(inputs.opacities), colours = new_like(inputs.colours);
   with_scalar(opacities, [&](auto zero) {
     using S = decltype(zero);
-    Device::template activate<S>(data<S>(inputs.opacities), data<S>(inputs.colours), opacities.numel(),
-                                 colours.numel(), writable<S>(opacities), writable<S>(colours));
+    Device::template activate<S>(data<S>(inputs.opacities), data<S>(inputs.colours), opacities.numel(), colours.numel(),
+                                 writable<S>(opacities), writable<S>(colours));
   });
   inputs.opacities = opacities;
   inputs.colours = colours;
@@ -216,8 +236,14 @@ BlendOutputs blend_op(const Tensor& means2d, const Tensor& conics, const Tensor&
       Device::blend(in, *pairs);
     });
   });
-  return {images,       transmittance,           stops,
-          pairs->tile_offsets, pairs->gaussians, pairs->slots, pairs->gaussian_offsets, keep ? *starts : empty({0}, means2d)};
+  return {images,
+          transmittance,
+          stops,
+          pairs->tile_offsets,
+          pairs->gaussians,
+          pairs->slots,
+          pairs->gaussian_offsets,
+          keep ? *starts : empty({0}, means2d)};
 }
 
 /// The lists that a backward pass is given, checked.
@@ -305,8 +331,16 @@ struct SplatInputs {
   SplatInputs(const Tensor& means2d_, const Tensor& conics_, const Tensor& colours_, const Tensor& depths_,
               const Tensor& compensations_, const Tensor& radii_, const Tensor& opacities_, int64_t width,
               int64_t height)
-      : means2d(means2d_), conics(conics_), colours(colours_), depths(depths_), compensations(compensations_),
-        radii(radii_), opacities(opacities_), alphas(means2d_), features(means2d_), active(means2d_) {
+      : means2d(means2d_),
+        conics(conics_),
+        colours(colours_),
+        depths(depths_),
+        compensations(compensations_),
+        radii(radii_),
+        opacities(opacities_),
+        alphas(means2d_),
+        features(means2d_),
+        active(means2d_) {
     check_real(means2d_, "means2d");
     MEDGS_CHECK_VALUE(means2d_.dim() == 2, "means2d must have shape (N, 2), got ", shape_of(means2d_));
     const int64_t n = means2d_.size(0);
@@ -387,8 +421,17 @@ SplatOutputs splat_op(const Tensor& means2d, const Tensor& conics, const Tensor&
     in.starts = writable<S>(*starts);
     Device::blend(in, *pairs);
   });
-  return {colour,           depth,        transmittance,           touched, stops, pairs->tile_offsets,
-          pairs->gaussians, pairs->slots, pairs->gaussian_offsets, keep ? *starts : empty({0}, means2d), order};
+  return {colour,
+          depth,
+          transmittance,
+          touched,
+          stops,
+          pairs->tile_offsets,
+          pairs->gaussians,
+          pairs->slots,
+          pairs->gaussian_offsets,
+          keep ? *starts : empty({0}, means2d),
+          order};
 }
 
 template <class Device>

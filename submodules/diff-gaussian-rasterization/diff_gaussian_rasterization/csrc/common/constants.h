@@ -20,19 +20,19 @@
 namespace medgs {
 namespace MEDGS_ISA {
 
-constexpr double kMinAlpha = 1.0 / 255.0;       // a weaker contribution is skipped
-constexpr double kMaxAlpha = 0.99;              // alpha is clamped here, and its gradient is 0 there
-constexpr double kTouchedTransmittance = 0.5;   // a Gaussian touches a pixel while more than this is left in front of it
-constexpr double kMinTransmittance = 1e-4;      // a pixel stops before the Gaussian that would go below
+constexpr double kMinAlpha = 1.0 / 255.0;      // a weaker contribution is skipped
+constexpr double kMaxAlpha = 0.99;             // alpha is clamped here, and its gradient is 0 there
+constexpr double kTouchedTransmittance = 0.5;  // a Gaussian touches a pixel while more than this is left in front of it
+constexpr double kMinTransmittance = 1e-4;     // a pixel stops before the Gaussian that would go below
 constexpr double kHarmonic0 = 0.28209479177387814;  // the constant spherical harmonic: colour = kHarmonic0 raw + 0.5
-constexpr double kLowPass = 0.3;                // px^2 added to the diagonal of every projected covariance
-constexpr double kRadiusSigmas = 3.0;           // radius = ceil(3 standard deviations along the longer axis)
-constexpr double kMinEigenvalueGap = 0.1;       // floor under mid^2 - det in the larger eigenvalue
-constexpr double kMinTimeWeight = 0.1;          // a Gaussian is active at t where delta(t) exceeds this
-constexpr double kMinSegmentationScale = 1e-6;  // and, in segmentation renders, where both scales exceed this
-constexpr double kMaxRadius = 1e9;              // px, keeps the conversion of a radius to int defined
-constexpr int kVisibilityTile = 16;             // px, the tile grid of the published visibility test
-constexpr int kMaxDegree = 32;                  // largest polynomial degree P that the kernels hold on their stack
+constexpr double kLowPass = 0.3;                    // px^2 added to the diagonal of every projected covariance
+constexpr double kRadiusSigmas = 3.0;               // radius = ceil(3 standard deviations along the longer axis)
+constexpr double kMinEigenvalueGap = 0.1;           // floor under mid^2 - det in the larger eigenvalue
+constexpr double kMinTimeWeight = 0.1;              // a Gaussian is active at t where delta(t) exceeds this
+constexpr double kMinSegmentationScale = 1e-6;      // and, in segmentation renders, where both scales exceed this
+constexpr double kMaxRadius = 1e9;                  // px, keeps the conversion of a radius to int defined
+constexpr int kVisibilityTile = 16;                 // px, the tile grid of the published visibility test
+constexpr int kMaxDegree = 32;                      // largest polynomial degree P that the kernels hold on their stack
 
 // Bits of the `active` masks that `fold` writes and `blend` reads.
 constexpr unsigned char kActive = 1;              // delta(t) > 0.1 and visible

@@ -29,17 +29,8 @@ struct ProjectArguments {
 
   template <class T>
   ProjectionCamera<T> camera() const {
-    return {data<T>(viewmatrix),
-            data<T>(projmatrix),
-            data<T>(campos),
-            T(tanfovx),
-            T(tanfovy),
-            T(scale_modifier),
-            int(width),
-            int(height),
-            int(sh_degree),
-            antialiasing,
-            T(low_pass)};
+    return {data<T>(viewmatrix), data<T>(projmatrix), data<T>(campos), T(tanfovx),   T(tanfovy), T(scale_modifier),
+            int(width),          int(height),         int(sh_degree),  antialiasing, T(low_pass)};
   }
   template <class T>
   Gaussians3d<const T> gaussians() const {
@@ -103,9 +94,8 @@ ProjectOutputs project_with(const ProjectArguments& arguments, const Run& run) {
   const Tensor radii = empty({n}, like, ScalarType::Int);
   with_scalar(arguments.means3d, [&](auto zero) {
     using T = decltype(zero);
-    const Footprints<T> footprints = {writable<T>(means2d), writable<T>(conics),
-                                      writable<T>(colours), writable<T>(depths),
-                                      writable<T>(compensations)};
+    const Footprints<T> footprints = {writable<T>(means2d), writable<T>(conics), writable<T>(colours),
+                                      writable<T>(depths), writable<T>(compensations)};
     run(arguments.camera<T>(), arguments.gaussians<T>(), n, footprints, writable<int32_t>(radii));
   });
   return {means2d, conics, colours, depths, compensations, radii};
@@ -138,14 +128,12 @@ ProjectGradients project_backward_with(const ProjectArguments& arguments, const 
   const Tensor visible = packed(radii);
   with_scalar(v_means3d, [&](auto zero) {
     using T = decltype(zero);
-    const Footprints<const T> v_footprints = {data<T>(g_means2d), data<T>(g_conics),
-                                              data<T>(g_colours), data<T>(g_depths),
-                                              data<T>(g_compensations)};
+    const Footprints<const T> v_footprints = {data<T>(g_means2d), data<T>(g_conics), data<T>(g_colours),
+                                              data<T>(g_depths), data<T>(g_compensations)};
     const Gaussians3d<T> v_gaussians = {writable<T>(v_means3d),     writable<T>(v_scales),
                                         writable<T>(v_quaternions), writable<T>(v_covariances),
                                         writable<T>(v_shs),         arguments.gaussians<T>().sh_count};
-    run(arguments.camera<T>(), arguments.gaussians<T>(), n, data<int32_t>(visible), v_footprints,
-        v_gaussians);
+    run(arguments.camera<T>(), arguments.gaussians<T>(), n, data<int32_t>(visible), v_footprints, v_gaussians);
   });
   return {v_means3d, v_scales, v_quaternions, v_covariances, v_shs};
 }

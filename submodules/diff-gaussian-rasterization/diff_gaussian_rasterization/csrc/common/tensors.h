@@ -1,5 +1,5 @@
-// What the operators use of torch: its stable ABI, which every torch from 2.10 on keeps. One compiled library serves them
-// all, and the compiler reads a hundredth of torch's headers. Kernels never see this file.
+// What the operators use of torch: its stable ABI, which every torch from 2.10 on keeps. One compiled library serves
+// them all, and the compiler reads a hundredth of torch's headers. Kernels never see this file.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -90,16 +90,16 @@ std::string message(const Parts&... parts) {
   return out.str();
 }
 
-#define MEDGS_CHECK_VALUE(condition, ...)                             \
-  do {                                                                \
+#define MEDGS_CHECK_VALUE(condition, ...)                                \
+  do {                                                                   \
     if (!(condition)) throw std::invalid_argument(message(__VA_ARGS__)); \
   } while (0)
-#define MEDGS_CHECK_TYPE(condition, ...)                              \
-  do {                                                                \
+#define MEDGS_CHECK_TYPE(condition, ...)                                \
+  do {                                                                  \
     if (!(condition)) throw pybind11::type_error(message(__VA_ARGS__)); \
   } while (0)
-#define MEDGS_CHECK(condition, ...)                                 \
-  do {                                                              \
+#define MEDGS_CHECK(condition, ...)                                   \
+  do {                                                                \
     if (!(condition)) throw std::runtime_error(message(__VA_ARGS__)); \
   } while (0)
 

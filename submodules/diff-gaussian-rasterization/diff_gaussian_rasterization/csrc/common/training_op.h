@@ -13,8 +13,8 @@ using Tensors = std::vector<Tensor>;
 /// Adam (Kingma and Ba 2015) on several tensors; steps are float32 scalars on the CPU, as torch.optim.Adam keeps them.
 template <class Run>
 void adam_step_op(const Tensors& parameters, const Tensors& gradients, const Tensors& first_moments,
-                  const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1, double beta2, double epsilon,
-                  const Run& run) {
+                  const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1,
+                  double beta2, double epsilon, const Run& run) {
   const size_t count = parameters.size();
   MEDGS_CHECK_VALUE(gradients.size() == count && first_moments.size() == count && second_moments.size() == count &&
                         steps.size() == count && rates.size() == count,
@@ -50,8 +50,7 @@ void adam_step_op(const Tensors& parameters, const Tensors& gradients, const Ten
       if (t.size > 0) tensors.push_back(t);
     }
     for (size_t i = 0; i < count; ++i) *writable<float>(steps[i]) += 1;
-    run(tensors, AdamConstants<S>{S(beta1), S(beta2), S(1 - beta1), S(1 - beta2),
-                                         S(epsilon)});
+    run(tensors, AdamConstants<S>{S(beta1), S(beta2), S(1 - beta1), S(1 - beta2), S(epsilon)});
   });
 }
 
@@ -73,8 +72,7 @@ void observe_op(const Tensor& radii, const Tensor& active, const Tensor& screen_
     check_float(t, "a statistic", {n, 1}, screen_gradients);
     MEDGS_CHECK_VALUE(t.is_contiguous(), "statistics must be contiguous");
   }
-  const Tensor r = packed(radii), a = packed(active), g = packed(screen_gradients),
-               m = packed(m_gradients);
+  const Tensor r = packed(radii), a = packed(active), g = packed(screen_gradients), m = packed(m_gradients);
   with_scalar(g, [&](auto zero) {
     using S = decltype(zero);
     ObserveArguments<S> in{};

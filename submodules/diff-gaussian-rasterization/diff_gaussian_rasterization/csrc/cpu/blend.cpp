@@ -12,8 +12,8 @@ namespace {
 
 /// How many times as many pixels a walk over coarser tiles may look at.
 constexpr double kMostWaste = 1.25;
-constexpr int64_t kManyPairs = 1 << 16;  // fewer are not worth a thought
-constexpr int kCoarsest = 3;             // doublings: tiles of 32 px
+constexpr int64_t kFewTiles = 32;  // of a splat on average: coarser tiles would waste more
+constexpr int kCoarsest = 3;       // doublings: tiles of 32 px
 
 TileRectangle coarser(TileRectangle r, int doublings) {
   if (r.x0 >= r.x1 || r.y0 >= r.y1) return {0, 0, 0, 0};
@@ -23,18 +23,25 @@ TileRectangle coarser(TileRectangle r, int doublings) {
 
 /// Doublings of the tile's side: as many as leave a walk over the lists nearly as short. Splats much larger than a tile
 /// then have a sixteenth, or less, of the pairs.
-int doublings_for(const TileRectangle* rectangles, int64_t count, int threads) {
-  int64_t pairs[kCoarsest + 1] = {};
-#pragma omp parallel for schedule(static) reduction(+ : pairs[ : kCoarsest + 1]) num_threads(threads_for(count, threads))
-  for (int64_t i = 0; i < count; ++i)
-    for (int d = 0; d <= kCoarsest; ++d) {
-      const TileRectangle r = coarser(rectangles[i], d);
-      pairs[d] += int64_t(r.x1 - r.x0) * (r.y1 - r.y0);
-    }
-  if (pairs[0] < kManyPairs) return 0;
+int doublings_for(const TileRectangle* rectangles, int64_t count, int team) {
+  int64_t pairs[kCoarsest + 1] = {}, splats = 0;
+#pragma omp parallel for schedule(static) reduction(+ : pairs[ : 1], splats) num_threads(team)
+  for (int64_t i = 0; i < count; ++i) {
+    const TileRectangle r = rectangles[i];
+    pairs[0] += int(r.x1 - r.x0) * int(r.y1 - r.y0);
+    splats += r.x1 > r.x0;
+  }
+  if (pairs[0] < kFewTiles * splats) return 0;
   int best = 0;
-  for (int d = 1; d <= kCoarsest; ++d)
-    if (double(pairs[d]) * (int64_t(1) << 2 * d) <= kMostWaste * double(pairs[0])) best = d;
+  for (int d = 1; d <= kCoarsest; ++d) {
+#pragma omp parallel for schedule(static) reduction(+ : pairs[ : kCoarsest + 1]) num_threads(team)
+    for (int64_t i = 0; i < count; ++i) {
+      const TileRectangle r = coarser(rectangles[i], d);
+      pairs[d] += int(r.x1 - r.x0) * int(r.y1 - r.y0);
+    }
+    if (double(pairs[d]) * (int64_t(1) << 2 * d) > kMostWaste * double(pairs[0])) break;
+    best = d;
+  }
   return best;
 }
 
@@ -72,7 +79,7 @@ Pairs bin(const BlendInputs& of) {
     bounds.rectangles = rectangles.get() + view * n;
     kernels<S>().bound(bounds, begin, std::min(n, begin + kBlock));
   }
-  const int doublings = doublings_for(rectangles.get(), views * n, medgs::threads());
+  const int doublings = doublings_for(rectangles.get(), views * n, team);
   const int64_t tile = int64_t(kTile) << doublings, tiles_x = of.tiles_x(tile), tiles = of.tiles(tile);
 
   // At most as many parts as keep their counts of the tiles to 32 MB.
@@ -80,7 +87,8 @@ Pairs bin(const BlendInputs& of) {
   const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({team, n / 1024, affordable}));
   const auto part_begin = [&](int64_t part) { return part * n / parts; };
   const auto reached = [&](int64_t view, int64_t place) {
-    return coarser(rectangles[view * n + (order ? order[place] : place)], doublings);
+    const TileRectangle r = rectangles[view * n + (order ? order[place] : place)];
+    return doublings == 0 ? r : coarser(r, doublings);
   };
   std::vector<int64_t> counts(views * parts * tiles, 0);  // then: where each part's pairs of a tile start
   std::vector<int64_t> part_slots(views * parts + 1, 0);
@@ -223,8 +231,8 @@ struct Cpu {
     kernels<S>().sum_records(in, heads, medgs::threads());
   }
   template <class S>
-  static void activate(const S* opacities, const S* colours, int64_t opacity_count, int64_t colour_count,
-                       S* activated, S* clamped) {
+  static void activate(const S* opacities, const S* colours, int64_t opacity_count, int64_t colour_count, S* activated,
+                       S* clamped) {
     kernels<S>().activate(opacities, opacity_count, activated);
     for (int64_t i = 0; i < colour_count; ++i) clamped[i] = generic::colour_of(colours[i]);
   }
@@ -259,7 +267,8 @@ struct Cpu {
 STABLE_TORCH_LIBRARY_FRAGMENT(diff_gaussian_rasterization, m) {
   m.def(
       "blend(Tensor means2d, Tensor conics, Tensor active, Tensor opacities, Tensor colours, Tensor backgrounds, "
-      "Tensor? screen, int[] views, int[] heads, int[] bits, int width, int height, bool raw, int capacity=0, bool keep=True) "
+      "Tensor? screen, int[] views, int[] heads, int[] bits, int width, int height, bool raw, int capacity=0, bool "
+      "keep=True) "
       "-> (Tensor images, Tensor transmittance, Tensor stops, Tensor tile_offsets, Tensor pair_gaussians, "
       "Tensor pair_slots, Tensor gaussian_offsets, Tensor starts)");
   m.def(

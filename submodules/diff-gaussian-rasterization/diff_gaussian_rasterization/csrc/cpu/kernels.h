@@ -24,7 +24,7 @@ struct Kernels {
   void (*blend)(const BlendArguments<S>&, int threads);
   void (*blend_backward)(const BlendArguments<S>&, int threads);
   void (*sum_records)(const BlendArguments<S>&, int64_t heads, int threads);
-  void (*activate)(const S* raw, int64_t count, S* opacities);  // sigmoid
+  void (*activate)(const S* raw, int64_t count, S* opacities);     // sigmoid
   bool (*similarity)(const SimilarityArguments<S>&, int threads);  // false: no memory for it
   void (*adam)(const AdamTensor<S>&, const AdamConstants<S>&, int threads);
   void (*sigma_outside)(const SigmaArguments<S>&, int threads);

@@ -224,12 +224,10 @@ MEDGS_INLINE void for_each_pair(const BlendArguments<S>& in, int64_t render, int
   }
 }
 
-// C is the number of channels that a kernel is compiled for; where there are fewer, the others are zeros, and only what
-// reads or writes memory of the operator looks whether a channel exists.
-template <int C, class S>
-MEDGS_INLINE bool has_channel(const BlendArguments<S>& in, int c) {
-  return C <= 4 || c < in.channels;
-}
+/// C is the number of channels, or kMostChannels, which serves any number up to it. A number that is known when the
+/// template is read: else loops over channels are unrolled too late for registers.
+#define MEDGS_CHANNELS (C == kMostChannels ? int(in.channels) : C)
+#define MEDGS_RECORD (C == kMostChannels ? record_size(in.channels) : R)
 
 /// The plane of channel c among the images of a render, or their gradients; null where there are none.
 template <class S, class T>
@@ -238,12 +236,12 @@ MEDGS_INLINE T* plane_of(const BlendArguments<S>& in, T* images, T* last, bool a
   return images ? images + (render * in.stride + c) * in.width * in.height : nullptr;
 }
 
-template <class S, int C>
+template <class S, int C, bool Counting>
 void blend_channels(const BlendArguments<S>& in, int threads) {
   constexpr int K = kParts<S>;
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
   const int parts = parts_of(in), chunk = parts < kPartsAtOnce ? kPartsAtOnce / parts : 1;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders * area, threads))
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders* area, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
@@ -256,50 +254,48 @@ void blend_channels(const BlendArguments<S>& in, int threads) {
         transmittance[k] = Vec<S>{} + S(1);
         running[k] = frame.inside[k];
         stop[k] = Mask<S>{};
-        for (int c = 0; c < C; ++c) image[c][k] = Vec<S>{};
+        for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] = Vec<S>{};
       }
-      for_each_pair(in, render, tile,
-                    [&](int64_t pair, int64_t n, bool drawn, const S* mean, const S* conic, S opacity, const S* given) {
-                      if (!drawn) return true;
-                      S colour[C];
-                      for (int c = 0; c < C; ++c) colour[c] = has_channel<C>(in, c) ? given[c] : S(0);
-                      bool saturated = false;
-                      for (int k = 0; k < K; ++k) {
-                        const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0],
-                                                               conic[1], conic[2], opacity);
-                        const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
-                        const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
-                        running[k] &= ~ends;
-                        const Mask<S> used = running[k] & g.hit;
-                        if (in.touched) {
-                          const Mask<S> touches = used & (transmittance[k] > S(kTouchedTransmittance));
-                          int32_t pixels = 0;
-                          for (int l = 0; l < kLanes<S>; ++l) pixels -= int32_t(touches[l]);
-                          if (pixels > 0)
+      for_each_pair(
+          in, render, tile,
+          [&](int64_t pair, int64_t n, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+            if (!drawn) return true;
+            bool saturated = false;
+            for (int k = 0; k < K; ++k) {
+              const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
+                                                     conic[2], opacity);
+              const Vec<S> next = transmittance[k] * (S(1) - g.alpha);
+              const Mask<S> ends = running[k] & g.hit & (next < S(kMinTransmittance));
+              running[k] &= ~ends;
+              const Mask<S> used = running[k] & g.hit;
+              if constexpr (Counting) {
+                const Mask<S> touches = used & (transmittance[k] > S(kTouchedTransmittance));
+                int32_t pixels = 0;
+                for (int l = 0; l < kLanes<S>; ++l) pixels -= int32_t(touches[l]);
+                if (pixels > 0)
 #pragma omp atomic
-                            in.touched[n] += pixels;
-                        }
-                        const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-                        for (int c = 0; c < C; ++c) image[c][k] += colour[c] * weight;
-                        transmittance[k] = used ? next : transmittance[k];
-                        stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
-                        saturated |= any(ends);
-                      }
-                      if (!saturated) return true;
-                      for (int k = 0; k < K; ++k)
-                        if (any(running[k])) return true;
-                      return false;
-                    });
+                  in.touched[n] += pixels;
+              }
+              const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+              for (int c = 0; c < MEDGS_CHANNELS; ++c) image[c][k] += colour[c] * weight;
+              transmittance[k] = used ? next : transmittance[k];
+              stop[k] = used ? Mask<S>{} + typename Integer<S>::type(pair - start + 1) : stop[k];
+              saturated |= any(ends);
+            }
+            if (!saturated) return true;
+            for (int k = 0; k < K; ++k)
+              if (any(running[k])) return true;
+            return false;
+          });
       for (int i = 0; i < kPixels; ++i) {
         const int k = i / kLanes<S>, l = i % kLanes<S>;
         if (!frame.inside[k][l]) continue;
         const int64_t at = frame.at(i, in.width);
         in.transmittance[render * area + at] = transmittance[k][l];
         in.stops[render * area + at] = int32_t(stop[k][l]);
-        for (int c = 0; c < C; ++c)
-          if (has_channel<C>(in, c))
-            plane_of(in, in.images, in.last_image, in.last_image != nullptr, render, c)[at] =
-                image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
+        for (int c = 0; c < MEDGS_CHANNELS; ++c)
+          plane_of(in, in.images, in.last_image, in.last_image != nullptr, render, c)[at] =
+              image[c][k][l] + transmittance[k][l] * in.backgrounds[render * in.stride + c];
       }
     }
   }
@@ -313,7 +309,7 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
   const int64_t tiles = in.tiles_x * in.tiles_y, area = in.width * in.height;
   const int parts = parts_of(in), chunk = parts < kPartsAtOnce ? kPartsAtOnce / parts : 1;
   const bool apart = in.last_image != nullptr;
-#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders * area, threads))
+#pragma omp parallel for schedule(dynamic, chunk) num_threads(threads_for(in.renders* area, threads))
   for (int64_t job = 0; job < in.renders * tiles; ++job) {
     const int64_t render = job / tiles, tile = job % tiles;
     const int64_t start = in.tile_offsets[in.views[render] * (tiles + 1) + tile];
@@ -328,13 +324,12 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
         stop[k][l] = 0;
         behind[k][l] = 0;
         transmittance[k][l] = 1;
-        for (int c = 0; c < C; ++c) v_image[c][k][l] = 0;
+        for (int c = 0; c < MEDGS_CHANNELS; ++c) v_image[c][k][l] = 0;
         if (!frame.inside[k][l]) continue;
         const int64_t at = frame.at(i, in.width);
         S rest = in.v_transmittance ? in.v_transmittance[render * area + at] * in.transmittance[render * area + at] : 0;
-        for (int c = 0; c < C; ++c) {
-          const S* incoming =
-              has_channel<C>(in, c) ? plane_of(in, in.v_images, in.v_last_image, apart, render, c) : nullptr;
+        for (int c = 0; c < MEDGS_CHANNELS; ++c) {
+          const S* incoming = plane_of(in, in.v_images, in.v_last_image, apart, render, c);
           if (!incoming) continue;
           v_image[c][k][l] = incoming[at];
           rest += v_image[c][k][l] * plane_of(in, in.images, in.last_image, apart, render, c)[at];
@@ -343,81 +338,71 @@ void blend_backward_channels(const BlendArguments<S>& in, int threads) {
         stop[k][l] = in.stops[render * area + at];
         deepest = in.stops[render * area + at] > deepest ? in.stops[render * area + at] : deepest;
       }
-      for_each_pair(
-          in, render, tile,
-          [&](int64_t pair, int64_t, bool drawn, const S* mean, const S* conic, S opacity, const S* given) {
-            S* record = in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * R;
-            Vec<S> total[R];
-            Mask<S> touched{};
-            const bool reached = pair - start < deepest;
-            if (drawn && reached) {
-              S colour[C];
-              for (int c = 0; c < C; ++c) colour[c] = has_channel<C>(in, c) ? given[c] : S(0);
-              for (int r = 0; r < R; ++r) total[r] = Vec<S>{};
-              for (int k = 0; k < K; ++k) {
-                const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0], conic[1],
-                                                       conic[2], opacity);
-                const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
-                touched |= used;
-                const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
-                Vec<S> v_weight{};
-                for (int c = 0; c < C; ++c) {
-                  v_weight += colour[c] * v_image[c][k];
-                  total[6 + c] += weight * v_image[c][k];
-                }
-                behind[k] -= weight * v_weight;
-                const Vec<S> v_power = power_gradient<S>(g, used, transmittance[k], v_weight, behind[k]);
-                add_moments(g, v_power, total);
-                if constexpr (Absolute) add_absolute(g, v_power, conic[0], conic[1], conic[2], total + 6 + C);
-                transmittance[k] =
-                    used ? transmittance[k] * (S(1) - g.alpha) : transmittance[k];  // the forward pass's own rounding
-              }
-            }
-            // The first part writes the record, the others add to it.
-            if (!any(touched)) {
-              if (part > 0) return reached;
-              for (int r = 0; r < R; ++r) record[r] = 0;
-              return true;
-            }
-            S sums[R];
-            if constexpr (C <= 4) {
-              for (int r = 8; r < R; ++r) sums[r] = sum<S>(total[r]);
-              sum8<S>(total, sums);
-            } else {
-              for (int r = 0; r < R; r += 8) sum8<S>(total + r, sums + r);
-            }
-            if (part == 0)
-              std::memcpy(record, sums, sizeof sums);
-            else
-              for (int r = 0; r < R; ++r) record[r] += sums[r];
-            return true;
-          });
+      for_each_pair(in, render, tile,
+                    [&](int64_t pair, int64_t, bool drawn, const S* mean, const S* conic, S opacity, const S* colour) {
+                      S* record =
+                          in.records + (in.render_layers[render] * in.pairs + in.pair_slots[pair]) * MEDGS_RECORD;
+                      Vec<S> total[R];
+                      Mask<S> touched{};
+                      const bool reached = pair - start < deepest;
+                      if (drawn && reached) {
+                        for (int r = 0; r < MEDGS_RECORD; ++r) total[r] = Vec<S>{};
+                        for (int k = 0; k < K; ++k) {
+                          const auto g = contribution<Vec<S>, S>(frame.x[k], frame.y[k], mean[0], mean[1], conic[0],
+                                                                 conic[1], conic[2], opacity);
+                          const Mask<S> used = g.hit & (stop[k] > typename Integer<S>::type(pair - start));
+                          touched |= used;
+                          const Vec<S> weight = used ? g.alpha * transmittance[k] : Vec<S>{};
+                          Vec<S> v_weight{};
+                          for (int c = 0; c < MEDGS_CHANNELS; ++c) {
+                            v_weight += colour[c] * v_image[c][k];
+                            total[6 + c] += weight * v_image[c][k];
+                          }
+                          behind[k] -= weight * v_weight;
+                          const Vec<S> v_power = power_gradient<S>(g, used, transmittance[k], v_weight, behind[k]);
+                          add_moments(g, v_power, total);
+                          if constexpr (Absolute) add_absolute(g, v_power, conic[0], conic[1], conic[2], total + 6 + C);
+                          transmittance[k] = used ? transmittance[k] * (S(1) - g.alpha)
+                                                  : transmittance[k];  // the forward pass's own rounding
+                        }
+                      }
+                      // The first part writes the record, the others add to it.
+                      if (!any(touched)) {
+                        if (part > 0) return reached;
+                        for (int r = 0; r < MEDGS_RECORD; ++r) record[r] = 0;
+                        return true;
+                      }
+                      S more[R];
+                      S* sums = part == 0 ? record : more;
+                      if constexpr (C <= 4) {
+                        for (int r = 8; r < MEDGS_RECORD; ++r) sums[r] = sum<S>(total[r]);
+                        sum8<S>(total, sums);
+                      } else {
+                        for (int r = 0; r < MEDGS_RECORD; r += 8) sum8<S>(total + r, sums + r);
+                      }
+                      if (part > 0)
+                        for (int r = 0; r < MEDGS_RECORD; ++r) record[r] += more[r];
+                      return true;
+                    });
     }
   }
 }
 
-/// Calls `run` with the C of the kernels for that many channels.
+/// Calls `run` with the number of channels as a compile-time constant: itself where it is small, or 10.
 template <class Run>
 void with_channels(int64_t channels, const Run& run) {
-  switch (compiled_channels(channels)) {
-    case 1:
-      return run(std::integral_constant<int, 1>{});
-    case 2:
-      return run(std::integral_constant<int, 2>{});
-    case 3:
-      return run(std::integral_constant<int, 3>{});
-    case 4:
-      return run(std::integral_constant<int, 4>{});
-    case 10:
-      return run(std::integral_constant<int, 10>{});
-    default:
-      return run(std::integral_constant<int, kMostChannels>{});
-  }
+  if (channels == 1) return run(std::integral_constant<int, 1>{});
+  if (channels == 2) return run(std::integral_constant<int, 2>{});
+  if (channels == 3) return run(std::integral_constant<int, 3>{});
+  if (channels == 4) return run(std::integral_constant<int, 4>{});
+  if (channels == 10) return run(std::integral_constant<int, 10>{});
+  run(std::integral_constant<int, kMostChannels>{});
 }
 
 template <class S>
 void blend(const BlendArguments<S>& in, int threads) {
-  with_channels(in.channels, [&](auto c) { blend_channels<S, c.value>(in, threads); });
+  if (in.touched) return blend_channels<S, 4, true>(in, threads);
+  with_channels(in.channels, [&](auto c) { blend_channels<S, c.value, false>(in, threads); });
 }
 
 template <class S>
@@ -447,12 +432,12 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         if (first < last) {
           for (int64_t r = 0; r < in.renders; ++r) {
             if (in.views[r] != view || in.heads[r] != head) continue;
-            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * R;
-            for (int64_t slot = first; slot < last; ++slot, record += R) {
+            const S* record = in.records + (in.render_layers[r] * in.pairs + first) * MEDGS_RECORD;
+            for (int64_t slot = first; slot < last; ++slot, record += MEDGS_RECORD) {
               Eight eight;
               std::memcpy(&eight, record, sizeof eight);
               sum += eight;
-              for (int k = 8; k < R; ++k) more[k - 8] += record[k];
+              for (int k = 8; k < MEDGS_RECORD; ++k) more[k - 8] += record[k];
             }
           }
         }
@@ -465,14 +450,13 @@ void sum_records_channels(const BlendArguments<S>& in, int64_t heads, int thread
         for (int i = 0; i < 2; ++i) v_mean[i] = in.first_slice ? by_mean[i] : v_mean[i] + by_mean[i];
         for (int i = 0; i < 3; ++i) v_conic[i] = (head > 0 || !in.first_slice ? v_conic[i] : S(0)) - by_conic[i];
         v_opacity += sum[5];
-        for (int c = 0; c < C; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c < 2 ? 0 : c - 2];
+        for (int c = 0; c < MEDGS_CHANNELS; ++c) v_colour[c] += c < 2 ? sum[6 + c % 2] : more[c < 2 ? 0 : c - 2];
         if constexpr (Absolute)
           for (int i = 0; i < 2; ++i) in.v_absolute[2 * n + i] = more[C - 2 + i];
       }
       const S by_opacity = v_opacity != S(0) ? v_opacity / in.opacities[at] : S(0);
       in.v_opacities[at] = in.first_slice ? by_opacity : in.v_opacities[at] + by_opacity;
-      for (int c = 0; c < C; ++c)
-        if (has_channel<C>(in, c)) in.v_colours[at * in.stride + c] = v_colour[c];
+      for (int c = 0; c < MEDGS_CHANNELS; ++c) in.v_colours[at * in.stride + c] = v_colour[c];
     }
   }
 }
@@ -686,9 +670,9 @@ const Kernels<float> kernels_float = {
     blend_backward<float>,   sum_records<float>, activate<float>,      similarity<float>, adam<float>,
     sigma_outside<float>};
 const Kernels<double> kernels_double = {
-    MEDGS_STRING(MEDGS_ISA), fold<double>,        fold_backward<double>, bound<double>,      blend<double>,
-    blend_backward<double>,  sum_records<double>, activate<double>,      similarity<double>, adam<double>,
-    sigma_outside<double>};
+    MEDGS_STRING(MEDGS_ISA), fold<double>,           fold_backward<double>, bound<double>,
+    blend<double>,           blend_backward<double>, sum_records<double>,   activate<double>,
+    similarity<double>,      adam<double>,           sigma_outside<double>};
 
 }  // namespace MEDGS_ISA
 }  // namespace medgs

@@ -7,7 +7,8 @@ namespace medgs {
 namespace {
 
 void adam_step_cpu(const Tensors& parameters, const Tensors& gradients, const Tensors& first_moments,
-                   const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1, double beta2, double epsilon) {
+                   const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1,
+                   double beta2, double epsilon) {
   adam_step_op(parameters, gradients, first_moments, second_moments, steps, rates, beta1, beta2, epsilon,
                [](const auto& tensors, const auto& constants) {
                  using S = std::decay_t<decltype(constants.beta1)>;

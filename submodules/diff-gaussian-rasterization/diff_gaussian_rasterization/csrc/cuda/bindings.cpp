@@ -1,5 +1,5 @@
-// torch's stream. Only a torch with CUDA has the function that knows it, and this library serves any torch: it is looked
-// up in what torch has loaded.
+// torch's stream. Only a torch with CUDA has the function that knows it, and this library serves any torch: it is
+// looked up in what torch has loaded.
 #include "bindings.h"
 
 #include <dlfcn.h>

@@ -19,8 +19,8 @@ cudaStream_t current_stream();
 
 }  // namespace medgs
 
-#define MEDGS_CUDA_CHECK(call)                                                        \
-  do {                                                                                \
-    const cudaError_t error = (call);                                                 \
+#define MEDGS_CUDA_CHECK(call)                                                    \
+  do {                                                                            \
+    const cudaError_t error = (call);                                             \
     MEDGS_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error)); \
   } while (0)

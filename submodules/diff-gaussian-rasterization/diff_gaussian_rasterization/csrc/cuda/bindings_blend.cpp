@@ -47,7 +47,8 @@ Pairs bin(const BlendInputs& of, int64_t capacity, cudaStream_t stream) {
     const size_t size = size_t(pairs) * 4;
     at_pairs = {layout.add(size), layout.add(size), layout.add(size), layout.add(size), 0};
     if (pairs == 0) return;
-    MEDGS_CUDA_CHECK(cuda::launch_sort(nullptr, sort_bytes, nullptr, nullptr, nullptr, nullptr, pairs, key_bits, stream));
+    MEDGS_CUDA_CHECK(
+        cuda::launch_sort(nullptr, sort_bytes, nullptr, nullptr, nullptr, nullptr, pairs, key_bits, stream));
     at_pairs.sort = layout.add(sort_bytes);
   };
   if (capacity > 0) lay_out_pairs(capacity);
@@ -58,8 +59,7 @@ Pairs bin(const BlendInputs& of, int64_t capacity, cudaStream_t stream) {
   MEDGS_CUDA_CHECK(cuda::launch_count_pairs(data<S>(of.means2d), data<S>(of.conics), data<uint8_t>(of.active),
                                             data<S>(of.opacities), order, views, n, of.head_count, of.view_bits.data(),
                                             width, height, reached, counted, stream));
-  MEDGS_CUDA_CHECK(
-      cuda::launch_scan(counting + scan, scan_bytes, counted, writable<int32_t>(offsets), rows, stream));
+  MEDGS_CUDA_CHECK(cuda::launch_scan(counting + scan, scan_bytes, counted, writable<int32_t>(offsets), rows, stream));
   int32_t pairs = int32_t(capacity);
   Tensor more = scratch;
   if (capacity == 0) {  // the one host synchronisation of a render
@@ -79,9 +79,9 @@ Pairs bin(const BlendInputs& of, int64_t capacity, cudaStream_t stream) {
   auto* sorted_slots = writable<int32_t>(out.slots);
   if (pairs > 0) {
     MEDGS_CUDA_CHECK(cuda::launch_emit_pairs(reached, data<int32_t>(offsets), order, views, n, tiles_x, tiles_y, pairs,
-                                           unsorted, slots, owners, stream));
-    MEDGS_CUDA_CHECK(cuda::launch_sort(sorting + at_pairs.sort, sort_bytes, unsorted, sorted, slots, sorted_slots, pairs,
-                                     key_bits, stream));
+                                             unsorted, slots, owners, stream));
+    MEDGS_CUDA_CHECK(cuda::launch_sort(sorting + at_pairs.sort, sort_bytes, unsorted, sorted, slots, sorted_slots,
+                                       pairs, key_bits, stream));
   }
   MEDGS_CUDA_CHECK(cuda::launch_tile_ranges(sorted, sorted_slots, owners, data<int32_t>(offsets) + rows, pairs, views,
                                             tiles, writable<int32_t>(out.tile_offsets),
@@ -96,8 +96,8 @@ struct Segmented {
   Tensor tiles;  // of the segments
 
   Segmented(const BlendArguments<S>& of, const Pairs& pairs, cudaStream_t stream)
-      : in(of), tiles(empty({cuda::segment_count(of.pairs, of.view_count, of.tiles_x * of.tiles_y)},
-                            pairs.tile_offsets)) {
+      : in(of),
+        tiles(empty({cuda::segment_count(of.pairs, of.view_count, of.tiles_x * of.tiles_y)}, pairs.tile_offsets)) {
     const int64_t count = in.tiles_x * in.tiles_y;
     in.segments = tiles.numel();
     in.slots = cuda::slot_count(in.pairs);
@@ -139,8 +139,7 @@ struct Cuda {
   template <class S>
   static void activate(const S* raw, const S* raw_colours, int64_t opacities, int64_t colours, S* activated,
                        S* clamped) {
-    MEDGS_CUDA_CHECK(
-        cuda::launch_activate(raw, raw_colours, opacities, colours, activated, clamped, current_stream()));
+    MEDGS_CUDA_CHECK(cuda::launch_activate(raw, raw_colours, opacities, colours, activated, clamped, current_stream()));
   }
   template <class S>
   static void activate_backward(const S* activated, const S* clamped, int64_t opacities, int64_t colours,

@@ -14,9 +14,8 @@ std::tuple<Tensor, Tensor, Tensor> similarity_cuda(const Tensor& images, const T
   MEDGS_CHECK_VALUE(images.dim() != 4 || images.size(0) * images.size(1) <= 65535,
                     "similarity: at most 65535 planes (B x C) in one call on CUDA, got ", images.size(0), " x ",
                     images.size(1));
-  return similarity_op(images, targets, with_gradient, parts, [&](const auto& in) {
-    MEDGS_CUDA_CHECK(cuda::launch_similarity(in, current_stream()));
-  });
+  return similarity_op(images, targets, with_gradient, parts,
+                       [&](const auto& in) { MEDGS_CUDA_CHECK(cuda::launch_similarity(in, current_stream())); });
 }
 
 }  // namespace

@@ -6,13 +6,13 @@ namespace medgs {
 namespace {
 
 void adam_step_cuda(const Tensors& parameters, const Tensors& gradients, const Tensors& first_moments,
-                    const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1, double beta2, double epsilon) {
+                    const Tensors& second_moments, const Tensors& steps, const std::vector<double>& rates, double beta1,
+                    double beta2, double epsilon) {
   if (parameters.empty()) return;
   const CudaGuard guard(parameters[0]);
   adam_step_op(parameters, gradients, first_moments, second_moments, steps, rates, beta1, beta2, epsilon,
                [](const auto& tensors, const auto& constants) {
-                 MEDGS_CUDA_CHECK(cuda::launch_adam(tensors.data(), int(tensors.size()), constants,
-                                                  current_stream()));
+                 MEDGS_CUDA_CHECK(cuda::launch_adam(tensors.data(), int(tensors.size()), constants, current_stream()));
                });
 }
 
@@ -28,9 +28,8 @@ void observe_cuda(const Tensor& radii, const Tensor& active, const Tensor& scree
 std::tuple<Tensor, Tensor> sigma_outside_cuda(const Tensor& raw, double low, double high) {
   constexpr int64_t kParts = 256;
   const CudaGuard guard(raw);
-  return sigma_outside_op(raw, low, high, kParts, [](const auto& in) {
-    MEDGS_CUDA_CHECK(cuda::launch_sigma_outside(in, current_stream()));
-  });
+  return sigma_outside_op(raw, low, high, kParts,
+                          [](const auto& in) { MEDGS_CUDA_CHECK(cuda::launch_sigma_outside(in, current_stream())); });
 }
 
 }  // namespace

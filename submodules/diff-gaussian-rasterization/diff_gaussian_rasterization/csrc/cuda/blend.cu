@@ -2,8 +2,8 @@
 // so larger tiles would spend most lanes on pixels that a Gaussian does not reach. The images are small as well, and
 // the lists of their tiles long: a list is cut into segments that are blended at the same time, then put together front
 // to back, (C, T) over (C', T') being (C + T C', T T'). A list of one segment is drawn at once. Backward, each segment
-// starts from what the forward pass left in front of it; each pair of Gaussian and tile is reduced within its warp and written once: no atomics, and the same
-// bits in every run.
+// starts from what the forward pass left in front of it; each pair of Gaussian and tile is reduced within its warp and
+// written once: no atomics, and the same bits in every run.
 #include <cub/device/device_radix_sort.cuh>
 #include <cub/device/device_scan.cuh>
 
@@ -73,8 +73,8 @@ __global__ void count_pairs(const S* means2d, const S* conics, const uint8_t* ac
 }
 
 __global__ void emit_pairs(const TileRectangle* rectangles, const int32_t* gaussian_offsets, const int32_t* order,
-                           int64_t rows, int64_t gaussians, int tiles_x, int tiles, int32_t capacity, uint32_t* keys, int32_t* slots,
-                           int32_t* owners) {
+                           int64_t rows, int64_t gaussians, int tiles_x, int tiles, int32_t capacity, uint32_t* keys,
+                           int32_t* slots, int32_t* owners) {
   const int64_t row = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= rows) return;
   const TileRectangle r = rectangles[row];
@@ -139,8 +139,8 @@ __global__ void list_segments(const int32_t* tile_offsets, int64_t views, int64_
 // ---- blending
 // --------------------------------------------------------------------------------------------------------
 
-// C is the number of channels that a kernel is compiled for, see compiled_channels. Where there are fewer, the others are
-// zeros: only what reads or writes memory of the operator looks whether a channel exists.
+// C is the number of channels that a kernel is compiled for, see compiled_channels. Where there are fewer, the others
+// are zeros: only what reads or writes memory of the operator looks whether a channel exists.
 template <int C, class S>
 __device__ __forceinline__ bool has_channel(const BlendArguments<S>& in, int c) {
   return C <= 4 || c < in.channels;
@@ -439,7 +439,8 @@ __global__ void __launch_bounds__(32 * kWarps)
         pixels += __popc(__ballot_sync(kAllLanes, touches));
         if (touches) transmittance[k] *= S(1) - c.alpha;
       }
-      if (lane == 0 && pixels > 0) atomicAdd(in.touched + within(in.pair_gaussians[batch + j], in.gaussians - 1), pixels);
+      if (lane == 0 && pixels > 0)
+        atomicAdd(in.touched + within(in.pair_gaussians[batch + j], in.gaussians - 1), pixels);
     }
     __syncwarp();
   }
@@ -882,17 +883,17 @@ cudaError_t launch_order(void* temporary, size_t& bytes, const S* depths, const 
                                          int(gaussians), 0, int(8 * sizeof(Key)), stream);
 }
 
-#define MEDGS_INSTANTIATE(S)                                                                                       \
-  template cudaError_t launch_count_pairs(const S*, const S*, const uint8_t*, const S*, const int32_t*, int64_t,   \
-                                          int64_t, int64_t, const int64_t*, int, int, TileRectangle*, int32_t*,    \
-                                          cudaStream_t);                                                           \
-  template cudaError_t launch_activate(const S*, const S*, int64_t, int64_t, S*, S*, cudaStream_t);                \
-  template cudaError_t launch_activate_backward(const S*, const S*, int64_t, int64_t, S*, S*, cudaStream_t);       \
-  template cudaError_t launch_prepare(const SplatArguments<S>&, cudaStream_t);                                     \
-  template cudaError_t launch_split(const SplatArguments<S>&, cudaStream_t);                                       \
-  template cudaError_t launch_order(void*, size_t&, const S*, const int32_t*, int64_t, int32_t*, cudaStream_t);    \
-  template cudaError_t launch_blend(const BlendArguments<S>&, cudaStream_t);                                       \
-  template cudaError_t launch_blend_backward(const BlendArguments<S>&, cudaStream_t);                              \
+#define MEDGS_INSTANTIATE(S)                                                                                     \
+  template cudaError_t launch_count_pairs(const S*, const S*, const uint8_t*, const S*, const int32_t*, int64_t, \
+                                          int64_t, int64_t, const int64_t*, int, int, TileRectangle*, int32_t*,  \
+                                          cudaStream_t);                                                         \
+  template cudaError_t launch_activate(const S*, const S*, int64_t, int64_t, S*, S*, cudaStream_t);              \
+  template cudaError_t launch_activate_backward(const S*, const S*, int64_t, int64_t, S*, S*, cudaStream_t);     \
+  template cudaError_t launch_prepare(const SplatArguments<S>&, cudaStream_t);                                   \
+  template cudaError_t launch_split(const SplatArguments<S>&, cudaStream_t);                                     \
+  template cudaError_t launch_order(void*, size_t&, const S*, const int32_t*, int64_t, int32_t*, cudaStream_t);  \
+  template cudaError_t launch_blend(const BlendArguments<S>&, cudaStream_t);                                     \
+  template cudaError_t launch_blend_backward(const BlendArguments<S>&, cudaStream_t);                            \
   template cudaError_t launch_sum_records(const BlendArguments<S>&, int64_t, cudaStream_t);
 MEDGS_INSTANTIATE(float)
 MEDGS_INSTANTIATE(double)

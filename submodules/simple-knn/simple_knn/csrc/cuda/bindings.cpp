@@ -1,5 +1,5 @@
-// torch.ops.simple_knn.mean_squared_distances: checks, scratch memory and the Morton order; the kernels are in knn.cu. Of
-// torch only its stable ABI, so that one library serves every version from 2.10 on.
+// torch.ops.simple_knn.mean_squared_distances: checks, scratch memory and the Morton order; the kernels are in knn.cu.
+// Of torch only its stable ABI, so that one library serves every version from 2.10 on.
 #include <cuda_runtime_api.h>
 #include <dlfcn.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -95,9 +95,7 @@ STABLE_TORCH_LIBRARY(simple_knn, m) {
   m.def("self_test(int number) -> int");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(simple_knn, CUDA, m) {
-  m.impl("mean_squared_distances", TORCH_BOX(&mean_squared_distances));
-}
+STABLE_TORCH_LIBRARY_IMPL(simple_knn, CUDA, m) { m.impl("mean_squared_distances", TORCH_BOX(&mean_squared_distances)); }
 
 STABLE_TORCH_LIBRARY_IMPL(simple_knn, CompositeImplicitAutograd, m) { m.impl("self_test", TORCH_BOX(&self_test)); }
 
