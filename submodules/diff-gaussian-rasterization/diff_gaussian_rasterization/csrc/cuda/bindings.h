@@ -8,10 +8,13 @@
 
 namespace medgs {
 
-/// Makes the device of a tensor the current one.
+/// Makes the device of a tensor the current one: to torch, and to the CUDA runtime of this library, which is its own.
 struct CudaGuard {
   torch::stable::accelerator::DeviceGuard guard;
-  explicit CudaGuard(const Tensor& tensor) : guard(device_of(tensor).index) {}
+  explicit CudaGuard(const Tensor& tensor) : guard(device_of(tensor).index) {
+    const cudaError_t error = cudaSetDevice(device_of(tensor).index);
+    MEDGS_CHECK(error == cudaSuccess, "CUDA error: ", cudaGetErrorString(error));
+  }
 };
 
 /// torch's stream on the current device.

@@ -73,6 +73,7 @@ Tensor mean_squared_distances(const Tensor& points) {  // [N, 3] -> [N]
   if (type != ScalarType::Float && type != ScalarType::Double)
     throw std::invalid_argument("points must be float32 or float64");
   const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
+  check(cudaSetDevice(points.get_device_index()));  // of this library's own runtime
   const auto input = torch::stable::contiguous(points);
   const auto means = torch::stable::new_empty(input, {input.size(0)});
   if (type == ScalarType::Double)
