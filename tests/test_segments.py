@@ -1,5 +1,7 @@
 """Segmentations in: DICOM SEG, RTSTRUCT, layered NRRD, one layer per structure. Every voxel keeps its position."""
 
+import shutil
+
 import numpy as np
 import pytest
 from dicom_files import functional_groups, pydicom, write_frames, write_series, write_structures
@@ -287,3 +289,19 @@ def test_one_layer_per_structure(tmp_path, background):
 def test_other_files_have_no_segments(tmp_path, image):
     assert read_segments(tmp_path / "ct", image) is None
     assert read_segments(tmp_path / "none", image) is None
+
+
+def test_a_segmentation_in_a_folder(tmp_path, image):
+    """As archives store it: a folder of its own, a name without suffix, or among the images."""
+    found = _highdicom(tmp_path, [BALL])
+    place = tmp_path / "deep" / "er"
+    place.mkdir(parents=True)
+    shutil.copy(found, place / "1.2.840.4")
+    image = read_volume(tmp_path / "ct")
+    for path in (tmp_path / "deep", place / "1.2.840.4"):
+        assert len(read_segments(path, image).segments) == 1
+    shutil.copy(found, place / "second.dcm")
+    with pytest.raises(
+        UserError, match=r"holds 2 segmentations: give one of them.*1\.2\.840\.4.*second\.dcm"
+    ):
+        read_segments(tmp_path / "deep", image)

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
-from patient.readers import dicom, itk, nifti, read_volume
-from patient.readers.common import quiet_libraries, simple_itk
+from patient.readers import dicom, itk, nifti, read_volume, reader_of
+from patient.readers.common import listed, quiet_libraries, simple_itk
 from patient.readers.dicom import segments as dicom_segments
 from patient.readers.dicom import structures
-from patient.readers.dicom.files import SEGMENTATIONS, STRUCTURE_SET, Header, read_header
+from patient.readers.dicom.files import SEGMENTATIONS, STRUCTURE_SET, Header, read_header, readable
 from patient.readers.itk_files import read_text_header
 from patient.segments import Segment, Segments
 from patient.volumes import Choice, Volume
 from utils.errors import UserError
+from utils.images import image_files
 
 
 def read_segments(path: str | os.PathLike[str], reference: Volume | None = None) -> Segments | None:
@@ -77,16 +78,18 @@ def _layer_count(path: Path) -> int:
 
 
 def _segmentation(path: Path) -> Header | None:
-    """The header of a SEG or RTSTRUCT: of the file, or of the one file in a folder."""
-    if path.is_dir():
-        files = dicom.find(path, deep=False)
-        if len(files) != 1:
-            return None
-        path = files[0]
-    elif not (path.suffix.lower() in (".dcm", ".ima") or "." not in path.name) or not dicom.is_dicom(path):
-        return None
-    header = read_header(path)
-    return header if header.kind in SEGMENTATIONS else None
+    """The header of a SEG or RTSTRUCT: of the file, or of the one such file in a folder."""
+    if path.is_file():
+        header = read_header(path) if reader_of(path) is dicom.read and dicom.is_dicom(path) else None
+        return header if header is not None and header.kind in SEGMENTATIONS else None
+    files = [] if image_files(path) else dicom.find(path, deep=False) or dicom.find(path, deep=True)
+    found = [header for header in readable(files) if header.kind in SEGMENTATIONS]
+    if len(found) > 1:
+        names = listed([str(header.path.relative_to(path)) for header in found])
+        raise UserError(
+            f"{path} holds {len(found)} segmentations: give one of them, or several files ({names})"
+        )
+    return found[0] if found else None
 
 
 def _of_nrrd(path: Path) -> Segments | None:

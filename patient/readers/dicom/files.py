@@ -160,6 +160,15 @@ def _files(folder: Path, deep: bool) -> Iterator[Path]:
                 yield file
 
 
+def readable(files: Iterable[Path]) -> Iterator[Header]:
+    """The headers of those files that have one."""
+    for file in files:
+        try:
+            yield read_header(file)
+        except UserError:
+            continue
+
+
 def read_headers(path: Path, files: Iterable[Path]) -> tuple[list[Header], list[str]]:
     """The headers of images, and descriptions of the files without one. Raises UserError where none is an image."""
     headers: list[Header] = []
