@@ -11,6 +11,8 @@ frames.json, so that `slices_to_ply.py -i FOLDER` meshes it. Nothing is made bey
 too. Frames of prepare.py are given with -s instead. Held-out slices (prepare.py --keep_every N, or --keep_every N
 here) are compared with what is made in their place.
 
+Label maps are filled in all labels at once, each voxel one label; masks may be on some slices only.
+
 Methods: motion (optical flow and self super-resolution along the stack, what `train.py --ibfr_target motion` trains
 its in-betweens on), linear and cubic (pixel by pixel), sdf (masks through signed distances, images linearly).
 """
@@ -34,18 +36,21 @@ from torch import Tensor
 import prepare
 from arguments import resolve_device
 from in_between.classical import interpolate, interpolate_masks
+from in_between.exclusive import interpolate_labels
 from in_between.flow import blend_along, flow_at
-from in_between.masks import dense_distances
+from in_between.masks import dense_distances, dense_labels
 from in_between.prediction import InBetween, pixel_gap
 from in_between.progress import Report, shown
 from in_between.rows import matching_gap
 from patient.geometry import FILE_NAME, HELDOUT, Geometry
+from patient.label_channels import colours_of_index, ids_of, index_of_ids
+from patient.labels import LabelTable
 from patient.rendered_volume import Grid, RenderedVolume
 from scene.frames import Frames
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_folder
-from utils.images import MAX_PIXELS, limit_pixels, write_image
-from utils.metrics import Scores
+from utils.images import MAX_PIXELS, limit_pixels, write_image, write_levels
+from utils.metrics import LabelScores, Scores
 
 METHODS = ("motion", "linear", "cubic", "sdf")
 NIFTI = (".nii.gz", ".nii")
@@ -58,7 +63,7 @@ MOTION = 0.9  # share of the progress bar; the rest is for looking up and writin
 
 Say = Callable[[str], None]
 Predict = Callable[[Sequence[float]], Tensor]
-"""Positions (frame index plus fraction) -> (V, C, H, W) in [0, 1]."""
+"""Positions (frame index plus fraction) -> (V, C, H, W) in [0, 1]; of label maps ids, (V, 1, H, W)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,11 @@ class Sequences:
     @property
     def first(self) -> Frames:
         return next(iter(self.frames.values()))
+
+    @property
+    def labels(self) -> LabelTable | None:
+        """Of the masks, where these are a label map."""
+        return self.frames["seg"].labels if "seg" in self.frames else None
 
     def __len__(self) -> int:
         return len(self.first)
@@ -200,23 +210,28 @@ def from_volume(options: argparse.Namespace, others: Sequence[str], folder: Path
         asked.bits = 16  # finer than the steps of any source
     # the whole range, unless a window is asked for
     prepare.read_case(asked, say, percentiles=(0.0, 100.0)).write(folder)
-    sequences = from_frames(folder / "img", folder / "seg" if options.label else None, say)
+    sequences = from_frames(folder / "img", folder / "seg" if options.label else None, say, known=True)
     if asked.window or asked.percentiles or asked.ct_window:
         return sequences
     return replace(sequences, window=contrast(sequences.frames["img"]))
 
 
-def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) -> Sequences:
-    """The frames in data roots."""
+def from_frames(
+    root: str | Path | None, seg_root: str | Path | None, say: Say, known: bool = False
+) -> Sequences:
+    """The frames in data roots. known: prepare.py has already said what they are."""
     frames, heldout = {}, {}
     roots = {kind: Path(path) for kind, path in (("img", root), ("seg", seg_root)) if path}
     geometry = Geometry.find(next(iter(roots.values())))
     for kind, path in roots.items():
         if not (path / "original").is_dir():
             raise UserError(f"{path} has no folder original/: give the folder of prepare.py that holds it")
-        frames[kind] = Frames.read(path / "original", say=say)
+        mask = kind == "seg"
+        hear: Say = (lambda _: None) if known else say
+        frames[kind] = Frames.read(path / "original", say=hear, masks=mask)
         if (path / HELDOUT).is_dir() and geometry is not None:
-            left_out = Frames.read(path / HELDOUT, say=say, consecutive=False)
+            meaning = frames[kind].meaning
+            left_out = Frames.read(path / HELDOUT, say=hear, consecutive=False, masks=mask, meaning=meaning)
             places = dict(zip(geometry.heldout_slices, geometry.heldout_indices(), strict=True))
             if unknown := [number for number in left_out.numbers if number not in places]:
                 raise UserError(
@@ -238,11 +253,6 @@ def from_frames(root: str | Path | None, seg_root: str | Path | None, say: Say) 
         painted = [index[number] for number in other.numbers]
         if len(painted) < len(first):
             say(f"masks of {len(painted)} of {len(first)} frames: the others are filled in too")
-    if geometry is not None and geometry.labels is not None and "seg" in roots:
-        raise UserError(
-            f"{roots['seg']} holds label maps, but only one mask can be filled in: choose its label with prepare.py "
-            "--label_value"
-        )
     if geometry is not None and len(geometry.slices) != len(first):
         raise UserError(
             f"{next(iter(roots.values()))} has {len(first)} frames, its {FILE_NAME} has {len(geometry.slices)}: run "
@@ -285,9 +295,15 @@ def counted(
 def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dict[str, Predict]:
     """The in-between prediction of images, and of masks along their motion (or their own, where there are no
     images)."""
-    values = {kind: frames(range(len(frames))).to(device) for kind, frames in sequences.frames.items()}
-    masks = values["seg"].mean(1, keepdim=True) if "seg" in values else None
-    frames = values.get("img", masks)
+    values = {
+        kind: (frames.index() if frames.labels else frames(range(len(frames)))).to(device)
+        for kind, frames in sequences.frames.items()
+    }
+    labels = sequences.labels
+    masks = None
+    if "seg" in values:
+        masks = values["seg"].mean(1, keepdim=True) if labels is None else values["seg"]
+    frames = values.get("img", masks if labels is None else colours_of_index(values["seg"][:, 0], labels))
     assert frames is not None
     gap = pixel_gap(sequences.geometry, frames.shape[-1])
     low, high = sequences.window if "img" in values else (0.0, 1.0)
@@ -295,8 +311,16 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
     beyond = frames - low - (high - low) * seen
     if masks is not None and len(masks) < len(frames):
         known = matching_gap(seen) if gap is None else gap
-        masks = (dense_distances(seen, masks, sequences.painted, known) > 0).float()
-    between = InBetween(seen, masks, gap, report=report)
+        if labels is None:
+            masks = (dense_distances(seen, masks, sequences.painted, known) > 0).float()
+        else:
+            masks = dense_labels(seen, masks, len(labels), sequences.painted, known)
+    if labels is None:
+        between = InBetween(seen, masks, gap, report=report)
+    else:
+        assert masks is not None
+        between = InBetween(seen, None, gap, report=report, labels=(masks, len(labels)))
+        masks = _ids(masks, labels)
     last = len(sequences) - 1
 
     def where(positions: Sequence[float]) -> tuple[Tensor, Tensor]:
@@ -313,9 +337,17 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
         return _with_frames(found, frames, positions)
 
     def inside(positions: Sequence[float]) -> Tensor:
-        return _with_frames(between.masks(*where(positions)), masks, positions)
+        found = between.masks(*where(positions))
+        if labels is not None:
+            found = ids_of(found, labels)[:, None]
+        return _with_frames(found, masks, positions)
 
     return {kind: {"img": images, "seg": inside}[kind] for kind in sequences.frames}
+
+
+def _ids(index: Tensor, labels: LabelTable) -> Tensor:
+    """Indices of labels (..., H, W) as ids, int32."""
+    return torch.tensor([0, *labels.ids], dtype=torch.int32, device=index.device)[index.long()]
 
 
 def contrast(images: Frames) -> tuple[float, float]:
@@ -336,7 +368,8 @@ def _with_frames(found: Tensor, frames: Tensor | None, positions: Sequence[float
 def classically(sequences: Sequences, kind: str, method: str) -> Predict:
     """Pixel by pixel (linear, cubic), or masks through signed distances (sdf; cubic takes them too)."""
     frames, geometry = sequences.frames[kind], sequences.geometry
-    values = frames(range(len(frames))).numpy()
+    labels = frames.labels
+    values = (frames.index() if labels else frames(range(len(frames)))).numpy()
     places = np.arange(len(sequences), dtype=float) if geometry is None else np.array(geometry.positions)
     everywhere = places
     if kind == "seg":
@@ -346,6 +379,12 @@ def classically(sequences: Sequences, kind: str, method: str) -> Predict:
     def of(positions: Sequence[float]) -> Tensor:
         at = np.interp(positions, np.arange(len(everywhere)), everywhere)
         at = at.clip(places[0], places[-1])  # beyond the first and the last mask, these are repeated
+        if labels is not None:
+            named = {"cubic": "cubic sdf"}.get(method, method)
+            first, last = _around(places, at) if named != "cubic sdf" else (0, len(places))
+            index = values[first:last, 0]
+            found = interpolate_labels(index, places[first:last], at, len(labels), (rows, columns), named)
+            return _ids(torch.from_numpy(found)[:, None], labels)
         if kind == "seg" and method in ("sdf", "cubic"):
             how = "cubic" if method == "cubic" else "linear"
             # Linear needs neighbours alone: distances of all masks would be computed anew for every batch.
@@ -372,19 +411,28 @@ def score(sequences: Sequences, predictions: dict[str, Predict]) -> list[str]:
     """One line per kind that has held-out slices."""
     lines = []
     for kind, (truth, positions) in sequences.heldout.items():
-        scores = Scores()
+        labels = truth.labels
+        scores = Scores() if labels is None else LabelScores()
         number = {position: index for index, position in enumerate(positions)}
         for some in batches(positions, truth):
-            chosen = truth([number[position] for position in some])
+            places = [number[position] for position in some]
+            if labels is not None:
+                index = index_of_ids(predictions[kind](some).cpu(), labels)[:, 0]
+                scores += LabelScores.of_labels(index, truth.index(places)[:, 0].cpu(), len(labels))
+                continue
+            chosen = truth(places)
             low, high = sequences.window if kind == "img" else (0.0, 1.0)
             pair = (predictions[kind](some).cpu(), chosen)
             scores += Scores.of(*(((images - low) / (high - low)).clamp(0, 1) for images in pair))
         what = (
-            f"Dice {scores.dice:.4f}"
+            f"{'Dice' if labels is None else f'mean Dice of {len(labels)} labels'} {scores.dice:.4f}"
             if kind == "seg"
             else f"{scores.mean_psnr:.2f} dB, SSIM {scores.mean_ssim:.4f}"
         )
         lines.append(f"{len(positions)} held-out {'masks' if kind == 'seg' else 'slices'}: {what}")
+        if labels is not None and isinstance(scores, LabelScores):
+            each = zip(labels, scores.label_dice, strict=True)
+            lines += [f"  {label.id} {label.name}: {dice:.4f}" for label, dice in each]
     return lines
 
 
@@ -435,7 +483,8 @@ def write(
     volumes = {}
     if grid is not None:
         for kind, predict in predictions.items():
-            volumes[kind] = RenderedVolume(grid, mask=kind == "seg")
+            labels = sequences.labels if kind == "seg" else None
+            volumes[kind] = RenderedVolume(grid, kind == "seg" and labels is None, labels)
             fill(volumes[kind], predict, sequences.frames[kind])
     if is_volume(out):
         paths = volume_paths(out) if len(volumes) > 1 else dict.fromkeys(volumes, out)
@@ -449,7 +498,15 @@ def write(
             frames = sequences.frames[kind]
             bits = 8 if kind == "seg" or frames.bits == 8 else 16
             for some in batches(list(names), frames):
-                for position, image in zip(some, predict(some).clamp(0, 1).cpu(), strict=True):
+                for position, image in zip(some, _in_range(predict(some)).cpu(), strict=True):
+                    if frames.labels is not None:
+                        ids = image.movedim(0, -1).numpy()
+                        small = max(frames.labels.ids) < 256
+                        write_levels(
+                            folder / RENDERS[kind] / names[position],
+                            ids.astype(np.uint8 if small else np.uint16),
+                        )
+                        continue
                     image = image if kind == "img" else (image >= 0.5).float()
                     write_image(folder / RENDERS[kind] / names[position], image.movedim(0, -1).numpy(), bits)
             if kind in volumes:
@@ -462,11 +519,16 @@ def write(
     return [*lines, f"next: python slices_to_ply.py -i {shlex.quote(str(out))} -o meshes"]
 
 
+def _in_range(images: Tensor) -> Tensor:
+    """Images in [0, 1]; ids as they are."""
+    return images.clamp(0, 1) if images.is_floating_point() else images
+
+
 def fill(volume: RenderedVolume, predict: Predict, frames: Frames) -> None:
     """Put every slice in its place."""
     slot = 0
     for some in batches(volume.grid.positions, frames):
-        for image in predict(some).clamp(0, 1).cpu().numpy():
+        for image in _in_range(predict(some)).cpu().numpy():
             volume.put(slot, image[0])
             slot += 1
 

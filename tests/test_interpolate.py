@@ -169,6 +169,36 @@ def test_masks_on_some_slices_only(tmp_path, case, capsys, method):
     assert dice > (0.97 if method == "motion" else 0.9)
 
 
+@pytest.mark.parametrize("method", interpolate.METHODS)
+def test_label_maps_on_some_slices_keep_their_ids(tmp_path, case, capsys, method):
+    """The rod's left and right half, 3 and 700, on every fourth slice: filled in at once, each voxel one label."""
+    i = np.arange(SHAPE[0])[:, None, None]
+    inside, truth = rod(np.arange(9.0)) > 0, np.zeros(SHAPE, np.int16)
+    truth[inside & (i < 10 + 1.5 * np.arange(9))] = 3
+    truth[inside & (i >= 10 + 1.5 * np.arange(9))] = 700
+    (tmp_path / "names.json").write_text('{"3": "left", "700": "right"}')
+    arguments = ["-i", case[0], "-l", save(tmp_path / "ids.nii.gz", truth), "--labels", "all", "--label_names",
+                 str(tmp_path / "names.json"), "--label_slices", "0,4,8", "--method", method]  # fmt: skip
+    interpolate.main([*arguments, "--interp", "1", "-o", str(tmp_path / "dense.nii.gz")])
+    found = np.asarray(nibabel.load(tmp_path / "dense_mask.nii.gz").dataobj)
+    assert set(np.unique(found)) == {0, 3, 700} and np.array_equal(found[..., ::4], truth[..., ::4])
+    least = {"motion": 0.93, "linear": 0.5, "cubic": 0.75, "sdf": 0.75}[method]
+    for label in (3, 700):
+        both = (found == label) & (truth == label)
+        assert 2 * both.sum() / ((found == label).sum() + (truth == label).sum()) > least
+    if method != "sdf":
+        return
+    # Frames of prepare.py, held-out ones scored by label, and meshed.
+    prepare.main([*arguments[:8], "-o", str(tmp_path / "data"), "--keep_every", "2", "--quiet"])
+    roots = ["-s", str(tmp_path / "data" / "img"), "--seg_source_path", str(tmp_path / "data" / "seg")]
+    interpolate.main([*roots, "--interp", "2", "-o", str(tmp_path / "folder"), "--method", method])
+    printed = capsys.readouterr().out
+    assert "4 held-out masks: mean Dice of 2 labels 0." in printed and "  700 right: 0." in printed
+    slices_to_ply.main(["-i", str(tmp_path / "folder"), "-o", str(tmp_path / "mesh"), "--quiet"])
+    names = {"folder.glb", "folder_left.ply", "folder_right.ply"}
+    assert names <= set(os.listdir(tmp_path / "mesh"))
+
+
 def test_refusals(tmp_path, case):
     out = str(tmp_path / "o.nii.gz")
     for arguments, words in (
