@@ -158,6 +158,21 @@ def test_a_label_map_is_drawn_by_its_ids(organs):
     assert len(shared) > 20
 
 
+def test_masks_of_some_frames_are_compared_where_they_are(tmp_path, monkeypatch):
+    """Opening such a case carries no masks to the other frames, which takes a while; there, nothing is compared."""
+    folder = make_case(tmp_path)
+    for k in range(FRAMES):
+        if k % 3:
+            (tmp_path / "data" / "seg" / "original" / f"{k:04d}.png").unlink()
+    monkeypatch.setattr("training.data.fill", None)
+    case = Case.open(model_options({"model_path": str(folder), "device": "cpu"}), say=lambda _: None)
+    assert case.inputs.painted == (0, 3, 6)
+    header, _ = unpacked(picture(case, 3.0, "", 0))
+    assert header["scores"]["dice"] is not None and case.mask_at(3.0).max() == 1
+    header, _ = unpacked(picture(case, 4.0, "", 0))
+    assert header["scores"]["psnr"] > 0 and header["scores"]["dice"] is None
+
+
 def test_requests_that_are_overtaken_are_dropped():
     async def rush():
         latest, drawn = Latest(), []

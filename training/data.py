@@ -42,8 +42,11 @@ class Data:
         return max(f.channels for f in (self.frames, self.masks if joint else None) if f is not None)
 
 
-def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], object]) -> Data:
-    """Reads the frames of ``-s``, and for joint training the masks that belong to them."""
+def read_data(
+    options: TrainOptions, device: torch.device, say: Callable[[str], object], fill_in: bool = True
+) -> Data:
+    """Reads the frames of ``-s``, and for joint training the masks that belong to them. fill_in: if only some frames
+    have a mask, carry these to the others, which takes a while; else the others' are empty."""
     data_device = device if options.data_device == "auto" else resolve_device(options.data_device)
 
     def read(root: str, masks: bool) -> Frames:
@@ -68,7 +71,7 @@ def read_data(options: TrainOptions, device: torch.device, say: Callable[[str], 
         masks = read(options.seg_source_path, True)
         _check_masks(f"{options.seg_source_path} against {options.source_path}", sequences[0][1], masks)
         if len(masks) < len(sequences[0][1]):
-            return _sparse(options, sequences[0], masks, geometry, read_heldout, say)
+            return _sparse(options, sequences[0], masks, geometry, read_heldout, say, fill_in)
         sequences.append((options.seg_source_path, masks))
     (frames, *others), geometry, tests = hold_out(options, sequences, geometry, read_heldout, say)
     return Data(frames, others[0] if others else None, None, geometry, tests)
@@ -81,6 +84,7 @@ def _sparse(
     geometry: Geometry | None,
     read_heldout: Callable[[Path, Frames], Frames],
     say: Callable[[str], object],
+    fill_in: bool,
 ) -> Data:
     """What to train on if only some frames have a mask: the others' are carried there along the images' motion."""
     assert options.seg_source_path is not None
@@ -92,9 +96,14 @@ def _sparse(
             f"{options.seg_source_path}: --eval holds out every frame that has a mask; choose another N"
         )
     painted = [place[number] for number in given.numbers]
-    gap = pixel_gap(rest, frames.width)
-    with shown("masks of the other frames", options.quiet) as report:
-        filled = fill(frames, given, painted, gap, lambda share: report("motion", share))
+    if fill_in:
+        gap = pixel_gap(rest, frames.width)
+        with shown("masks of the other frames", options.quiet) as report:
+            filled = fill(frames, given, painted, gap, lambda share: report("motion", share))
+    else:
+        levels = given.levels.new_zeros(len(frames), *given.levels.shape[1:])
+        levels[painted] = given.levels
+        filled = replace(given, levels=levels, names=frames.names, numbers=frames.numbers)
     say(
         f"masks: {len(given)} of {len(frames)} frames have one; the others' are carried there along the motion of the "
         "images, and taught like these"

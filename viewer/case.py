@@ -45,6 +45,8 @@ class Inputs:
 
     images: Frames | None = None
     masks: Frames | None = None
+    painted: tuple[int, ...] | None = None
+    """The frames that have masks, if not all do."""
     heldout: dict[str, HeldOut] = field(default_factory=dict)  # by task
     missing: str = ""
     """Why there are none, in words."""
@@ -320,6 +322,8 @@ class Case:
             frames, k = task.frames, at
         elif frames is not None and abs(position - round(position)) < AT_FRAME:
             k = round(position)
+            if self.inputs.painted is not None and k not in self.inputs.painted:
+                return None
         else:
             return None
         if frames.labels is None:
@@ -437,13 +441,13 @@ def _inputs(options: RenderOptions, say: Callable[[str], object]) -> tuple[Input
             changes["source_path"] = options.source_path
         run = train_options_of(folder, **changes)
         pipeline = run.pipeline
-        data = read_data(run, torch.device("cpu"), lambda _: None)
+        data = read_data(run, torch.device("cpu"), lambda _: None, fill_in=False)
     except UserError as error:
         say(f"without input frames: {error}")
         return Inputs(missing=str(error)), pipeline
     names = {"img": ("img",), "seg": ("seg",), "joint": ("img", "seg")}[pipeline]
     heldout = {name: test for name, test in zip(names, data.heldout, strict=False) if test is not None}
-    return Inputs(data.frames, data.masks, heldout), pipeline
+    return Inputs(data.frames, data.masks, data.painted, heldout), pipeline
 
 
 def _reference(path: str, geometry: Geometry | None) -> Reference:

@@ -139,6 +139,8 @@ def _summary(case: Case, rows: list[dict[str, Any]]) -> str:
     words = [
         f"{model.num_frames} frames of {width} × {height}" + (f", {heldout} held out" if heldout else "")
     ]
+    if case.inputs.painted is not None:
+        words.append(f"masks given on {len(case.inputs.painted)} of them")
     words += [f"iteration {case.trained.iteration:,}", f"{len(model):,} Gaussians"]
     elapsed = _elapsed(Path(case.options.model_path))
     words += [f"{elapsed:.0f} s of training"] if elapsed else []
