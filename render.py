@@ -263,6 +263,8 @@ def streams_of(renderer: Renderer, options: RenderOptions, case: DicomCase | Non
     for number, out in enumerate(renderer.outputs):
         mask = out.folder.name == "render_mask" and out.labels is None
         volume = RenderedVolume(grid, mask, out.labels) if grid else None
+        if case and options.dicom and volume:
+            case.check_dense(volume)
         masks = case.masks() if case and options.dicom_seg and out.folder.name == "render_mask" else None
         streams.append(Stream(out.folder, number, out.labels, None, volume, masks))
         if options.probabilities and out.labels is not None:
@@ -300,14 +302,11 @@ def dicom_case(renderer: Renderer, options: RenderOptions) -> DicomCase | None:
     if not options.dicom and not options.dicom_seg:
         return None
     option = "--dicom-seg" if options.dicom_seg else "--dicom"
-    labels = next((out.labels for out in renderer.outputs if out.labels is not None), None)
-    return DicomCase(
-        geometry_of(renderer, options, option),
-        options.dicom_source,
-        options.anonymous,
-        labels or LabelTable((Label.of(1, options.dicom_seg or "mask"),)),
-        option,
-    )
+    labels = next((out.labels for out in renderer.outputs if out.labels is not None), LabelTable())
+    if not labels and options.pipeline != "img":
+        labels = LabelTable((Label.of(1, options.dicom_seg or "mask"),))
+    geometry = geometry_of(renderer, options, option)
+    return DicomCase(geometry, options.dicom_source, options.anonymous, labels, option)
 
 
 def views_at_once(renderer: Renderer, positions: int, chunks: int) -> int:
@@ -399,6 +398,8 @@ def write_volumes(streams: Sequence[Stream], say: Say) -> None:
 def write_dicom(case: DicomCase, streams: Sequence[Stream], options: RenderOptions, say: Say) -> None:
     for note in case.series.notes:
         say(f"  note: {note}")
+    if options.anonymous:
+        say("  note: --anonymous leaves out attributes; what is burned into the pixels stays")
     if options.dicom:
         made = [(s.folder.with_suffix(".dcm"), s.volume) for s in streams if s.volume and s.share_of is None]
         image = next((one for one in made if not one[1].holds_masks), None)

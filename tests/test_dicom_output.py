@@ -544,5 +544,25 @@ def test_render_writes_dicom(tmp_path, call, monkeypatch, capsys):  # noqa: F811
         with pytest.raises(UserError, match=message):
             call("-m", folder, *words)
     monkeypatch.setitem(sys.modules, "highdicom", None)
-    with pytest.raises(UserError, match="--dicom-seg needs highdicom: pip install highdicom"):
-        call("-m", folder, "--pipeline", "seg", "--dicom-seg", "liver")
+    for option in ("--dicom-seg", "--dicom"):
+        with pytest.raises(UserError, match=f"{option} needs highdicom: pip install highdicom"):
+            call("-m", folder, "--pipeline", "seg", option)
+    call("-m", folder, "--pipeline", "img", "--dicom")
+
+
+def test_gantry_tilt(tmp_path):
+    """Slices that are shifted against each other keep their places; frames across them have no right angles."""
+    affine = affine_of((10, 5, 3))
+    affine[:3, 2] += 0.6 * affine[:3, 1]
+    series_of(tmp_path / "series", affine)
+    label = np.random.default_rng(1).random(SHAPE) > 0.5
+    label_of(tmp_path / "label.nii", affine, label)
+    write_masks(tmp_path, prepared(tmp_path), tmp_path / "seg.dcm")
+    assert np.array_equal(by_position(tmp_path / "seg.dcm", affine, SHAPE), label)
+    made, _ = dense(tmp_path, 2)
+    assert "DimensionOrganizationType" not in made  # no stack along its normal
+    own = read_volume(tmp_path / "img.dcm")
+    np.testing.assert_allclose(own.affine, affine @ np.diag([1, 1, 0.5, 1]), atol=1e-6)
+    prepared(tmp_path, "--axis", 0)
+    with pytest.raises(UserError, match="columns and rows of these frames are not at a right angle"):
+        dense(tmp_path, 2)

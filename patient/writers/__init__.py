@@ -12,7 +12,7 @@ from patient.labels import LabelTable
 from patient.readers.common import optional
 from patient.rendered_volume import RenderedVolume
 from patient.writers.identity import Identity, series_uid
-from patient.writers.images import Scale, write_images
+from patient.writers.images import Scale, check_size, write_images
 from patient.writers.segmentation import Instance, Slices, write_segmentation
 from patient.writers.series import Placement, Series, SeriesVolume
 from utils.errors import UserError
@@ -24,7 +24,8 @@ class DicomCase:
     """What is written beside the DICOM series that a geometry's frames came from.
 
     folder: that series, if it is not where the geometry says. anonymous: leave out who the patient is. labels: of the
-    masks, 1 where they are no label maps. option: what the user asked for, to begin messages with.
+    masks, 1 where they are no label maps; none if there are no masks. option: what the user asked for, to begin
+    messages with.
     Raises UserError if the series is not found, or frames do not lie on it.
     """
 
@@ -32,7 +33,7 @@ class DicomCase:
         self, geometry: Geometry, folder: str | None, anonymous: bool, labels: LabelTable, option: str
     ) -> None:
         optional("pydicom", "pydicom", option)
-        if option == "--dicom-seg":
+        if labels:
             optional("highdicom", "highdicom", option)
         self.geometry, self.option = geometry, option
         self.series = Series.find(geometry, folder, option)
@@ -104,6 +105,11 @@ class DicomCase:
                 "MedGS: masks between slices",
             )
         return labels
+
+    def check_dense(self, volume: RenderedVolume) -> None:
+        """Raise UserError where `write_dense` would, before anything is rendered."""
+        *_, slices = self._dense(volume)
+        check_size(slices)
 
     def _dense(self, volume: RenderedVolume) -> tuple[_Turn, np.ndarray, Slices]:
         """How a render becomes an image as the series has them, the order of slices, and where they then lie."""

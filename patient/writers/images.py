@@ -70,12 +70,9 @@ def write_images(
     source: pydicom's dataset of an image of the series.
     """
     pydicom = optional("pydicom", "pydicom", "--dicom")
+    check_size(slices)
     columns, rows = slices.size
     count = len(slices.positions)
-    if 2 * columns * rows * count > _MOST:
-        raise UserError(
-            f"--dicom: {count} slices are more than one file holds (4 GB): take a smaller --interp"
-        )
     modality = text(source, "Modality") or "OT"
     made = _dataset(pydicom, _ENHANCED.get(modality, _CAPTURE))
     identity.describe(source, made)
@@ -94,6 +91,16 @@ def write_images(
         made.save_as(temporary, enforce_file_format=True)
     written = [[Instance(made.SOPClassUID, made.SOPInstanceUID, number + 1)] for number in range(count)]
     return replace(slices, images=written, series=made.SeriesInstanceUID, aligned=True)
+
+
+def check_size(slices: Slices) -> None:
+    """Raise UserError if images are more than a file can hold."""
+    columns, rows = slices.size
+    count = len(slices.positions)
+    if 2 * columns * rows * count > _MOST:
+        raise UserError(
+            f"--dicom: {count} slices are more than one file holds (4 GB): take a smaller --interp"
+        )
 
 
 def _dataset(pydicom: Any, kind: str) -> Any:
@@ -132,7 +139,8 @@ def _common(pydicom: Any, made: Any, slices: Slices, source: Any) -> None:
     made.HighBit, made.PixelRepresentation = 15, 0
     made.ImageType = _KIND
     made.PresentationLUTShape = "IDENTITY"
-    made.BurnedInAnnotation = text(source, "BurnedInAnnotation") or "NO"
+    if told := text(source, "BurnedInAnnotation"):
+        made.BurnedInAnnotation = told
     made.LossyImageCompression = text(source, "LossyImageCompression") or "00"
     for keyword in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
         if made.LossyImageCompression == "01" and text(source, keyword):
