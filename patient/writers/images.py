@@ -139,8 +139,9 @@ def _common(pydicom: Any, made: Any, slices: Slices, source: Any) -> None:
     made.HighBit, made.PixelRepresentation = 15, 0
     made.ImageType = _KIND
     made.PresentationLUTShape = "IDENTITY"
-    if told := text(source, "BurnedInAnnotation"):
-        made.BurnedInAnnotation = told
+    # Scanners burn nothing in; of other images nothing is known, and tools that share images ask.
+    scanned = text(source, "Modality") in _ENHANCED
+    made.BurnedInAnnotation = text(source, "BurnedInAnnotation") or ("NO" if scanned else "YES")
     made.LossyImageCompression = text(source, "LossyImageCompression") or "00"
     for keyword in ("LossyImageCompressionRatio", "LossyImageCompressionMethod"):
         if made.LossyImageCompression == "01" and text(source, keyword):
