@@ -42,7 +42,7 @@ from in_between.masks import dense_distances, dense_labels
 from in_between.prediction import InBetween, pixel_gap
 from in_between.progress import Report, shown
 from in_between.rows import matching_gap
-from patient.geometry import FILE_NAME, HELDOUT, Geometry
+from patient.geometry import FILE_NAME, HELDOUT, Geometry, relative_thickness
 from patient.label_channels import colours_of_index, ids_of, index_of_ids
 from patient.labels import LabelTable
 from patient.rendered_volume import Grid, RenderedVolume
@@ -112,7 +112,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sequences = from_frames(options.source_path, options.seg_source_path, say)
         grid = grid_of(sequences, options)
         with shown(f"interpolating ({options.method})", options.quiet) as report:
-            predictions = predict(sequences, options.method, device, report)
+            thickness = relative_thickness(options.slice_thickness, sequences.geometry)
+            predictions = predict(sequences, options.method, device, report, thickness)
             names = {} if is_volume(Path(options.output)) else image_names(len(sequences), options.interp)
             slices = len(names) + (len(grid.positions) if grid else 0)
             predictions = counted(predictions, sequences, slices, report)
@@ -149,6 +150,13 @@ def parser() -> ArgumentParser:
         metavar="N",
         help="slices per slice: N - 1 between each two (default: %(default)s)",
     )
+    out.add_argument(
+        "--slice_thickness",
+        default="",
+        metavar="MM",
+        help="of the source's slices, in mm (in distances between frames where those are unknown in mm), or header, "
+        "for what the DICOM files say: what is made is then thin, at the slices' own places too (method motion)",
+    )
     out.add_argument("--method", choices=METHODS, default="motion", help="(default: %(default)s)")
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     out.add_argument("--force", action="store_true", help="replace what an earlier run wrote to -o")
@@ -159,6 +167,8 @@ def parser() -> ArgumentParser:
 def check(options: argparse.Namespace, others: Sequence[str]) -> None:
     """Refuse wrong options before anything is read."""
     roots = options.source_path or options.seg_source_path
+    if options.slice_thickness and options.method != "motion":
+        raise UserError(f"--slice_thickness is not for --method {options.method}: leave one of them out")
     if bool(options.input) == bool(roots):
         raise UserError("give -i VOLUME, or -s ROOT (a folder of prepare.py), and not both")
     if options.label and not options.input:
@@ -264,10 +274,12 @@ def from_frames(
 # ---- filling in ------------------------------------------------------------------------------------------------------
 
 
-def predict(sequences: Sequences, method: str, device: torch.device, report: Report) -> dict[str, Predict]:
-    """By kind, a function that gives images at any position."""
+def predict(
+    sequences: Sequences, method: str, device: torch.device, report: Report, thickness: float = 0.0
+) -> dict[str, Predict]:
+    """By kind, a function that gives images at any position. thickness: of a slice, in distances between frames."""
     if method == "motion":
-        return by_motion(sequences, device, lambda part, share: report(part, MOTION * share))
+        return by_motion(sequences, device, lambda part, share: report(part, MOTION * share), thickness)
     return {kind: classically(sequences, kind, method) for kind in sequences.frames}
 
 
@@ -292,9 +304,11 @@ def counted(
     return {kind: watched(predict) for kind, predict in predictions.items()}
 
 
-def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dict[str, Predict]:
+def by_motion(
+    sequences: Sequences, device: torch.device, report: Report, thickness: float = 0.0
+) -> dict[str, Predict]:
     """The in-between prediction of images, and of masks along their motion (or their own, where there are no
-    images)."""
+    images). Thick slices are predicted thin, at their own places too."""
     values = {
         kind: (frames.index() if frames.labels else frames(range(len(frames)))).to(device)
         for kind, frames in sequences.frames.items()
@@ -315,11 +329,12 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
             masks = (dense_distances(seen, masks, sequences.painted, known) > 0).float()
         else:
             masks = dense_labels(seen, masks, len(labels), sequences.painted, known)
+    thickness = thickness if "img" in values else 0.0
     if labels is None:
-        between = InBetween(seen, masks, gap, report=report)
+        between = InBetween(seen, masks, gap, report=report, thickness=thickness)
     else:
         assert masks is not None
-        between = InBetween(seen, None, gap, report=report, labels=(masks, len(labels)))
+        between = InBetween(seen, None, gap, report=report, labels=(masks, len(labels)), thickness=thickness)
         masks = _ids(masks, labels)
     last = len(sequences) - 1
 
@@ -334,7 +349,7 @@ def by_motion(sequences: Sequences, device: torch.device, report: Report) -> dic
         if (low, high) != (0.0, 1.0):
             seen_there = flow_at(between.flow[k], alpha)
             found += blend_along(beyond[k], beyond[k + 1], seen_there, alpha, "bilinear")
-        return _with_frames(found, frames, positions)
+        return found if between.thickness else _with_frames(found, frames, positions)
 
     def inside(positions: Sequence[float]) -> Tensor:
         found = between.masks(*where(positions))

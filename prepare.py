@@ -163,6 +163,7 @@ def read_case(
         sizes=volume.sizes and tuple(volume.sizes[axis] for axis in cut.axes),
         labels=None if label is None else label.table,
         dicom=DicomSource.of(options.input, volume.instances, choice),
+        thickness=volume.thickness if cut.axes[2] == 2 else None,
     )
     if len(geometry.slices) < 2:
         raise UserError(

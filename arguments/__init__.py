@@ -351,6 +351,13 @@ class RunOptions:
     seg_source_path: str | None = _option(
         None, "joint: data root of the masks, with the same frames", kind=str
     )
+    slice_thickness: str = _option(
+        "",
+        "of a frame, in mm (in distances between frames where those are unknown in mm), or header, for what the DICOM "
+        "files say: frames are then drawn as means over it, while in-between frames and renders stay thin; nothing: "
+        "frames are taken for thin cuts",
+        source=_OURS,
+    )
     seg_head_only: bool = _option(
         False, "with --pipeline seg and --start_checkpoint: train the segmentation head alone"
     )

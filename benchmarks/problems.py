@@ -20,6 +20,7 @@ from benchmarks.heldout import HeldOutCase, in_8_bits, neighbours, read, tvl1
 from benchmarks.rivals import contours_by_itk, eclare, rife
 from in_between.classical import interpolate, interpolate_masks
 from in_between.prediction import InBetween
+from patient.geometry import FILE_NAME, Geometry
 from utils.errors import UserError
 from utils.images import write_image
 
@@ -166,11 +167,21 @@ def _eclare(problem: Problem, device: torch.device, _: int) -> Found:
     return {"img": interpolate(volume, problem.places[0] - problem.step / 2 + parts, problem.at)}
 
 
-def _prediction(problem: Problem, device: torch.device, seed: int) -> Found:
-    """What interpolate.py makes, by its method motion. Like train.py here, it knows no spacing in mm."""
-    given = {kind: torch.from_numpy(f).float()[:, None].to(device) for kind, f in problem.given.items()}
-    between = InBetween(given.get("img", given.get("seg")), given.get("seg"), seed=seed)
-    return looked_up(between, problem)
+def _prediction(thin: bool) -> Callable[[Problem, torch.device, int], Found]:
+    """What interpolate.py makes, by its method motion; with ``thin``, --slice_thickness tells it how thick slices are,
+    and frames.json how far apart. Otherwise, like train.py here, it knows nothing in mm."""
+
+    def found(problem: Problem, device: torch.device, seed: int) -> Found:
+        given = {kind: torch.from_numpy(f).float()[:, None].to(device) for kind, f in problem.given.items()}
+        frames, masks = given.get("img", given.get("seg")), given.get("seg")
+        known: dict[str, float] = {}
+        if thin:
+            assert problem.step is not None
+            frame, row, _ = problem.case.spacing
+            known = {"gap": problem.step * frame / row, "thickness": problem.thickness / problem.step}
+        return looked_up(InBetween(frames, masks, seed=seed, **known), problem)
+
+    return found
 
 
 def looked_up(between: InBetween, problem: Problem) -> Found:
@@ -191,8 +202,8 @@ def looked_up(between: InBetween, problem: Problem) -> Found:
     }
 
 
-def _trained(preset: str) -> Callable[[Problem, torch.device, int], Found]:
-    """train.py and render.py on the frames given, run as a user runs them."""
+def _trained(preset: str, thin: bool = False) -> Callable[[Problem, torch.device, int], Found]:
+    """train.py and render.py on the frames given, run as a user runs them. thin: as in `_prediction`."""
 
     def found(problem: Problem, device: torch.device, seed: int) -> Found:
         case, parts = problem.case, 4 * max(1, round(problem.step or 1))
@@ -206,6 +217,10 @@ def _trained(preset: str) -> Callable[[Problem, torch.device, int], Found]:
             if case.pipeline == "joint":
                 sources += ["--seg_source_path", str(folder / "seg")]
             options = ["--preset", preset, "--pipeline", case.pipeline, "--seed", str(seed)]
+            if thin:
+                assert problem.step is not None
+                _geometry(problem).save(folder / FILE_NAME)
+                options += ["--slice_thickness", str(problem.thickness * case.spacing[0])]
             if case.pipeline == "seg":
                 options += ["--poly_degree", "2"]  # the published choice for masks
             run_program("train.py", *sources, *shared, *options)
@@ -221,6 +236,29 @@ def _trained(preset: str) -> Callable[[Problem, torch.device, int], Found]:
     return found
 
 
+def _geometry(problem: Problem) -> Geometry:
+    """Where a problem's frames lie, in mm."""
+    frame, row, column = problem.case.spacing
+    count, height, width = next(iter(problem.given.values())).shape
+    affine = np.diag([column, row, frame * (problem.step or 1.0), 1.0])
+    return Geometry(
+        axes=(0, 1, 2),
+        flips=(False, False),
+        size=(width, height),
+        affine=tuple(map(tuple, affine.tolist())),
+        slices=tuple(range(count)),
+        slice_count=count,
+        positions=tuple((problem.places * frame).tolist()),
+        window=(0.0, 1.0),
+        bits=8,
+        source=problem.case.name,
+    )
+
+
+def _not_thick(problem: Problem) -> str:
+    return "" if problem.thickness else "its slices are thin"
+
+
 def _uneven(problem: Problem) -> str:
     return "" if problem.step is not None else "it needs evenly spaced frames"
 
@@ -234,9 +272,15 @@ METHODS: dict[str, Method] = {
     "SDF": Method(_distances("linear"), ("seg",)),
     "cubic SDF": Method(_distances("cubic"), ("seg",)),
     "ITK contours": Method(_itk, ("seg",), ("itk-morphologicalcontourinterpolation",)),
-    "prediction": Method(_prediction, ("img", "seg"), seeded=True),
+    "prediction": Method(_prediction(False), ("img", "seg"), seeded=True),
+    "prediction, thin": Method(_prediction(True), ("img", "seg"), (), _not_thick, True),
     **{preset: Method(_trained(preset), ("img", "seg"), (), _uneven, True) for preset in PRESETS},
+    **{
+        f"{preset}, thin": Method(_trained(preset, True), ("img", "seg"), (), _not_thick, True)
+        for preset in PRESETS
+    },
 }
 """linear, cubic, TV-L1 (scikit-image's flow, both neighbours carried along and blended), RIFE and ECLARE fill in
 images; SDF, cubic SDF and ITK's morphological contour interpolation fill in masks. prediction: `interpolate.py --method
-motion`. The rest are presets of train.py, trained on the frames given and drawn by render.py."""
+motion`. The rest are presets of train.py, trained on the frames given and drawn by render.py. "thin": by
+--slice_thickness, of thick slices."""

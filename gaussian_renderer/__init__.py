@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from gaussian_renderer.oracle import LOW_PASS
+from gaussian_renderer.slab import fold_slab
 from scene.cameras import Camera
 from scene.gaussian_model import GaussianModel
 from scene.parameters import IMAGE
@@ -76,6 +77,8 @@ def render(
     counted: Tensor | None = None,
     antialiasing: bool = False,
     clock: tuple[Tensor, Tensor] | None = None,
+    thickness: float = 0.0,
+    thick: int | None = None,
 ) -> Rendered:
     """Draws ``renders`` of the views at ``positions`` (frame index plus fraction), each original or ``mirrored``.
 
@@ -87,9 +90,12 @@ def render(
     its own blend; ``capacity`` and ``counted`` belong to a single blend, and cannot be given.
 
     clock: the views' times (V,) and signs (V,), -1 for the mirror side, where the caller has them already.
+
+    thickness: draws the first ``thick`` views (default: all) as slices of this thickness, in mean distances between
+    frames (`slab.fold_slab`); each view has its own blend then, too.
     """
-    if antialiasing and counted is not None:
-        raise ValueError("counted is for a single blend, and antialiasing needs one per view")
+    if counted is not None and (antialiasing or thickness):
+        raise ValueError("counted is for a single blend, and antialiasing and thickness need one per view")
     ops = rasterizer(backend)
     heads = tuple(dict.fromkeys(r.head for r in renders))
     p = model.params
@@ -110,6 +116,22 @@ def render(
             camera.width,
             camera.height,
         )
+        weights = compensations(conics) if antialiasing else None
+        if thickness:
+            slabs = fold_slab(
+                p,
+                times[:thick],
+                signs[:thick],
+                camera,
+                thickness * model.durations()[:-1].mean().detach(),
+            )
+            thin = means2d, conics, radii, active
+            means2d, conics, radii, active = (
+                torch.cat([slab, cut[len(slab) :]]) for slab, cut in zip(slabs[:4], thin, strict=True)
+            )
+            factors = slabs[4] if weights is None else slabs[4] * weights[: len(slabs[4])]
+            others = torch.ones_like(means2d[..., 0]) if weights is None else weights
+            weights = torch.cat([factors, others[len(factors) :]])
     screen = None
     if screen_gradients:
         screen = means2d.new_zeros(()).expand(len(heads), *means2d.shape).requires_grad_()  # never read
@@ -140,7 +162,7 @@ def render(
 
     cuts = means2d, conics, active
     raw_opacities, raw_colours = model.raw_opacities(heads), model.raw_colours(heads, camera)
-    if not antialiasing:
+    if weights is None:
         room = {"capacity": capacity, "counted": counted} if counted is not None else {}
         images = blend(cuts, raw_opacities, raw_colours, renders, screen, raw=True, **room)
         return Rendered(images, screen, radii, active)
@@ -149,10 +171,10 @@ def render(
     screens = [None] * len(means2d) if screen is None else screen.split(1, dim=1)
     views = zip(*(tensor.split(1) for tensor in cuts), strict=True)
     drawn: dict[int, Tensor] = {}  # place in ``renders`` -> (C, H, W)
-    for view, (cut, weights, own) in enumerate(zip(views, compensations(conics), screens, strict=True)):
+    for view, (cut, factors, own) in enumerate(zip(views, weights, screens, strict=True)):
         shown = {place: replace(r, view=0) for place, r in enumerate(renders) if r.view == view}
         if shown:
-            own_images = blend(cut, opacities * weights, colours, list(shown.values()), own)
+            own_images = blend(cut, opacities * factors, colours, list(shown.values()), own)
             drawn.update(zip(shown, own_images, strict=True))
     return Rendered(torch.stack([drawn[place] for place in range(len(renders))]), screen, radii, active)
 
@@ -190,11 +212,20 @@ def render_frames(
     test: int = ACTIVE,
     backend: str = "compiled",
     antialiasing: bool = False,
+    thickness: float = 0.0,
 ) -> Tensor:
     """Images (V, C, H, W) in [0, 1] at ``positions``, seen from the front, without gradients; C of the ``head``."""
     renders = [Render(v, head, test) for v in range(len(positions))]
     originals = [False] * len(positions)
     drawn = render(
-        model, camera, positions, originals, renders, background, backend, antialiasing=antialiasing
+        model,
+        camera,
+        positions,
+        originals,
+        renders,
+        background,
+        backend,
+        antialiasing=antialiasing,
+        thickness=thickness,
     )
     return drawn.images.clamp(0, 1)

@@ -7,6 +7,9 @@ slightly away from the linear blend of the two frames, towards which both lean w
 - *self super-resolution*: a network that learned to fill in rows of the frames fills in the stack seen from the side
   (`in_between.rows`).
 
+Frames that are thick slices are means over their thickness. The network then learns from rows that are means, too, to
+make thin ones, and what is made is changed so that its means are the frames.
+
 Masks are carried along the same flow as signed distances, then corrected by a network that has learned, on frames
 between two others, how contours follow the image (`in_between.contours`). Of a label map, so is each label and the
 background; the largest distance decides (`in_between.exclusive`).
@@ -27,12 +30,14 @@ from in_between.contours import distances_of, learn_contours
 from in_between.exclusive import Ranked, ranked
 from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
 from in_between.progress import Done, Progress, Report, part_of, silent
-from in_between.rows import fill_stack, learn_rows, matching_gap
+from in_between.rows import fill_stack, joined, learn_rows, matching_gap
 from in_between.settings import DEFAULT, STEPS, Settings
 from patient.geometry import Geometry
 from utils.files import atomic_write
 
 Box = tuple[EllipsisType, slice, slice]
+_ROUNDS = 4  # of making the means right and cutting off what is beyond black and white
+_RIDGE = 0.01  # keeps means over slices that overlap from being undone to the last bit, noise included
 _VERSION = 5  # incremented when the prediction changes, so that caches of earlier code are not reused
 
 
@@ -45,6 +50,9 @@ class InBetween:
     labels: instead of masks, a label map (K, 1, H, W) of indices, 0 the background, and the number of labels.
     gap: the distance between neighbouring frames in pixels, where known; otherwise it is estimated from the
         frames (`rows.matching_gap`).
+    thickness: of a frame, over that distance: 1 for slices that touch. Each frame is then taken for a mean over it
+        (a rectangular slice profile), and what is predicted is a pixel thin, at the frames' own places too. 0, or less
+        than a pixel: frames are thin themselves.
     seed: of the small networks' training.
     report: called with the progress.
 
@@ -62,6 +70,7 @@ class InBetween:
         settings: Settings = DEFAULT,
         report: Report = silent,
         labels: tuple[Tensor, int] | None = None,
+        thickness: float = 0.0,
     ) -> None:
         if frames.ndim != 4 or len(frames) < 2:
             raise ValueError(f"frames of shape {tuple(frames.shape)}: (K, C, H, W) with K >= 2 is needed")
@@ -69,10 +78,11 @@ class InBetween:
             raise ValueError(
                 f"masks of shape {tuple(masks.shape)} do not belong to frames of {tuple(frames.shape)}"
             )
-        self._asked = gap, seed, settings
+        self._asked, self._asked_thickness = (gap, seed, settings), thickness
         self.settings = settings
         frames = frames.float()
         self.gap = matching_gap(frames) if gap is None else gap
+        self.thickness = thickness if thickness * self.gap > 1 else 0.0
         self.count = 0 if labels is None else labels[1]
         progress = Progress(report, self._costs(frames, masks is not None or labels is not None))
         with torch.no_grad():
@@ -105,6 +115,9 @@ class InBetween:
         stack[::STEPS] = frames
         for s in range(1, STEPS):
             stack[s::STEPS] = blend_paths(frames[:-1], frames[1:], paths, s / STEPS)
+        given = stack.clone()
+        for s in range(1, STEPS):
+            given[s::STEPS] = torch.lerp(frames[:-1], frames[1:], s / STEPS)
         pixels = max(2, round(self.gap))
         if (
             pixels <= settings.widest_gap
@@ -112,20 +125,22 @@ class InBetween:
         ):
             planes = frames.transpose(0, 1)  # channel by channel
             rows = planes.reshape(-1, *frames.shape[2:])
-            network = learn_rows(rows, pixels, settings, generator, progress.part("rows"))
+            network = learn_rows(
+                rows, pixels, settings, generator, progress.part("rows"), self.thickness * self.gap
+            )
             if network is not None:
                 done = progress.part("filling")
                 filled = torch.stack(
                     [
-                        fill_stack(network, plane, settings, part_of(done, c, len(planes)))
+                        joined(fill_stack(network, plane, settings, part_of(done, c, len(planes))), plane)
                         for c, plane in enumerate(planes)
                     ],
-                    2,
+                    1,
                 )
-                for s in range(1, STEPS):
-                    linear = torch.lerp(frames[:-1], frames[1:], s / STEPS)
-                    mixture = torch.lerp(stack[s::STEPS], filled[:, s - 1], settings.share)
-                    stack[s::STEPS] = torch.lerp(linear, mixture, 1 + settings.excess)
+                stack = torch.lerp(given, torch.lerp(stack, filled, settings.share), 1 + settings.excess)
+        if self.thickness:
+            for _ in range(_ROUNDS):
+                stack = with_means(stack, frames, self.thickness).clamp(0, 1)
         self._images = everywhere[[0]].half().repeat(len(stack), 1, 1, 1)
         self._images[box] = stack.clamp_(0, 1).half()
         self._distances, self._ranked = None, None
@@ -194,7 +209,7 @@ class InBetween:
     ) -> None:
         """Saves what was computed from ``frames`` and ``masks`` or ``labels``, for `load`."""
         contents = {
-            "key": _digest(frames, masks, *self._asked, labels),
+            "key": _digest(frames, masks, *self._asked, labels, self._asked_thickness),
             "gap": self.gap,
             "flow": self.flow.cpu(),
             "images": self._images.cpu(),
@@ -214,6 +229,7 @@ class InBetween:
         seed: int = 0,
         settings: Settings = DEFAULT,
         labels: tuple[Tensor, int] | None = None,
+        thickness: float = 0.0,
     ) -> InBetween | None:
         """The prediction that `save` wrote for the same arguments; None where there is none.
 
@@ -221,7 +237,7 @@ class InBetween:
         """
         try:
             contents = torch.load(path, map_location=frames.device, weights_only=True)
-            same = contents["key"] == _digest(frames, masks, gap, seed, settings, labels)
+            same = contents["key"] == _digest(frames, masks, gap, seed, settings, labels, thickness)
             kept = [contents[name] for name in ("gap", "flow", "images", "distances", "ranked")]
         except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, TypeError, EOFError):
             return None  # missing or truncated: it can be computed again
@@ -232,6 +248,8 @@ class InBetween:
         made._ranked = None if parts is None else Ranked(*parts)
         made.count = 0 if labels is None else labels[1]
         made._asked, made.settings = (gap, seed, settings), settings
+        made._asked_thickness = thickness
+        made.thickness = thickness if thickness * made.gap > 1 else 0.0
         return made
 
     def images(self, k: Tensor, alpha: Tensor) -> Tensor:
@@ -263,6 +281,28 @@ class InBetween:
         return k * STEPS + step.long(), flow_at(self.flow[k], alpha) / STEPS, alpha * STEPS - step
 
 
+def with_means(stack: Tensor, frames: Tensor, thickness: float) -> Tensor:
+    """The stack ((K - 1) STEPS + 1, C, H, W), changed as little as possible (in square) so that its means over slices
+    are the frames (K, C, H, W). thickness: of a slice, in gaps.
+
+    The first and the last slice reach beyond the stack, so their means are not known.
+    """
+    count = len(frames)
+    places = torch.arange(len(stack), device=stack.device) / STEPS
+    distance = (places - torch.arange(count, device=stack.device)[:, None]).abs()
+    shares = (STEPS * (thickness / 2 - distance) + 0.5).clamp(0, 1)  # of each level, 1 / STEPS thick
+    means = shares / shares.sum(1, keepdim=True)  # (K, levels)
+    reach = math.ceil(thickness / 2)
+    means = means[reach : count - reach]
+    if not len(means):
+        return stack
+    square = means @ means.T
+    square = square + _RIDGE * square.diagonal().mean() * torch.eye(len(square), device=stack.device)
+    back = torch.linalg.solve(square, means).T  # (levels, K')
+    missing = frames[reach : count - reach] - torch.einsum("kl,lchw->kchw", means, stack)
+    return stack + torch.einsum("lk,kchw->lchw", back, missing)
+
+
 def _changing(frames: Tensor, margin: int) -> Box:
     """An index that cuts out, of (K, C, H, W), the pixels that are not the same in all frames, and a margin."""
     changing = (frames.amax(0) > frames.amin(0)).any(0)  # (H, W)
@@ -291,9 +331,11 @@ def _digest(
     seed: int,
     settings: Settings,
     labels: tuple[Tensor, int] | None = None,
+    thickness: float = 0.0,
 ) -> str:
     index, count = labels or (None, 0)
-    digest = hashlib.blake2b(f"{_VERSION} {gap} {seed} {settings} {count}".encode(), digest_size=16)
+    asked = f"{_VERSION} {gap} {seed} {settings} {count} {thickness}"
+    digest = hashlib.blake2b(asked.encode(), digest_size=16)
     for values in (frames, masks, index):
         if values is not None:
             digest.update(str(tuple(values.shape)).encode())

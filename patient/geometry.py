@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, replace
@@ -104,6 +105,8 @@ class Geometry:
     """Names and colours of the label map that the masks are; None where they are masks of one structure."""
     dicom: DicomSource | None = None
     """Where the source lies (path), its volume (choice) and a digest of its slices' identifiers, if it is DICOM."""
+    thickness: float | None = None
+    """Of a slice, mm, as the source's header gives it; None where it does not, or frames are cut across its slices."""
 
     @property
     def axis(self) -> int:
@@ -349,6 +352,34 @@ def cut_geometry(
         heldout_positions=tuple(depth[list(heldout)].tolist()),
         **others,
     )
+
+
+def relative_thickness(asked: str, geometry: Geometry | None) -> float:
+    """The thickness of a slice over the mean distance between frames, from what --slice_thickness says.
+
+    asked: "header", or millimetres; distances between frames where these are not known in mm; "" for none. Raises
+    UserError for anything else, and where the header does not say.
+    """
+    if not asked:
+        return 0.0
+    distance = geometry.spacing[2] if geometry is not None and geometry.spacing is not None else None
+    if asked == "header":
+        if geometry is None or geometry.thickness is None or distance is None:
+            raise UserError(
+                "--slice_thickness header: the source does not say (DICOM does, NIfTI cannot): give it in mm"
+            )
+        return geometry.thickness / distance
+    try:
+        number = float(asked)
+    except ValueError:
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise UserError(f"--slice_thickness {asked}: give millimetres, or header")
+    if distance is not None and number > 20 * distance:
+        raise UserError(
+            f"--slice_thickness {asked}: frames are {distance:.3g} mm apart, so no slice can be that thick"
+        )
+    return number / distance if distance is not None else number
 
 
 def is_even(positions: Sequence[float] | np.ndarray) -> bool:

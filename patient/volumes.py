@@ -40,6 +40,8 @@ class Volume:
     """SOP instance UID of the DICOM file of each slice, which segmentations refer to."""
     frame_of_reference: str | None = None
     """UID of DICOM's frame of reference: volumes that share it share patient coordinates."""
+    thickness: float | None = None
+    """Of the slices of axis 2, mm (DICOM's SliceThickness)."""
 
 
 @dataclass(frozen=True)

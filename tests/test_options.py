@@ -47,7 +47,7 @@ CHANGES_THE_MODEL = {
     "opacity_reset_value": 0.05, "average_from_iter": 23, "average_decay": 0.9,
     "poly_degree": 2, "sh_degree": 2, "num_pts": 140, "start": "frames", "camera": "one", "use_dff": False,
     "distance": 2.0, "resolution": 2, "white_background": True, "seed": 1, "pipeline": "img", "iterations": 23,
-    "antialiasing": True,
+    "antialiasing": True, "slice_thickness": "1.5",
 }  # fmt: skip
 
 SHOWN_BY = {
@@ -120,6 +120,7 @@ SHOWN_BY = {
         "source_path": "test_interpolate.py::test_frames_of_prepare_and_their_held_out_slices",
         "seg_source_path": "test_interpolate.py::test_frames_of_prepare_and_their_held_out_slices",
         "device": "test_arguments.py::test_resolve_device",
+        "slice_thickness": "test_interpolate.py::test_thick_slices_are_made_thin",
         "force": "test_interpolate.py::test_nothing_is_replaced_unasked",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",

@@ -220,6 +220,7 @@ def test_enhanced_dicom(tmp_path, order):
     volume = read_volume(tmp_path / "a.dcm")
     assert np.array_equal(volume.values, VALUES[:, :, sorted(order)] * 2.0 - 5)
     assert np.abs(volume.affine - _affine()).max() < 1e-6
+    assert volume.thickness == 1
     if len(order) < 6:
         assert volume.depths.tolist() == pytest.approx([0, 1, 4, 5]) and "2 after frame 1" in volume.notes[0]
     else:

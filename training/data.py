@@ -15,7 +15,7 @@ from in_between.masks import dense_distances, dense_labels
 from in_between.prediction import InBetween, pixel_gap
 from in_between.progress import Done, shown, unheard
 from in_between.rows import matching_gap
-from patient.geometry import FILE_NAME, HELDOUT, Geometry
+from patient.geometry import FILE_NAME, HELDOUT, Geometry, relative_thickness
 from scene.frames import Frames
 from scene.heldout import HeldOut, hold_out, of_masks, read_test
 from training.pipelines import Task
@@ -182,12 +182,13 @@ def expected_between(
         truth = (images if last is frames else last(range(len(last)))).mean(1, keepdim=True)
     gap = pixel_gap(geometry, images.shape[-1])
     path = Path(options.model_path) / "in_between.pt"
-    kept = InBetween.load(path, images, truth, gap, options.seed, labels=labels)
+    thickness = relative_thickness(options.slice_thickness, geometry)
+    kept = InBetween.load(path, images, truth, gap, options.seed, labels=labels, thickness=thickness)
     if kept is not None:
         return kept
     start = time.perf_counter()
     with shown("motion between the frames", options.quiet) as report:
-        made = InBetween(images, truth, gap, options.seed, report=report, labels=labels)
+        made = InBetween(images, truth, gap, options.seed, report=report, labels=labels, thickness=thickness)
     if images.is_cuda:
         beside(made.save, path, images, truth, labels)
     else:

@@ -289,6 +289,7 @@ def _render(objective: Objective, task: Task, positions: list[float]) -> Tensor:
         task.test,
         objective.options.rasterizer,
         objective.options.antialiasing,
+        objective.thickness,
     )
 
 

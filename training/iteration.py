@@ -26,6 +26,9 @@ class Objective:
     background: Tensor  # (C,)
     options: TrainOptions
     num_views: int  # of the sequence, both sides: how finely time is sampled (L_sigma)
+    thickness: float = (
+        0.0  # of a frame, in mean distances between frames: it is drawn as a slab; in-betweens are not
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def forward_backward(
         counted=counted,
         antialiasing=options.antialiasing,
         clock=views.clock,
+        thickness=objective.thickness,
+        thick=views.real,
     )
     shares = split(renders.images, [len(task) for task in requested])
     images = [_own(share, model.channels_of(task.head)) for share, task in zip(shares, tasks, strict=True)]

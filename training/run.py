@@ -15,7 +15,7 @@ from torch import Tensor
 
 from arguments import AUTO, TrainOptions, resolve_device, write_cfg_args
 from gaussian_renderer import rasterizer
-from patient.geometry import FILE_NAME, Geometry
+from patient.geometry import FILE_NAME, Geometry, relative_thickness
 from patient.label_channels import colours_of
 from scene.cameras import Camera
 from scene.checkpoint import Checkpoint, all_of, save_checkpoint
@@ -92,6 +92,8 @@ class Training:
         with parts("reading"):
             data = read_data(options, device, say)
         frames, geometry = data.frames, data.geometry
+        if thickness := relative_thickness(options.slice_thickness, geometry):
+            say(f"frames drawn as slices {thickness:.3g} times as thick as they are far apart")
         options = fitted(options, len(frames) * frames.height * frames.width)
         if saved is not None and options.time:  # its length was set by its pace
             before = saved.extras.get("options", {}).get("iterations", options.iterations)
@@ -207,10 +209,21 @@ class Training:
         self.update()
 
     @property
+    def thickness(self) -> float:
+        """Of a frame, in mean distances between frames."""
+        return relative_thickness(self.options.slice_thickness, self.geometry)
+
+    @property
     def objective(self) -> Objective:
         """What an iteration needs of the run."""
         return Objective(
-            self.model, self.camera, self.tasks, self.background, self.options, self.sampler.num_views
+            self.model,
+            self.camera,
+            self.tasks,
+            self.background,
+            self.options,
+            self.sampler.num_views,
+            self.thickness,
         )
 
     def replan(self, iterations: int) -> None:
@@ -360,7 +373,8 @@ class Training:
         """The function that runs an iteration up to its gradients: replayed as CUDA graphs where possible."""
         options = self.options
         plain = options.debug or options.debug_from >= 0 or options.detect_anomaly
-        plain = plain or options.antialiasing  # a blend for each view, and a replay counts the pairs of one
+        # Those have a blend for each view, and a replay counts the pairs of one.
+        plain = plain or options.antialiasing or self.thickness > 0
         here = all(task.frames.levels.device == self.model.device for task in self.tasks)
         if self.model.device.type == "cuda" and here and options.rasterizer == "compiled" and not plain:
             self._recorded = RecordedStep(self.objective)

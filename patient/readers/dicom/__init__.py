@@ -22,6 +22,7 @@ from patient.readers.dicom.files import (
     pydicom_for,
     read_header,
     read_headers,
+    thickness_of,
 )
 from patient.readers.dicom.frames import Frame, frame_times, frames_of
 from patient.readers.dicom.places import in_order, one_volume, place, place_by_location
@@ -270,6 +271,7 @@ def _with_pixels(slices: Slices) -> Volume:
         np.stack(padded).transpose(2, 1, 0) if some_padded else None,
         instances=tuple(frame.header.instance for frame in frames),
         frame_of_reference=first.text("FrameOfReferenceUID") or None,
+        thickness=thickness_of(first),
     )
 
 

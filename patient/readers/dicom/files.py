@@ -198,3 +198,11 @@ def pixel_spacing(dataset: Any) -> tuple[tuple[float, float], str] | None:
         if units == (3, 3) and steps[0] and steps[1]:  # centimetres along both: a picture of tissue
             return (abs(steps[0]) * 10, abs(steps[1]) * 10), "SequenceOfUltrasoundRegions"
     return None
+
+
+def thickness_of(header: Header) -> float | None:
+    """Of a slice, mm: of the file, or of all its frames."""
+    shared = items(header.dataset, "SharedFunctionalGroupsSequence")
+    measures = [measure for group in shared for measure in items(group, "PixelMeasuresSequence")]
+    known = (number(source, "SliceThickness") for source in (header.dataset, *measures))
+    return next((value for value in known if value is not None and value > 0), None)
