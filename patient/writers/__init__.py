@@ -9,7 +9,7 @@ import numpy as np
 
 from patient.geometry import Geometry, swap_ras_lps
 from patient.labels import LabelTable
-from patient.readers.common import optional
+from patient.readers.common import optional, quiet_libraries
 from patient.rendered_volume import RenderedVolume
 from patient.writers.identity import Identity, series_uid
 from patient.writers.images import Scale, check_size, write_images
@@ -47,6 +47,10 @@ class DicomCase:
 
     def write_masks(self, path: str | os.PathLike[str], volume: SeriesVolume) -> LabelTable:
         """Write the masks on the series' slices as a segmentation; returns the labels that have voxels."""
+        with quiet_libraries():  # which warn of what the source has
+            return self._write_masks(path, volume)
+
+    def _write_masks(self, path: str | os.PathLike[str], volume: SeriesVolume) -> LabelTable:
         frames, series = self.series.frames, self.series
         positions = [_known(frame.position) for frame in frames]
         slices = Slices(
@@ -76,6 +80,12 @@ class DicomCase:
 
         image, mask: where to, and the volume.
         """
+        with quiet_libraries():
+            return self._write_dense(image, mask)
+
+    def _write_dense(
+        self, image: tuple[Path, RenderedVolume] | None, mask: tuple[Path, RenderedVolume] | None
+    ) -> LabelTable | None:
         labels = None
         given = image or mask
         assert given is not None

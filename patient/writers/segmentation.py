@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -101,32 +99,25 @@ def write_segmentation(
     order = np.argsort([position @ normal for position in slices.positions], kind="stable")
     templates = _templates(pydicom, slices, source, identity)
     bits = len(shown) * values.size
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about names without ^, and the like
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)
-        try:
-            made = hd.seg.Segmentation(
-                source_images=[templates[k] for k in order],
-                pixel_array=numbers[values[order]].astype(small),
-                segmentation_type="BINARY",
-                segment_descriptions=_descriptions(hd, shown),
-                series_instance_uid=new_uid(),
-                series_number=series_number(source, 2),
-                sop_instance_uid=new_uid(),
-                instance_number=1,
-                manufacturer=MANUFACTURER,
-                manufacturer_model_name=MODEL,
-                software_versions=VERSION,
-                device_serial_number=VERSION,
-                content_description=description[:64],
-                content_label="SEGMENTATION",
-                series_description=description[:64],
-                specific_character_set="ISO_IR 192",
-                omit_empty_frames=bits // 8 > _KEEP_EMPTY,
-            )
-        finally:
-            logging.disable(before)
+    made = hd.seg.Segmentation(
+        source_images=[templates[k] for k in order],
+        pixel_array=numbers[values[order]].astype(small),
+        segmentation_type="BINARY",
+        segment_descriptions=_descriptions(hd, shown),
+        series_instance_uid=new_uid(),
+        series_number=series_number(source, 2),
+        sop_instance_uid=new_uid(),
+        instance_number=1,
+        manufacturer=MANUFACTURER,
+        manufacturer_model_name=MODEL,
+        software_versions=VERSION,
+        device_serial_number=VERSION,
+        content_description=description[:64],
+        content_label="SEGMENTATION",
+        series_description=description[:64],
+        specific_character_set="ISO_IR 192",
+        omit_empty_frames=bits // 8 > _KEEP_EMPTY,
+    )
     equipment(made)
     _refer(pydicom, made, templates, slices)
     with atomic_write(path) as temporary:
