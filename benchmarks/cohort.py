@@ -8,8 +8,9 @@ label to the report, in parts that run side by side and share the GPUs by its ow
 There are twice as many parts as places, so that one case's mesh is made while another trains. The cases are phantoms:
 ellipsoids of their own sizes and textures.
 
-The rate counts from the first training's start to the last report's end; the wall time also has Python, torch and
-prepare.py of the first cases. Arguments after -- go to medgs.py.
+The rate counts while the GPUs are in use: from the first training's start to the last rendering's end. The wall time
+also has Python, torch and prepare.py of the first cases, and mesh and report of the last. Arguments after -- go to
+medgs.py.
 """
 
 from __future__ import annotations
@@ -36,7 +37,6 @@ from cases.case import ON_GPU, STEPS, CaseResult
 from cases.gpus import visible_gpus
 from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
-from utils.threads import processors
 
 SIZE = (112, 112, 36)
 OUT = Path("output/benchmark/cohort.json")
@@ -60,10 +60,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class Measured:
-    """rate: cases an hour. wall, busy: seconds in all, and from the first training on. steps: median seconds of each.
-    held: mean number of places in use."""
+    """done: cases of `shared` that were done in time. rate: cases an hour. wall, busy: seconds in all, and while the
+    GPUs are in use. steps: median seconds of each. held: mean number of places in use."""
 
     shared: Shared
+    done: int
     rate: float
     wall: float
     busy: float
@@ -110,7 +111,9 @@ def phantom(random: np.random.Generator, size: Sequence[int]) -> tuple[np.ndarra
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
-def measure(table_of_cases: Path, out: Path, shared: Shared, words: Sequence[str]) -> Measured:
+def measure(
+    table_of_cases: Path, out: Path, shared: Shared, words: Sequence[str], threads: int, deadline: float
+) -> Measured:
     gpus = visible_gpus()
     if len(gpus) < shared.gpus:
         raise UserError(f"{shared.gpus} GPUs: there are {len(gpus)} here")
@@ -118,7 +121,7 @@ def measure(table_of_cases: Path, out: Path, shared: Shared, words: Sequence[str
     environment = {
         **os.environ,
         "CUDA_VISIBLE_DEVICES": ",".join(gpus[: shared.gpus]),
-        "OMP_NUM_THREADS": str(max(processors() // parts, 1)),
+        "OMP_NUM_THREADS": str(threads),
     }
     command = [
         sys.executable,
@@ -130,30 +133,39 @@ def measure(table_of_cases: Path, out: Path, shared: Shared, words: Sequence[str
         "--quiet",
     ]
     command += ["--per_gpu", str(shared.places), "-num_parts", str(parts), *words]
-    start = time.time()
-    running = [
-        subprocess.Popen(
-            [*command, "-part_id", str(part)],
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for part in range(parts)
-    ]
-    said = [process.communicate()[1] for process in running]
+    start, told = time.time(), 0.0
+    log = out.with_suffix(".log")
+    with log.open("wb") as kept:
+        running = [
+            subprocess.Popen([*command, "-part_id", str(part)], env=environment, stdout=kept, stderr=kept)
+            for part in range(parts)
+        ]
+    while any(process.poll() is None for process in running):
+        if time.time() - told > 10:
+            told = time.time()
+            print(f"  {told - start:.0f} s: {len(list(out.glob('*/report.html')))} cases", flush=True)
+        if told > deadline:
+            for process in running:
+                process.terminate()
+            break
+        time.sleep(0.2)
+    for process in running:
+        process.wait()
     wall = time.time() - start
     results = [CaseResult(folder.parent) for folder in sorted(out.glob("*/run.json"))]
-    failed = [result.record.failure for result in results if not result.complete]
-    if failed or len(results) != shared.cases:
-        raise UserError(f"{len(results)} cases, failed: {'; '.join(failed)} {said[-1][-2000:]}")
-    records = [result.record.steps for result in results]
+    records = [result.record.steps for result in results if "render" not in result.missing]
+    failed = [result.record.failure for result in results if result.record.failure]
+    if not records or (failed and told < deadline):
+        raise UserError(f"{len(records)} of {shared.cases} cases done: {failed} {log.read_text()[-2000:]}")
     ended = [{name: datetime.fromisoformat(s.finished).timestamp() for name, s in r.items()} for r in records]
     first = min(end["train"] - record["train"].seconds for end, record in zip(ended, records, strict=True))
-    busy = max(end["report"] for end in ended) - first
+    busy = max(end["render"] for end in ended) - first
     held = sum(record[name].seconds for record in records for name in ON_GPU) / busy
-    steps = {name: statistics.median(record[name].seconds for record in records) for name in STEPS}
-    return Measured(shared, 3600 * shared.cases / busy, wall, busy, held, steps)
+    steps = {
+        name: statistics.median(record[name].seconds for record in records if name in record)
+        for name in STEPS
+    }
+    return Measured(shared, len(records), 3600 * len(records) / busy, wall, busy, held, steps)
 
 
 def shown(rows: Sequence[Measured]) -> str:
@@ -161,7 +173,7 @@ def shown(rows: Sequence[Measured]) -> str:
     lines = [
         [
             f"{row.shared.gpus} x {row.shared.places}",
-            row.shared.cases,
+            f"{row.done} of {row.shared.cases}",
             f"{row.rate:.0f}",
             f"{row.rate / rows[0].rate:.2f}",
             f"{row.wall:.0f}",
@@ -190,21 +202,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--size", type=positive, nargs=3, default=SIZE, metavar="N", help="voxels of a phantom"
     )
+    parser.add_argument("--threads", type=positive, default=2, help="processors of each case (default: 2)")
     parser.add_argument(
-        "--seconds", type=positive, default=100_000, help="begin no measurement after so long"
+        "--seconds", type=positive, default=100_000, help="stop after so long, with what is done"
     )
     parser.add_argument("--out", type=Path, default=OUT, help=f"JSON to write (default: {OUT})")
     given = parser.parse_args(words[:at])
     extra = words[at + 1 :] or ["--preset", "fast"]
     asked = [Shared.read(text, given.cases) for text in given.shared]
-    begun, rows = time.time(), list[Measured]()
+    deadline, rows = time.time() + given.seconds, list[Measured]()
     for shared in asked:
-        if time.time() - begun > given.seconds:
-            print(f"{shared.gpus} x {shared.places}: left out, as {given.seconds} s are over", flush=True)
+        print(f"{shared.cases} cases on {shared.gpus} GPUs, {shared.places} on each", flush=True)
+        if time.time() > deadline:
+            print(f"  left out, as {given.seconds} s are over", flush=True)
             continue
         with tempfile.TemporaryDirectory() as temporary:
             cases = write_cases(Path(temporary), shared.cases, given.size)
-            rows.append(measure(cases, Path(temporary, "out"), shared, extra))
+            try:
+                rows.append(measure(cases, Path(temporary, "out"), shared, extra, given.threads, deadline))
+            except UserError as error:  # what was measured before is kept
+                print(f"  {error}", flush=True)
+                continue
         print(shown(rows), flush=True)
         about = describe(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
         about |= {"size": list(given.size), "options": extra}

@@ -39,8 +39,9 @@ SHOWN = {"images": "render_img", "masks": "render_mask"}
 MESH_SUFFIXES = (".ply", ".stl", ".obj", ".glb")
 CHECKPOINTS = 500  # iterations: what a preempted run loses at most, a second or so on a GPU
 
-ON_GPU = ("train", "render", "report")
-"""Steps that use a GPU where there is one; the others leave it to the next case."""
+ON_GPU = ("train", "render")
+"""Steps that hold a place on a GPU where there is one; the others leave it to the next case. The report's few pictures
+are drawn on the same GPU."""
 
 Say = Callable[[str], object]
 Place = Callable[[], AbstractContextManager[str | None]]
@@ -224,7 +225,7 @@ def _run(
     }
     record.steps = {name: step for name, step in record.steps.items() if name in names}
     record.save()
-    before = ""
+    before, environment = "", dict[str, str]()
     for number, name in enumerate(names, 1):
         step = _step(name, case, folder, inputs, before)
         before = step.key
@@ -242,8 +243,11 @@ def _run(
                 record.steps.pop(later, None)
             for made in {"train": (MODEL, MESHES), "mesh": (MESHES,)}.get(name, ()):
                 shutil.rmtree(folder / made, ignore_errors=True)
-        with place() if place and name in ON_GPU else nullcontext() as gpu:
-            done = step.run(record, start, {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu})
+        wanted = name in ON_GPU or (name == "report" and not environment)
+        with place() if place and wanted else nullcontext() as gpu:
+            if gpu is not None:
+                environment["CUDA_VISIBLE_DEVICES"] = gpu
+            done = step.run(record, start, environment)
         if done.status != 0:
             return done
         _finish(name, case, folder)
