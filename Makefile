@@ -9,6 +9,8 @@ TORCH ?= torch==2.13.0
 VENV ?= .venv
 CHROMIUM ?= chromium
 NVCC ?= $(shell command -v nvcc)
+# Processes of make test, up to 4; each takes up to 2 GB.
+TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 # More options for train.py: about a minute in all, on two idle processors.
 DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300
 
@@ -103,7 +105,7 @@ bench: setup  ## measure the speed on this machine
 # --- Developing it -----------------------------------------------------------------------------------------------------
 
 test: setup $(STAMPS)/requirements-dev $(if $(NVCC),cuda-check)  ## all tests; compiles the CUDA kernels if there is nvcc
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n $(TEST_JOBS) --dist loadfile
 
 test-browser: setup chromium $(STAMPS)/requirements-dev  ## the viewer and the pages, in Chromium
 	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q --browser -m browser

@@ -21,7 +21,8 @@ from utils.errors import UserError, run
 README = ROOT / "README.md"
 PUBLISHED, CURRENT = (RESULTS / "presets" / name for name in ("h200.json", "h100.json"))
 PREDICTION = RESULTS / "interpolators.json"
-SPEED = {"cpu.json": "2 CPU cores", "h200.json": "NVIDIA H200"}
+WHOLE = {"cpu.json": "2 CPU cores", "h100.json": "NVIDIA H100"}
+"""Files of minutes/."""
 SUBJECTS = {  # of the cases that were measured: images, masks
     "mri_mni152_wm": ("T1 brain", "white matter of the brain"),
     "ct_abdomen_liver30": ("CT abdomen", "liver, CT"),
@@ -204,20 +205,47 @@ def quality() -> str:
 
 
 def pace() -> str:
-    """Iterations per second of training, and seconds of whole runs."""
-    results = {name: json.loads((RESULTS / name).read_text(encoding="utf-8"))["sections"] for name in SPEED}
-    small = [r["iteration"]["img with IBFR"]["iterations_per_s"] for r in results.values()]
-    large = results["h200.json"]["training"]["runs"]
-    brain = next(r for r in large if r["gaussians"] == 430_000 and r["options"]["ibfr_from_iter"] == 0)
+    """What each preset gives, and when: whole processes, on a CPU and on a GPU."""
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for name in WHOLE:
+        path = RESULTS / "minutes" / name
+        for row in json.loads(path.read_text(encoding="utf-8")) if path.exists() else ():
+            if not row["options"]:
+                found.setdefault((_what(row), row["preset"]), {})[name] = row
+    order = [*reversed(PRESETS)]
     rows = [
-        ["iterations/s, demo: 30 000 Gaussians, 128 × 96", *(f"{value:.0f}" for value in small)],
-        ["iterations/s, brain: 430 000 Gaussians, 197 × 233", "", f"{brain['iterations_per_s']:.0f}"],
+        [what, preset, *(_when(rows.get(name)) for name in WHOLE)]
+        for (what, preset), rows in sorted(found.items(), key=lambda one: order.index(one[0][1]))
     ]
-    for row in read_rows(PUBLISHED):
-        if row["case"] == "mri_mni152_wm" and row["keep"] == 2 and row["method"] == "published":
-            what = f"train.py, brain with masks, --preset {row['method']}, {row['iterations']} iterations"
-            rows.append([what, "", f"{row['seconds']:.0f} s"])
-    return table(["", *SPEED.values()], rows)
+    return table(["train.py, whole process", "preset", *WHOLE.values()], rows)
+
+
+_BUSY = 1.5  # load per core above which seconds on the clock mean little
+_KEPT_BUSY = 0.8  # of the cores on a quiet CPU: measured with quick
+
+
+def _what(row: dict[str, Any]) -> str:
+    image, mask = SUBJECTS[row["case"]]
+    size = f", {' × '.join(map(str, row['upsampled']))}" if row.get("upsampled") else ""
+    taught = "images and masks" if row["pipeline"] == "joint" else "images"
+    return f"{image}{size}, {'every' if row['keep'] == 1 else 'every 2nd slice'}, {taught}".replace(
+        ", every,", ", all slices,"
+    )
+
+
+def _when(row: dict[str, Any] | None) -> str:
+    """Seconds, and what they gave: on slices left out, where there are any."""
+    if row is None:
+        return ""
+    frames = "heldout" if row["keep"] > 1 else "training"
+    scores = {score["task"]: score for score in row["scores"] if score["frames"] == frames}
+    found = [f"{scores['img']['psnr']:.1f} dB"]
+    if "seg" in scores:
+        found.append(f"Dice {scores['seg']['dice']:.4f}")
+    seconds, about = row["train.py"]["whole process"], ""
+    if row["about"]["device"] == "cpu" and row["load"] > _BUSY * row["about"]["cores"]:
+        seconds, about = row["processors"]["train.py"] / (_KEPT_BUSY * row["about"]["cores"]), "about "
+    return f"{about}{seconds:.0f} s: {', '.join(found)}"
 
 
 TABLES = {"quality": quality, "speed": pace}

@@ -12,8 +12,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # Test scenes are small: beyond a few threads, starting them costs more than it gains.
-    torch.set_num_threads(min(4, os.cpu_count() or 1))
+    # Test scenes are small: beyond a few threads, starting them costs more than it gains. Workers of make test share.
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(min(4, max((os.cpu_count() or 1) // workers, 1)))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
