@@ -225,7 +225,7 @@ _KEPT_BUSY = 0.8  # of the cores on a quiet CPU: measured with quick
 
 
 def _what(row: dict[str, Any]) -> str:
-    image, mask = SUBJECTS[row["case"]]
+    image, _ = SUBJECTS[row["case"]]
     size = f", {' × '.join(map(str, row['upsampled']))}" if row.get("upsampled") else ""
     taught = "images and masks" if row["pipeline"] == "joint" else "images"
     return f"{image}{size}, {'every' if row['keep'] == 1 else 'every 2nd slice'}, {taught}".replace(
