@@ -45,7 +45,7 @@ class Forecast:
         count = options.iterations - training.iteration
         text = (
             f"about {in_words(self.seconds)} for {count} iterations on {device.type} ({self.rate:.3g} per second), "
-            f"up to {self.memory / 1e9:.1f} GB of memory"
+            f"{self.memory / 1e9:.1f} GB of memory at most"
         )
         slow = device.type == "cpu" and options.preset in ("published", "best") and self.seconds > PATIENCE
         return text + ("; --preset quick takes minutes on a CPU" if slow else "")

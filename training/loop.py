@@ -63,6 +63,7 @@ def train(training: Training, stop: object = None) -> None:
                 break
             training.update()
     with parts("waiting"):
+        report.end()
         training.beside.finish()
     report.close(parts.seconds, peak_memory(training.model.device))
     if budget and options.time and not stop and (note := budget.note(options.time, training.iteration)):

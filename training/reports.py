@@ -18,6 +18,7 @@ from patient.labels import LabelTable
 from pictures.figures import TRUTH, Row, cropped, draw_montage, plot_scores
 from training.evaluation import Comparison, HeldOutScores, Shown, TaskScores
 from training.finite import not_finite
+from utils.beside import Beside
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.metrics import LabelScores, Scores
@@ -77,9 +78,12 @@ class Report:
 
     def __init__(self, folder: Path, first: int, last: int, quiet: bool) -> None:
         self.folder, self.last, self.quiet = folder, last, quiet
-        self.started = time.perf_counter()
+        self.started = self.ended = time.perf_counter()
         self.bar = tqdm(total=last, initial=first, desc="training", unit="it", disable=quiet)
         self.writer = _tensorboard(folder, self.say)
+        self.drawing = Beside(
+            1
+        )  # in one thread, as matplotlib wants, while the model is saved or trained further
         self.smoothed: float | None = None
         self.pending: _PendingMetrics | None = None
         self.last_shown = self.started, first
@@ -146,7 +150,8 @@ class Report:
                 words = f"wrong {scores.mean_l1:.2%}, mean Dice of {len(labels)} labels {_dice(scores.dice)}"
             self.say(f"[{iteration}] {name}: {words} on {len(scores)} frames")
             self._record(iteration, name, "training", "model", scores, labels)
-            plot_scores(
+            self.drawing(
+                plot_scores,
                 self._plot(name, iteration),
                 f"{name}, iteration {iteration}",
                 range(len(scores)),
@@ -191,7 +196,8 @@ class Report:
             self.say(f"  {label.id} {label.name}: {', '.join(each)}")
         for method, scores in everyone.items():
             self._record(iteration, task, "heldout", method, scores, labels)
-        plot_scores(
+        self.drawing(
+            plot_scores,
             self._plot(f"{task}_heldout", iteration),
             f"{task}, held-out frames, iteration {iteration}",
             heldout.slices,
@@ -199,7 +205,7 @@ class Report:
             "Dice" if mask else "PSNR (dB)",
         )
         if heldout.comparison is not None:
-            self._montage(task, heldout, heldout.comparison)
+            self.drawing(self._montage, task, heldout, heldout.comparison)
 
     def _montage(self, task: str, heldout: HeldOutScores, pictures: Comparison) -> None:
         """Held-out frames and the sequence from the side: the classical method to beat, ours, and the error of each."""
@@ -258,13 +264,18 @@ class Report:
             for name in stated.keys() & means.keys() - {"l1"}:
                 self.writer.add_scalar(f"{place}/{name}", means[name], iteration)
 
+    def end(self) -> None:
+        """The loop is over: what its pictures still take is waited for, and is not counted with its iterations."""
+        self.ended = time.perf_counter()
+        self.drawing.finish()
+
     def close(self, parts: Mapping[str, float], memory: int) -> None:
         """Ends the bar and writes ``time.json``. parts: seconds that parts of the process took, by name; evaluation and
         saving are within the loop's. memory: bytes, the most that was taken."""
         self.bar.close()
         if self.writer is not None:
             self.writer.close()
-        elapsed = time.perf_counter() - self.started
+        elapsed = self.ended - self.started
         within = sum(parts.get(name, 0.0) for name in ("evaluation", "saving"))
         seconds = {**parts, "iterations": elapsed - within, "whole process": time.perf_counter() - BEGUN}
         spent = {

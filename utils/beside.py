@@ -12,15 +12,15 @@ Result = TypeVar("Result")
 
 
 class Beside:
-    """Does work in two threads of its own, in the order in which it came.
+    """Does work in threads of its own, in the order in which it came.
 
     scores = beside(compute, frames)
     ...
     scores.result()
     """
 
-    def __init__(self) -> None:
-        self._threads = ThreadPoolExecutor(2, "beside")
+    def __init__(self, threads: int = 2) -> None:
+        self._threads = ThreadPoolExecutor(threads, "beside")
         self._begun: list[Future[Any]] = []
 
     def __call__(self, work: Callable[..., Result], *arguments: Any) -> Future[Result]:
