@@ -22,14 +22,12 @@ import nibabel
 import numpy as np
 from scipy.ndimage import binary_fill_holes
 
-from arguments import model_options
 from patient.meshes import in_space, largest, otsu
 from patient.readers import read_volume
+from patient.side_views import middle_of, side_views
 from pictures.shading import shade
 from utils.errors import ArgumentParser, UserError, run
 from utils.files import atomic_write
-from viewer.case import Case
-from viewer.report import cut_stacks
 
 matplotlib.use("Agg")  # before pyplot, which else looks for a display
 import matplotlib.pyplot as plt
@@ -38,7 +36,7 @@ from matplotlib.figure import Figure
 from trimesh import Trimesh
 
 SLICES = 2  # held-out slices on the sheet
-GAP = 0.34  # inches between rows of pictures, for their captions
+GAP = 0.2  # inches between rows of pictures
 BACKGROUND, TEXT, FAINT, ACCENT, GOOD = "#101317", "#e9edf1", "#8d98a5", "#e69f00", "#56b4e9"
 TO_VIEWER = np.array([0.55, -0.75, 0.38])  # LPS: from the patient's front left, a little above
 
@@ -97,6 +95,10 @@ def write_mask(options: argparse.Namespace) -> int:
 
 
 def write_sheet(options: argparse.Namespace) -> int:
+    from arguments import model_options  # with torch, which masks do without
+    from viewer.case import Case
+    from viewer.report import cut_stacks
+
     case = Case.open(
         model_options({"model_path": options.model_path, "device": options.device}), mesh=options.mesh
     )
@@ -114,42 +116,45 @@ def write_sheet(options: argparse.Namespace) -> int:
 
     # Inches. Pictures take the left two thirds of the width; what their shape needs in height decides the sheet's.
     width, header = 16.0, 1.3
-    depth, rows, columns = next(iter(stacks.values())).shape
-    cell = 0.66 * width / len(stacks)
-    tall = min(cell * rows * spacing[1] / (columns * spacing[0]), 3.2)
-    cut_tall = min(max(cell * depth * spacing[2] / (columns * spacing[0]), 0.8), 3.2)
-    height = header + SLICES * (tall + GAP) + cut_tall + GAP + 0.25
-    figure = plt.figure(figsize=(width, height), facecolor=BACKGROUND)
+    depth = len(next(iter(stacks.values())))
     kept, hidden = case.model.num_frames, len(case.heldout_positions)
+    ordered = sorted([*map(float, range(kept)), *case.heldout_positions])
+    held = [ordered.index(place) for place in case.heldout_positions]
+    places = np.linspace(0, depth - 1, SLICES + 2).round().astype(int)[1:-1]
+    shown = [min(held, key=lambda other: abs(other - k)) for k in places.tolist()]
+    inside = masks.get("ours", np.zeros_like(next(iter(stacks.values()))))
+    _, row, column = middle_of(inside >= 0.5)
+    matrix = None if case.geometry is None else case.geometry.matrix
+    lines = [(f"slice {k}", lambda stack, k=k: stack[k], spacing[1] / spacing[0]) for k in shown]
+    lines += [
+        (view.name, lambda stack, view=view: view.cut(stack, row, column), view.aspect(spacing))
+        for view in side_views(matrix)
+    ]
+    cell = 0.66 * width / len(stacks)
+    talls = []
+    for _, cut, aspect in lines:
+        tall, wide = cut(inside).shape
+        talls.append(min(max(cell * tall * aspect / wide, 0.7), 3.2))
+    height = header + sum(talls) + GAP * len(lines) + 0.1
+    figure = plt.figure(figsize=(width, height), facecolor=BACKGROUND)
     name = case.geometry.source.split(".")[0] if case.geometry is not None else case.name
     title = f"{name}: {kept} slices seen, the {hidden} between them hidden"
     figure.text(0.025, 1 - 0.4 / height, title, color=TEXT, fontsize=20, weight="bold", va="center")
     figure.text(0.025, 1 - 0.8 / height, numbers, color=FAINT, fontsize=14, va="center")
 
     left = 0.05 * width
-    places = np.linspace(0, depth - 1, SLICES + 2).round().astype(int)[1:-1]
-    ordered = sorted([*map(float, range(kept)), *case.heldout_positions])
-    held = [ordered.index(place) for place in case.heldout_positions]
-    shown = [min(held, key=lambda other: abs(other - k)) for k in places.tolist()]
-    row = int(np.median(np.nonzero(masks["ours"] >= 0.5)[1])) if "ours" in masks else rows // 2
-    for column, (words, stack) in enumerate(stacks.items()):
-        mask = masks.get(words)
-        colour = GOOD if words == "ours" else TEXT
+    for place, (words, stack) in enumerate(stacks.items()):
         top = height - header
-        for line, k in enumerate(shown):
-            axes = _axes(figure, left + column * cell, top - tall, 0.97 * cell, tall)
-            _show(axes, stack[k], mask[k] if mask is not None else None, spacing[1] / spacing[0])
-            if line == 0:
+        for number, ((aside, cut, aspect), tall) in enumerate(zip(lines, talls, strict=True)):
+            axes = _axes(figure, left + place * cell, top - tall, 0.97 * cell, tall)
+            _show(axes, cut(stack), cut(masks[words]) if words in masks else None, aspect)
+            if number == 0:
                 heading = "hidden slice" if words == "every slice" else words
+                colour = GOOD if words == "ours" else TEXT
                 axes.set_title(heading, color=colour, fontsize=14, weight="bold", pad=6)
-            if column == 0:
-                _aside(figure, left, top - tall / 2, f"slice {k}")
+            if place == 0:
+                _aside(figure, left, top - tall / 2, aside)
             top -= tall + GAP
-        axes = _axes(figure, left + column * cell, top - cut_tall, 0.97 * cell, cut_tall)
-        side = mask[::-1, row] if mask is not None else None
-        _show(axes, stack[::-1, row], side, spacing[2] / spacing[0])
-        if column == 0:
-            _aside(figure, left, top - cut_tall / 2, "across")
     across = 0.3 * width
     _draw_mesh(_axes(figure, 0.69 * width, (height - header - across) / 2, across, across), mesh)
 
