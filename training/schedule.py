@@ -42,7 +42,7 @@ class Size:
 SIZES: dict[str, dict[str, Size]] = {
     # The number of points on surfaces grows as the power 2/3 of the volume; small ones train as fast with all of them.
     "best": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(6000, 1 / 4, least=6000)},
-    "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 1 / 4, least=1200)},
+    "fast": {"num_pts": Size(100_000, 2 / 3, least=100_000), "iterations": Size(1200, 0.3, least=1200)},
     # For minutes on a CPU, where time grows with the number of Gaussians.
     "quick": {"num_pts": Size(100_000, 1 / 2)},
 }
