@@ -12,7 +12,7 @@ NVCC ?= $(shell command -v nvcc)
 # Processes of make test, up to 4; each takes up to 2 GB.
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 # More options for train.py: about a minute in all, on two idle processors.
-DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300
+DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300 --test_iterations 100 200
 
 RASTERIZER := submodules/diff-gaussian-rasterization
 KNN := submodules/simple-knn
