@@ -161,8 +161,11 @@ sanitize: setup $(STAMPS)/requirements-dev  ## the operators' tests on kernels b
 	      $$(if [ -z "$$kernels" ]; then echo $(OPERATOR_TESTS); else echo tests/operators_fuzz.py; fi) || exit 1; \
 	done
 
-wheels: setup  ## wheels of both packages in dist/, compiled for the torch in $(VENV) (installing them needs no compiler)
-	@$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps -w dist $(RASTERIZER) $(KNN)
+wheels: setup  ## wheels of both packages in dist/, for any torch from 2.10 on: for the CPU and, with nvcc, for CUDA too
+	@for kind in cpu $(if $(NVCC),cuda); do \
+	  MEDGS_WHEEL=$$kind $(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps \
+	    -w dist $(RASTERIZER) $(KNN) || exit 1; \
+	done
 	@rm -rf submodules/*/build submodules/*/*.egg-info
 	@ls -sh dist
 

@@ -65,23 +65,42 @@ def load(instead: str | None = None) -> str:
         oldest = ".".join(map(str, OLDEST_TORCH))
         raise ImportError(f"{NAME} needs torch {oldest} or newer, and this is {torch.__version__}")
     target = torch_target()
-    library = _ready_library(target)
-    if library is None:
-        target = build_target()
-        library = _ready_library(target)
-    if library is None and sources(target):
+    if _loaded(target):
+        return target
+    wanted, target = target, build_target()
+    if target != wanted and _loaded(target):
+        return target
+    if sources(target):
         try:
             library = _cached_library(target)
         except ImportError as error:
+            if target != "cpu" and _loaded("cpu"):  # of a wheel, for want of what compiles for the GPU
+                print(f"{NAME}: on the CPU alone, as {error}", file=sys.stderr)
+                return "cpu"
             raise ImportError(f"{error}, or {instead}" if instead else str(error)) from error.__cause__
-    if library is not None:
+        torch.ops.load_library(str(library))
+    return target
+
+
+def _loaded(target: str) -> bool:
+    """Whether a library beside this file serves the target, which it then does. One of a wheel that does not load,
+    where the C library is older, say, is passed over, and compiling remains."""
+    import torch
+
+    for library in (installed_library(target), wheel_library(target)):
+        if not library.exists():
+            continue
         try:
             torch.ops.load_library(str(library))
         except OSError as error:
-            raise ImportError(
-                f"{library} does not load ({error}): remove it, and it is compiled anew"
-            ) from error
-    return target
+            if library == installed_library(target):
+                raise ImportError(
+                    f"{library} does not load ({error}): remove it, and it is compiled anew"
+                ) from error
+            print(f"{NAME}: {library.name} does not load ({error})", file=sys.stderr)
+            continue
+        return True
+    return False
 
 
 def torch_version() -> tuple[int, int]:
@@ -129,11 +148,6 @@ def wheel_library(target: str) -> Path:
     """Where a wheel has the library that serves any torch; that of CUDA 13 is for every CUDA 13."""
     family = target if target == "cpu" else target[:4]
     return PACKAGE / f"_ops_{family}_{_digest()}.so"
-
-
-def _ready_library(target: str) -> Path | None:
-    places = (installed_library(target), wheel_library(target))
-    return next((path for path in places if path.exists()), None)
 
 
 def _digest(*torch: str) -> str:
@@ -360,12 +374,16 @@ def _missing_tool() -> str | None:
 
 
 def _nvcc() -> Path | None:
-    """nvcc of the CUDA toolkit: of CUDA_HOME, else on the PATH or in the usual folder."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    if not home and (found := shutil.which("nvcc")):
-        home = str(Path(found).resolve().parents[1])
-    nvcc = Path(home or "/usr/local/cuda", "bin", "nvcc")
-    return nvcc if nvcc.exists() else None
+    """nvcc of the CUDA toolkit: of CUDA_HOME, else the one on the PATH or in the usual folder that has headers too."""
+    if home := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        folders = [Path(home)]
+    else:
+        found = shutil.which("nvcc")
+        folders = [Path(found).resolve().parents[1]] if found else []
+        folders = [
+            f for f in [*folders, Path("/usr/local/cuda")] if (f / "include/cuda_runtime_api.h").exists()
+        ]
+    return next((f / "bin/nvcc" for f in folders if (f / "bin/nvcc").exists()), None)
 
 
 def toolkit() -> tuple[str, str]:
@@ -409,7 +427,7 @@ def _seconds(target: str) -> int:
     """A guess from a common machine's processor seconds per file; what else the machine does now takes its share."""
     files = sources(target)
     gpus = len(_architecture_flags(None)) // 2 if target != "cpu" else 0
-    work = sum(9 + 13 * gpus if path.suffix == ".cu" else 4 for path in files)
+    work = sum(5 * gpus if path.suffix == ".cu" else 3.5 for path in files)
     cores = os.cpu_count() or 1
     busy = 1 + (os.getloadavg()[0] / cores if hasattr(os, "getloadavg") else 0)
-    return round(max(work / min(cores, len(files)), 5) * busy)
+    return round(max(work / min(cores, len(files)), 7 + 8 * gpus) * busy)  # no less than the longest file

@@ -23,9 +23,9 @@ def without_kernels(name: str) -> Callable[..., None]:
 
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError(
-            f"{name}: this library was compiled for the CPU alone, and the tensors are on a GPU. Install the toolkit "
-            f"of CUDA {torch.version.cuda} (with nvcc), name its folder with CUDA_HOME, unset MEDGS_FORCE_CPU, and "
-            "import again"
+            f"{name}: this library was compiled for the CPU alone, and the tensors are on a GPU. Install the wheel "
+            f"with CUDA, or the toolkit of CUDA {torch.version.cuda} (with nvcc), name its folder with CUDA_HOME, "
+            "unset MEDGS_FORCE_CPU, and import again"
         )
 
     return refuse
