@@ -23,7 +23,6 @@ from sequences import (
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, RASTERIZERS, Render
-from in_between.prediction import InBetween
 from scene.frames import Frames
 from scene.parameters import IMAGE, SEGMENTATION, head_parameters
 from train import train
@@ -649,7 +648,7 @@ def test_a_checkpoint_must_belong_to_the_frames(data, tmp_path, capsys):
 def test_in_betweens_expect_what_moves_where_it_would_be():
     """A blob of 10 px that drifts by 1.5 px per frame: half-way in time, it is half-way in space; a blend smears it."""
     frames = torch.stack([torch.from_numpy(frame) for frame in blobs(5)])[:, None] / 255
-    between = InBetween(frames[::2])  # 3 px per gap
+    between = BriefInBetween(frames[::2])  # 3 px per gap
     plain, moving = (
         Task(
             "img",
