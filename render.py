@@ -27,6 +27,7 @@ from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, MAX_RENDERS, Render, 
 from patient.geometry import FILE_NAME, Geometry
 from patient.label_channels import ids_of
 from patient.labels import Label, LabelTable
+from patient.reformats import Plane, Reformat
 from patient.rendered_volume import Grid, RenderedVolume
 from patient.writers import DicomCase, SeriesVolume
 from pictures.video import Shot, video_format, write_video
@@ -75,10 +76,12 @@ class Stream:
     """Of evenly spaced slices, if it is wanted."""
     masks: SeriesVolume | None = None
     """On the slices of a DICOM series, likewise."""
+    plane: Reformat | None = None
+    """Across the frames, likewise."""
 
     @property
-    def volumes(self) -> list[RenderedVolume | SeriesVolume]:
-        return [volume for volume in (self.volume, self.masks) if volume is not None]
+    def volumes(self) -> list[RenderedVolume | SeriesVolume | Reformat]:
+        return [volume for volume in (self.volume, self.masks, self.plane) if volume is not None]
 
     def values(self, images: Sequence[Tensor]) -> Tensor:
         """(V, C, H, W) of these images (V, C, H, W) of each output, in [0, 1]; of a label map ids, C = 1."""
@@ -192,6 +195,7 @@ def main() -> None:
         write_volumes(streams, say)
     if case is not None:
         write_dicom(case, streams, options, say)
+    write_planes(streams, trained.bits, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
     if options.html:
@@ -255,10 +259,14 @@ def streams_of(renderer: Renderer, options: RenderOptions, case: DicomCase | Non
     """What to write: every output, with ``--probabilities`` every label's shares, with ``--nifti`` and ``--dicom`` each
     as a volume."""
     grid = None
+    size = renderer.camera.width, renderer.camera.height
     if options.nifti or options.dicom:
         option = "--nifti" if options.nifti else "--dicom"
-        size = renderer.camera.width, renderer.camera.height
         grid = Grid(geometry_of(renderer, options, option), size, options.interp, option)
+    geometry = geometry_of(renderer, options, "--plane") if options.plane else None
+    plane = (
+        Plane.parse(options.plane, geometry, options.plane_spacing) if options.plane and geometry else None
+    )
     streams = []
     for number, out in enumerate(renderer.outputs):
         mask = out.folder.name == "render_mask" and out.labels is None
@@ -266,9 +274,12 @@ def streams_of(renderer: Renderer, options: RenderOptions, case: DicomCase | Non
         if case and options.dicom and volume:
             case.check_dense(volume)
         masks = case.masks() if case and options.dicom_seg and out.folder.name == "render_mask" else None
-        streams.append(Stream(out.folder, number, out.labels, None, volume, masks))
+        across = Reformat(plane, geometry, size, out.labels, mask) if plane and geometry else None
+        streams.append(Stream(out.folder, number, out.labels, None, volume, masks, across))
         if options.probabilities and out.labels is not None:
-            shares = grid and replace(grid, geometry=replace(grid.geometry, window=(0.0, 1.0)))
+            shares = (
+                options.nifti and grid and replace(grid, geometry=replace(grid.geometry, window=(0.0, 1.0)))
+            )
             for place, name in enumerate(out.labels.file_names().values()):
                 folder = out.folder.with_name("render_probabilities") / name
                 volume = RenderedVolume(shares, mask=False) if shares else None
@@ -393,6 +404,23 @@ def write_volumes(streams: Sequence[Stream], say: Say) -> None:
         say(f"{shape} voxels in {path}")
     if any(not volume.grid.geometry.evenly_spaced for volume in volumes.values()):
         say("  the frames are unevenly spaced: slices are drawn at even steps between them")
+
+
+def write_planes(streams: Sequence[Stream], bits: int, say: Say) -> None:
+    for stream in streams:
+        if stream.plane is None:
+            continue
+        path = stream.folder.with_name(stream.folder.name.replace("render_", "render_plane_") + ".nii.gz")
+        stream.plane.write(path)
+        shape = stream.plane.plane.shape
+        if shape[2] == 1:
+            picture, values = path.with_name(path.name.replace(".nii.gz", ".png")), stream.plane.values[0]
+            if stream.labels is None:
+                write_image(picture, values, 8 if bits == 8 else 16)
+            else:
+                write_levels(picture, values.astype(stream.file_type))
+        size = " x ".join(map(str, shape[:2] if shape[2] == 1 else shape))
+        say(f"{size} points of {np.linalg.norm(stream.plane.plane.affine[:3, 0]):.4g} mm in {path}")
 
 
 def write_dicom(case: DicomCase, streams: Sequence[Stream], options: RenderOptions, say: Say) -> None:

@@ -499,6 +499,19 @@ class RenderOptions(MachineOptions, DataOptions):
     anonymous: bool = _option(
         False, "--dicom, --dicom-seg: leave out the patient's and the study's names, numbers and dates"
     )
+    plane: str | None = _option(
+        None,
+        "also write a plane across the frames, render_plane_img.png and .nii.gz: nine numbers in RAS millimetres, a "
+        "point and the directions to the right and down, such as '0,-20,35 1,0,0 0,0,-1'; or isotropic: the volume "
+        "with cubic voxels",
+        kind=str,
+    )
+    plane_spacing: float | None = _option(
+        None,
+        "--plane: millimetres between its points (default: the frames' smaller pixel side)",
+        kind=float,
+        above=0,
+    )
     html: bool = _option(
         False,
         "also write the sequence as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "

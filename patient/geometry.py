@@ -197,6 +197,23 @@ class Geometry:
             indices[..., 2] = (depth + (before + after) * np.median(gaps)) / gaps.mean()
         return indices @ matrix[:3, :3].T + matrix[:3, 3]
 
+    def from_patient(self, points: np.ndarray, size: tuple[int, int] | None = None) -> np.ndarray | None:
+        """The inverse of `to_patient`: (column, row, frame) of points (..., 3) in RAS millimetres."""
+        matrix = self.matrix
+        if matrix is None:
+            return None
+        inverse = np.linalg.inv(matrix)
+        indices = points @ inverse[:3, :3].T + inverse[:3, 3]
+        gaps = np.diff(self.positions)
+        if not self.evenly_spaced:
+            depth = indices[..., 2] * gaps.mean()
+            end = self.positions[-1] - self.positions[0]
+            before, after = np.minimum(depth, 0), np.maximum(depth - end, 0)
+            frames = np.interp(depth + self.positions[0], self.positions, np.arange(len(gaps) + 1))
+            indices[..., 2] = frames + (before + after) / np.median(gaps)
+        step = np.linalg.inv(self._from_renders(size or self.size, 1))
+        return indices @ step[:3, :3].T + step[:3, 3]
+
     def _from_renders(self, size: tuple[int, int], sub_frames: int) -> np.ndarray:
         """(column, row, sub-frame) of renders to (column, row, frame), as a (4, 4) array."""
         factors = np.array(self.size) / np.array(size)  # frame pixels per render pixel

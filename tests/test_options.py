@@ -102,6 +102,8 @@ SHOWN_BY = {
         "dicom_seg": "test_dicom_output.py::test_render_writes_dicom",
         "dicom_source": "test_dicom_output.py::test_render_writes_dicom",
         "anonymous": "test_dicom_output.py::test_render_writes_dicom",
+        "plane": "test_reformats.py::test_render_writes_planes",
+        "plane_spacing": "test_reformats.py::test_render_writes_planes",
         "html": "test_report.py::test_render_writes_a_page",
         "nifti": "test_render.py::test_the_volume_lies_on_its_source",
         "video": "test_render.py::test_a_video_shows_the_sequence_and_marks_the_input",
