@@ -12,7 +12,7 @@ NVCC ?= $(shell command -v nvcc)
 # Processes of make test, up to 4; each takes up to 2 GB.
 TEST_JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 # More options for train.py: about a minute in all, on two idle processors.
-DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300
+DEMO_TRAIN_FLAGS ?= --preset quick --iterations 300 --test_iterations 100 200
 
 RASTERIZER := submodules/diff-gaussian-rasterization
 KNN := submodules/simple-knn
@@ -111,8 +111,9 @@ test-browser: setup chromium $(STAMPS)/requirements-dev  ## the viewer and the p
 	@CHROMIUM="$(CHROMIUM)" $(BIN)/python -m pytest -q --browser -m browser
 
 test-slurm: setup slurm cluster $(STAMPS)/requirements-dev  ## cases as jobs on a local Slurm started for the test; needs root
-	@PATH="$(abspath $(VENV))/cluster/bin:$$PATH" $(BIN)/python -m pytest -q --slow tests/test_slurm.py \
-	  tests/test_medgs.py -k "job or side_by_side"
+	@export PATH="$(abspath $(VENV))/cluster/bin:$$PATH"; \
+	$(BIN)/python -m pytest -q --slow tests/test_medgs.py -k side_by_side & \
+	$(BIN)/python -m pytest -q --slow tests/test_slurm.py; status=$$?; wait $$! && exit $$status
 
 cluster: $(STAMPS)/cluster  ## Snakemake, in its own environment, apart from the programs
 

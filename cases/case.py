@@ -18,7 +18,7 @@ from arguments import train_options
 from cases.estimate import Load, load_of, seconds_of
 from cases.gpus import gpu_names
 from cases.processes import Spawned, Start
-from cases.steps import RECORD, Record, Step, StepRecord, digest, versions
+from cases.steps import RECORD, STOPPED, Record, Step, digest, versions
 from patient.geometry import FILE_NAME, Geometry
 from patient.readers.itk_files import read_text_header
 from utils.errors import UserError
@@ -108,19 +108,30 @@ class CaseResult:
 
     @cached_property
     def scores(self) -> dict[str, float]:
-        """The last evaluation, by task, frames, method and score: `img/heldout/model/psnr`. Without undefined ones."""
+        """The last evaluation, by task, frames, method and score: `img/heldout/model/psnr`; of label maps also by name,
+        `seg/heldout/model/dice/liver`. Without undefined ones."""
         path = self.model / "evaluation.json"
         if not path.exists():
             return {}
         rows = json.loads(path.read_text(encoding="utf-8"))
-        last = max((row["iteration"] for row in rows), default=0)
+        last, names = max((row["iteration"] for row in rows), default=0), self._labels
         found: dict[str, float] = {}
         for row in rows:
             if row["iteration"] == last:
                 place = f"{row['task']}/{row['frames']}/{row['method']}"
                 known = {name: row.get(name) for name in ("psnr", "ssim", "dice")}
+                known |= {
+                    f"dice/{names.get(label, label)}": value for label, value in row.get("labels", {}).items()
+                }
                 found |= {f"{place}/{name}": value for name, value in known.items() if value is not None}
         return found
+
+    @property
+    def _labels(self) -> dict[str, str]:
+        """Names of a label map's labels, by number."""
+        path = self.folder / DATA / FILE_NAME
+        table = Geometry.load(path).labels if path.exists() else None
+        return {str(label.id): label.name for label in table or ()}
 
 
 def do_case(
@@ -209,8 +220,8 @@ def _run(
     say: Say,
     start: Start,
     place: Place | None,
-) -> StepRecord | None:
-    """Run what is not current; the record of the step that failed, or None."""
+) -> None:
+    """Run what is not current, until a step fails that others need; a report can do without a mesh."""
     names = _names(case)
     device = "CPU" if case.device == "cpu" else ", ".join(dict.fromkeys(gpu_names())) or "CPU"
     record.case, record.inputs, record.versions = case.name, inputs, {**versions(), "device": device}
@@ -248,10 +259,10 @@ def _run(
             if gpu is not None:
                 environment["CUDA_VISIBLE_DEVICES"] = gpu
             done = step.run(record, start, environment)
-        if done.status != 0:
-            return done
-        _finish(name, case, folder)
-    return None
+        if done.status == 0:
+            _finish(name, case, folder)
+        elif done.status in STOPPED or any(name in _NEEDS[later] for later in names):
+            return
 
 
 _NEEDS = {

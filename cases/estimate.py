@@ -1,7 +1,8 @@
 """How long the steps of a case will take, before it is read: a model of their cost, by the size of the data.
 
-Its numbers come from whole runs on two cores of an AMD EPYC and on an NVIDIA H100 (docs/explanation/scale.md). Expect
-them to be wrong by half on another machine. train.py measures its own pace before the first iteration.
+Its numbers come from whole runs on two cores of an AMD EPYC (benchmarks/results/minutes) and on an NVIDIA H100
+(benchmarks/NOTES.md), which it meets within a quarter. Expect half on another machine. train.py measures its own pace
+before the first iteration.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Costs:
 
 
 CPU = Costs(2.0, (10.0, 7e-6), (8e-3, 1.1e-7), 3e-7, 8e-8, 8.0, 2e-7)
-GPU = Costs(4.0, (2.0, 4e-7), (1.2e-3, 8e-10), 3e-7, 5e-8, 6.0, 2e-7)
+GPU = Costs(3.0, (2.0, 4e-7), (1.2e-3, 8e-10), 5e-9, 5e-8, 6.0, 2e-7)
 IMPORTS = 1.7  # of the start: what a fork of a program that has imported torch does not repeat
 
 

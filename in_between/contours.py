@@ -18,6 +18,16 @@ def distances_of(masks: Tensor, gap: float = 1.0) -> Tensor:
     return torch.from_numpy(signed_distances(inside, gap=gap))[:, None].to(masks.device)
 
 
+def with_areas(distances: Tensor, areas: Tensor, most: float) -> Tensor:
+    """Signed distances (B, 1, H, W), raised or lowered by at most ``most`` until so many pixels (B,) are above 0."""
+    values = distances.flatten(1).sort(1, descending=True).values
+    count = areas.round().long()[:, None]
+    last = values.shape[1] - 1
+    edges = values.gather(1, (count - 1).clamp(0, last)), values.gather(1, count.clamp(0, last))
+    shift = (-(edges[0] + edges[1]) / 2).clamp(-most, most)
+    return distances + torch.where(count > 0, shift, 0.0).view(-1, 1, 1, 1)
+
+
 class Contours(nn.Module):
     """The correction to signed distances (B, 1, H, W) carried along the motion, given what the image shows."""
 

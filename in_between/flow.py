@@ -8,7 +8,8 @@ pair after.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -202,6 +203,16 @@ class Paths(NamedTuple):
 
     flow: Tensor
     bend: Tensor
+
+    def part(self, pairs: slice, area: Any) -> Paths:
+        """Those of some pairs, within an ``area`` (..., rows, columns)."""
+        return Paths(self.flow[pairs][area], self.bend[pairs][area])
+
+    def placed(self, area: Any, size: Sequence[int]) -> Paths:
+        """As of whole frames (H, W), of which these are an ``area``: nothing moves outside of it."""
+        whole = self.flow.new_zeros(2, *self.flow.shape[:2], *size)
+        whole[0][area], whole[1][area] = self.flow, self.bend
+        return Paths(*whole)
 
     def blend(self, before: Tensor, after: Tensor, alpha: float) -> Tensor:
         """The frames carried along and blended, at one alpha for all; sampled bilinearly, which smooths noise."""

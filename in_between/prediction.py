@@ -20,25 +20,26 @@ from __future__ import annotations
 import hashlib
 import math
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from types import EllipsisType
 
 import torch
 from torch import Tensor
 
-from in_between.contours import distances_of, learn_contours
+from in_between.contours import Contours, distances_of, learn_contours, with_areas
 from in_between.exclusive import Ranked, ranked
 from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
 from in_between.progress import Done, Progress, Report, part_of, silent
 from in_between.rows import fill_stack, joined, learn_rows, matching_gap
-from in_between.settings import DEFAULT, STEPS, Settings
+from in_between.settings import DEFAULT, STEPS, ContourSettings, Settings
 from patient.geometry import Geometry
 from utils.files import atomic_write
 
 Box = tuple[EllipsisType, slice, slice]
 _ROUNDS = 4  # of making the means right and cutting off what is beyond black and white
 _RIDGE = 0.01  # keeps means over slices that overlap from being undone to the last bit, noise included
-_VERSION = 5  # incremented when the prediction changes, so that caches of earlier code are not reused
+_VERSION = 6  # incremented when the prediction changes, so that caches of earlier code are not reused
 
 
 class InBetween:
@@ -152,13 +153,7 @@ class InBetween:
             if not self.count:
                 self._distances = self._carry_mask(frames, masks, box, paths, wide, generator, done).half()
             else:
-                numbers = (*range(1, self.count + 1), 0)  # where distances are equal, labels lead
-                fields = (
-                    (n, self._carry_mask(frames, (masks == n).float(), box, paths, wide, generator, part))
-                    for place, n in enumerate(numbers)
-                    for part in [part_of(done, place, len(numbers))]
-                )
-                self._ranked = ranked(fields, self.count)
+                self._ranked = self._carry_labels(everywhere, masks, box, paths, wide, generator, done)
 
     def _carry_mask(
         self,
@@ -173,32 +168,114 @@ class InBetween:
         """Signed distances at all levels, ((K - 1) STEPS + 1, 1, H, W). frames, paths: of the box. wide: the paths from
         each frame to the next but one, if there are any."""
         settings = self.settings.contours
-        everywhere = distances_of(masks, self.gap)
-        levels = everywhere.new_zeros(len(self._images), 1, *masks.shape[2:])
-        levels[::STEPS] = everywhere
-        distances, masks = everywhere[box], masks[box]
-        network = None
-        if wide:
-            before, after = distances[:-2], distances[2:]
-            network = learn_contours(
-                blend_paths(before, after, wide, 0.5),
-                (before + after) / 2,
-                frames[1:-1],
-                (masks[1:-1] >= 0.5).float(),
-                settings,
-                generator,
-                done,
-            )
+        distances = distances_of(masks, self.gap)
+        levels = distances.new_zeros(len(self._images), 1, *masks.shape[2:])
+        levels[::STEPS] = distances
+        for s in range(1, STEPS):
+            levels[s::STEPS] = torch.lerp(distances[:-1], distances[1:], s / STEPS)
+        network = self._network(distances[box], masks[box], frames, wide, settings, generator, done)
+        levels[box] = self._carried(distances[box], self._images[box], paths, network)
+        return levels.clamp_(-settings.farthest, settings.farthest)
+
+    def _carry_labels(
+        self,
+        frames: Tensor,
+        index: Tensor,
+        box: Box,
+        paths: list[Paths],
+        wide: list[Paths],
+        generator: torch.Generator,
+        done: Done,
+    ) -> Ranked:
+        """Which labels lead at all levels, ((K - 1) STEPS + 1, 1, H, W). paths, wide: of the box; outside, nothing
+        moves."""
+        paths, wide = ([path.placed(box, frames.shape[2:]) for path in some] for some in (paths, wide))
+        numbers = (*range(1, self.count + 1), 0)  # where distances are equal, labels lead
+
+        def fields() -> Iterator[tuple[int, Tensor]]:
+            for place, number in enumerate(numbers):
+                part = part_of(done, place, len(numbers))
+                yield number, self._carry_label(frames, index == number, paths, wide, generator, part)
+
+        return ranked(fields(), self.count)
+
+    def _carry_label(
+        self,
+        frames: Tensor,
+        inside: Tensor,
+        paths: list[Paths],
+        wide: list[Paths],
+        generator: torch.Generator,
+        done: Done,
+    ) -> Tensor:
+        """Signed distances of one label at all levels, as of a mask, computed where they are not far outside. Carrying
+        flattens the ridges of thin structures, which would then vanish: so areas are kept."""
+        settings = self.settings.contours
+        levels = frames.new_full((len(self._images), 1, *frames.shape[2:]), -settings.farthest)
+        window = _window(inside, math.ceil(settings.farthest) + self.settings.margin)
+        if window is None:
+            return levels
+        (first, last), area = window
+        masks = inside[first : last + 1][area].float()
+        distances = distances_of(masks, self.gap)
+        here = slice(first * STEPS, last * STEPS + 1)
+        network = self._network(
+            distances,
+            masks,
+            frames[first : last + 1][area],
+            [path.part(slice(first, last - 1), area) for path in wide] if last - first > 1 else [],
+            settings.for_labels(self.count),
+            generator,
+            done,
+        )
+        along = [path.part(slice(first, last), area) for path in paths]
+        found = self._carried(distances, self._images[here][area], along, network)
+        areas = masks.sum((1, 2, 3))
+        for s in range(1, STEPS):
+            wanted = torch.lerp(areas[:-1], areas[1:], s / STEPS)
+            found[s::STEPS] = with_areas(found[s::STEPS], wanted, settings.most_shift)
+        levels[here][area] = found.clamp_(-settings.farthest, settings.farthest)
+        return levels
+
+    def _network(
+        self,
+        distances: Tensor,
+        masks: Tensor,
+        frames: Tensor,
+        wide: list[Paths],
+        settings: ContourSettings,
+        generator: torch.Generator,
+        done: Done,
+    ) -> Contours | None:
+        """What corrects distances (K, 1, H, W) carried to between the frames: it learns on each frame that lies between
+        two others."""
+        if not wide or not settings.network.iterations:
+            return None
+        before, after = distances[:-2], distances[2:]
+        return learn_contours(
+            blend_paths(before, after, wide, 0.5),
+            (before + after) / 2,
+            frames[1:-1],
+            (masks[1:-1] >= 0.5).float(),
+            settings,
+            generator,
+            done,
+        )
+
+    def _carried(
+        self, distances: Tensor, images: Tensor, paths: list[Paths], network: Contours | None
+    ) -> Tensor:
+        """Distances (K, 1, H, W) at all levels, ((K - 1) STEPS + 1, 1, H, W). images: there, (..., C, H, W)."""
+        levels = distances.new_zeros(len(images), *distances.shape[1:])
+        levels[::STEPS] = distances
         for s in range(1, STEPS):
             alpha = s / STEPS
             moved = blend_paths(distances[:-1], distances[1:], paths, alpha)
-            still = torch.lerp(distances[:-1], distances[1:], alpha)
             if network is not None:
-                images = self._images[s::STEPS][box].float()
-                moved = moved + settings.trust * network(moved, still, images)
-            levels[s::STEPS] = torch.lerp(everywhere[:-1], everywhere[1:], alpha)
-            levels[s::STEPS][box] = moved
-        return levels.clamp_(-settings.farthest, settings.farthest)
+                still = torch.lerp(distances[:-1], distances[1:], alpha)
+                moved = moved + self.settings.contours.trust * network(moved, still, images[s::STEPS].float())
+            levels[s::STEPS] = moved
+        return levels
 
     def save(
         self,
@@ -313,6 +390,20 @@ def _changing(frames: Tensor, margin: int) -> Box:
         found = changing.any(other).nonzero()
         sides.append(slice(max(0, int(found[0]) - margin), min(count, int(found[-1]) + 1 + margin)))
     return ..., sides[0], sides[1]
+
+
+def _window(inside: Tensor, margin: int) -> tuple[tuple[int, int], Box] | None:
+    """The first and the last frame in reach of a mask (K, 1, H, W) bool, and an index that cuts out its pixels and a
+    margin; None where it is empty."""
+    (frames,) = inside.flatten(1).any(1).nonzero(as_tuple=True)
+    if not len(frames):
+        return None
+    sides = []
+    for other, count in ((1, inside.shape[2]), (0, inside.shape[3])):
+        (found,) = inside.any(0)[0].any(other).nonzero(as_tuple=True)
+        sides.append(slice(max(0, int(found[0]) - margin), min(count, int(found[-1]) + 1 + margin)))
+    first, last = max(0, int(frames[0]) - 1), min(len(inside) - 1, int(frames[-1]) + 1)
+    return (first, last), (..., sides[0], sides[1])
 
 
 def pixel_gap(geometry: Geometry | None, columns: int) -> float | None:

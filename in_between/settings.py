@@ -6,7 +6,7 @@ abdominal CT, a brain MRI and an echocardiogram; docs and `benchmarks/NOTES.md` 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 STEPS = 4
 """Levels per gap: predictions are made at 1/4, 1/2 and 3/4 of the way from one frame to the next."""
@@ -92,6 +92,19 @@ class ContourSettings:
     as large."""
     farthest: float = 16.0
     """Pixels: signed distances are clamped to this."""
+    most_shift: float = 0.5
+    """Pixels: how far the contours of a label map may be moved so that the area of a label changes linearly from frame
+    to frame. 1 gives the same (benchmarks/NOTES.md)."""
+    all_labels: int = 800
+    """Iterations for all labels of a map together, which bounds their time."""
+    fewest: int = 40
+    """With fewer for each, networks learn nothing, and there are none."""
+
+    def for_labels(self, count: int) -> ContourSettings:
+        """For each of ``count`` labels and the background."""
+        iterations = min(self.network.iterations, self.all_labels // (count + 1))
+        network = replace(self.network, iterations=iterations if iterations >= self.fewest else 0)
+        return replace(self, network=network)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,17 +15,19 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import tifffile
 import torch
 from forked import Run, Server
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 import medgs
 from cases.case import Case, plan
 from cases.gpus import one_gpu
 from cases.steps import Record, Step, StepRecord
 from cases.summary import summarise
-from cases.table import Row, part, read_cases
+from cases.table import Row, fingerprint, part, read_cases
 from medgs import run_case
 from utils.errors import UserError
 
@@ -284,6 +287,63 @@ def test_steps_of_a_former_input_are_not_done(tmp_path, monkeypatch):
     assert result.missing == ["train", "render", "mesh", "report"]
 
 
+def test_a_report_is_made_where_no_mesh_can_be(tmp_path, monkeypatch):
+    ran = fake_steps(monkeypatch, fail=("mesh",))
+    result = run_case(*write_case(tmp_path / "in"), tmp_path / "out")
+    assert ran[-1] == "report" and result.missing == ["mesh"] and result.record.failure == "mesh: no"
+    ran = fake_steps(monkeypatch, fail=("train",))
+    run_case(*write_case(tmp_path / "in"), tmp_path / "other")
+    assert ran == ["prepare", "train"]
+
+
+def test_a_plan_tells_what_is_to_do_and_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    fake_steps(monkeypatch)
+    image, label = write_case(tmp_path / "in")
+    words = [
+        "-i",
+        str(image),
+        "-l",
+        str(label),
+        "-o",
+        str(tmp_path / "out"),
+        "--time",
+        "2",
+        "--device",
+        "cpu",
+    ]
+    assert medgs.main([*words, "--dry_run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2].split() == ["train", "run", "about", "2", "min"] and not (tmp_path / "out").exists()
+    assert re.fullmatch(r"  about [23] min in all, by estimate; run.json will have the real times", lines[-1])
+    assert run_case(image, label, tmp_path / "out", time=2, device="cpu").complete
+    capsys.readouterr()
+    assert medgs.main([*words, "--dry_run"]) == 0
+    assert capsys.readouterr().out.count("current") == 5
+    assert medgs.main([*words, "--time", "3", "--dry_run"]) == 0
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()[1:6]] == ["current"] + 4 * [
+        "run"
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [
+        ({"preset": "bset"}, "--preset"),
+        ({"time": -1}, "--time"),
+        ({"keep_every": 0}, "--keep_every"),
+        ({"only": ["trian"]}, "--only"),
+        ({"options": {"trian": []}}, "no step trian"),
+        ({"options": {"train": ["--iterations", "-5"]}}, "--iterations"),
+        ({"label": "nothing.nii.gz"}, "nothing.nii.gz does not exist"),
+    ],
+)
+def test_the_function_refuses_what_the_command_does(tmp_path, wrong, named):
+    image, _ = write_case(tmp_path / "in")
+    with pytest.raises(UserError, match=named):
+        run_case(image, output=tmp_path / "out", **wrong)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["images", "masks", "model", "meshes"])
 def test_folders_of_somebody_else_are_left(tmp_path, monkeypatch, name):
     ran = fake_steps(monkeypatch)
@@ -386,7 +446,7 @@ def test_cases_side_by_side(server, tmp_path):
     table, out = write_table(tmp_path / "in put"), tmp_path / "out put"
     check_cohort(server, table, out, "--jobs", 2)
     words = ["--cases", table, "-o", out, "--keep_every", 2, *TINY, "--train.iterations", 8, "--jobs", 2]
-    ran = forked(server, *words)
+    ran = forked(server, *words, "--case", "a")
     assert ran.returncode == 0, ran.stderr  # other options: trained again
     assert (out / "a" / "model" / "chkpnt8.pth").exists()
 
@@ -496,6 +556,36 @@ def test_folders_of_cases_are_found(tmp_path):
         and p.labels[0].name == "mask.nii.gz"
         and q.image == tmp_path / "each" / "q"
     )
+
+
+def test_folders_of_slices_are_no_cases(tmp_path):
+    for kind in ("images", "TIFF files of one page", "DICOM slices"):
+        (tmp_path / kind).mkdir()
+    page = np.zeros((8, 8), np.uint8)
+    for k in range(3):
+        Image.fromarray(page).save(tmp_path / "images" / f"{k}.png")
+        tifffile.imwrite(tmp_path / "TIFF files of one page" / f"{k}.tif", page)
+        (tmp_path / "DICOM slices" / f"IM{k}").write_bytes(bytes(128) + b"DICM" + bytes(100))
+    for kind in ("images", "TIFF files of one page", "DICOM slices"):
+        with pytest.raises(UserError, match=f"holds {kind} of one volume"):
+            read_cases(tmp_path / kind)
+    (tmp_path / "volumes").mkdir()
+    for k in range(2):
+        tifffile.imwrite(tmp_path / "volumes" / f"a{k}.tif", np.stack([page] * 3), photometric="minisblack")
+        tifffile.imwrite(tmp_path / "volumes" / f"b{k}.tif", np.stack([page] * 3), imagej=True)
+        frames = b"\x28\0\x08\0IS\x02\x0030"
+        (tmp_path / "volumes" / f"c{k}.dcm").write_bytes(bytes(128) + b"DICM" + frames + bytes(100))
+    assert len(read_cases(tmp_path / "volumes")) == 6
+
+
+def test_engines_see_what_changes_in_a_folder(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "1.dcm").write_bytes(b"ab")
+    row = Row("x", tmp_path)
+    before = fingerprint(row)
+    assert fingerprint(row) == before
+    (tmp_path / "deep" / "1.dcm").write_bytes(b"abc")
+    assert fingerprint(row) != before
 
 
 def test_every_training_has_a_gpu_of_its_own(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from sequences import (
+    BriefInBetween,
     assert_same_state,
     blobs,
     checkpoint,
@@ -22,6 +23,8 @@ from sequences import (
 import render
 import slices_to_ply
 from arguments import render_options
+from in_between.contours import with_areas
+from in_between.prediction import InBetween
 from patient.label_channels import colours_of, ids_of, index_of, index_of_ids, one_hot, with_background
 from patient.labels import Label, LabelTable
 from scene.checkpoint import load_checkpoint, save_compact
@@ -398,3 +401,52 @@ def test_masks_without_a_frame_are_refused(roots, tmp_path, capsys):
     (few / "original" / "0004.png").rename(few / "original" / "0007.png")
     assert refused(roots / "img", tmp_path / "out", "--pipeline", "joint", "--seg_source_path", few) == 2
     assert "mask number 7 has no frame" in capsys.readouterr().err
+
+
+# ---- in between ------------------------------------------------------------------------------------------------------
+
+
+def test_labels_in_between_are_exclusive_and_keep_their_areas():
+    """A thin bar that moves two pixels per frame, beside a block that stays."""
+    index = torch.zeros(6, 1, 24, 40, dtype=torch.uint8)
+    index[:, :, 14:, :] = 2
+    for k in range(6):
+        index[k, :, 4:10, 6 + 2 * k : 8 + 2 * k] = 1
+    images = (
+        0.2
+        + 0.3 * index.float()
+        + 0.02 * torch.rand(1, 1, 24, 40, generator=torch.Generator().manual_seed(1))
+    )
+    between = InBetween(images, gap=1.0, labels=(index, 2), settings=BriefInBetween.settings_of_tests)
+    k, half = torch.arange(5), torch.full((5,), 0.5)
+    shares = between.masks(k, half)
+    assert shares.shape == (5, 2, 24, 40) and shares.min() >= 0 and shares.sum(1).max() <= 1 + 1e-5
+    found = index_of(shares)
+    assert torch.equal(found[:, 14:], index[:5, 0, 14:].long())  # what stays is untouched
+    areas = (found == 1).sum((1, 2))
+    assert (areas >= 8).all() and (areas <= 16).all()  # of 12
+    assert torch.equal(index_of(between.masks(k, 0 * half)), index[:5, 0].long())  # at the frames, the frames
+
+
+def test_areas_are_kept():
+    distances = torch.linspace(-2, 2, 40).view(1, 1, 5, 8).repeat(3, 1, 1, 1)
+    moved = with_areas(distances, torch.tensor([20.0, 23.0, 0.0]), 0.5)
+    assert (moved > 0).sum((1, 2, 3)).tolist() == [
+        20,
+        23,
+        20,
+    ]  # where there should be nothing, nothing is moved
+    assert (with_areas(distances, torch.tensor([1.0, 40.0, 20.0]), 0.5) - distances).abs().max() <= 0.5 + 1e-6
+
+
+def test_a_prediction_of_labels_is_kept_and_found_again(tmp_path):
+    images, index = torch.rand(3, 1, 16, 16), torch.randint(0, 3, (3, 1, 16, 16)).byte()
+    settings = BriefInBetween.settings_of_tests
+    made = InBetween(images, gap=1.0, labels=(index, 2), settings=settings)
+    made.save(tmp_path / "kept.pt", images, None, (index, 2))
+    k, alpha = torch.tensor([0, 1]), torch.tensor([0.3, 0.6])
+    again = InBetween.load(tmp_path / "kept.pt", images, gap=1.0, settings=settings, labels=(index, 2))
+    assert again is not None and torch.equal(again.masks(k, alpha), made.masks(k, alpha))
+    other = index.clone()
+    other[0, 0, 0, 0] = (index[0, 0, 0, 0] + 1) % 3
+    assert InBetween.load(tmp_path / "kept.pt", images, gap=1.0, settings=settings, labels=(other, 2)) is None

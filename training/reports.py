@@ -67,7 +67,8 @@ class _PendingMetrics:
 
     def scalars(self, numbers: Mapping[str, float]) -> dict[str, float]:
         """What TensorBoard keeps of them."""
-        return {"total_loss" if name == "loss" else name: numbers[name] for name in self.logged}
+        kept = {"total_loss" if name == "loss" else name: numbers[name] for name in self.logged}
+        return {**kept, "batch_psnr": numbers["PSNR"]}
 
 
 class Report:

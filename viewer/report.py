@@ -25,12 +25,14 @@ from scene.checkpoint import load_checkpoint
 from training.reports import EVALUATION_FILE, NAMES
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.version import VERSION
 from viewer.case import Case, meshes_of, train_options_of
 from viewer.pages import STYLE, solid
 
 _MOST_PICTURES = 90  # of the slider
 _SHOWN_WIDE = 420  # px of a picture in the slider
 _FEW_FRAMES = 8
+_LINES = ("#0072b2", "#e69f00", "#009e73", "#d55e00", "#cc79a7", "#56b4e9", "#000000")  # Okabe and Ito's
 _UNDECIDED = 0.2  # share of a mask's area that is neither in nor out, above which the report warns
 
 _STYLE = (
@@ -421,54 +423,68 @@ def _printed_mesh(case: Case) -> str:
 
 def _curves(folder: Path, rows: list[dict[str, Any]]) -> str:
     """Losses over the iterations, from TensorBoard's files, and scores, as one figure."""
+    import matplotlib
+    from cycler import cycler
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    losses = _losses(folder)
-    scored = sorted({row["iteration"] for row in rows})
-    if not losses and len(scored) < 1:
+    logged = _logged(folder)
+    losses = {name: curve for name, curve in logged.items() if name.endswith("loss")}
+    if not losses and not rows:
         return ""
-    figure = Figure(figsize=(11, 3.1), layout="constrained")
-    FigureCanvasSVG(figure)
-    left, right = figure.subplots(1, 2)
-    for name, (steps, values) in losses.items():
-        left.plot(steps, values, linewidth=1.1, label=name.replace("_", " "))
-    left.set(xlabel="iteration", title="loss", yscale="log")
-    if losses:
-        left.legend(fontsize=7)
-    for task, frames, style in (("img", "training", "--"), ("img", "heldout", "-"), ("seg", "heldout", ":")):
-        for method in ("model",) if frames == "training" else dict.fromkeys(row["method"] for row in rows):
-            key = _measure(task)[0]
-            points = sorted(
-                (row["iteration"], row[key])
-                for row in rows
-                if (row["task"], row["frames"], row["method"]) == (task, frames, method) and task == "img"
-            )
-            if points:
-                words = f"{NAMES[method]}, {'trained on' if frames == 'training' else 'held out'}"
-                right.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=words)
-    right.set(xlabel="iteration", title="PSNR of images (dB)")
-    if right.lines:
-        right.legend(fontsize=7)
+    scored = [("img", "PSNR of images (dB)")] * any(row["task"] == "img" for row in rows)
+    scored += [("seg", "Dice of masks")] * any(row["task"] == "seg" for row in rows)
+    with matplotlib.rc_context({"axes.prop_cycle": cycler(color=_LINES)}):
+        figure = Figure(figsize=(4.2 * (1 + len(scored)), 3.6), layout="constrained")
+        FigureCanvasSVG(figure)
+        left, *others = figure.subplots(1, 1 + len(scored), squeeze=False)[0]
+        for number, (name, (steps, values)) in enumerate(losses.items()):
+            looks = {"linewidth": 1.1, "linestyle": "--" if number >= len(_LINES) else "-"}
+            left.plot(steps, values, label=name.removesuffix("_loss").replace("_", " "), **looks)
+        left.set(xlabel="iteration", title="losses", yscale="log")
+        for axes, (task, title) in zip(others, scored, strict=True):
+            if task == "img" and "batch_psnr" in logged:
+                axes.plot(*logged["batch_psnr"], color="0.75", linewidth=1, label="ours, on each batch")
+            for frames in ("training", "heldout"):
+                for method in dict.fromkeys(row["method"] for row in rows):
+                    points = _points(rows, task, frames, method)
+                    words = f"{NAMES[method]}, {'trained on' if frames == 'training' else 'held out'}"
+                    if points:
+                        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=words)
+            axes.set(xlabel="iteration", title=title)
+            if task == "seg":
+                axes.set_ylim(max(axes.get_ylim()[0] - 0.01, 0), 1)
+        for axes in (left, *others):
+            if axes.lines:
+                axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     file = io.StringIO()
     figure.savefig(file, format="svg", metadata={"Date": None})
     text = file.getvalue()
     return f"<h2>Training</h2><div class='curves'>{text[text.index('<svg') :]}</div>"
 
 
-def _losses(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
-    """Loss terms of TensorBoard's files in ``folder``, thinned; none where there are none or no TensorBoard."""
+def _points(rows: list[dict[str, Any]], task: str, frames: str, method: str) -> list[tuple[int, float]]:
+    """(iteration, score) of a method on frames of a task, where it is defined."""
+    key = _measure(task)[0]
+    return sorted(
+        (row["iteration"], row[key])
+        for row in rows
+        if (row["task"], row["frames"], row["method"]) == (task, frames, method) and row[key] is not None
+    )
+
+
+def _logged(folder: Path) -> dict[str, tuple[list[int], list[float]]]:
+    """Losses and PSNR of TensorBoard's files in ``folder``, thinned; none where there are none or no TensorBoard."""
     try:
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     except ImportError:
         return {}
     events = EventAccumulator(str(folder), size_guidance={"scalars": 400})
     events.Reload()
-    names = [name for name in events.Tags()["scalars"] if name.endswith("loss")]
     out = {}
-    for name in names:
-        found = [event for event in events.Scalars(name) if event.value > 0]
-        if found:
+    for name in events.Tags()["scalars"]:
+        found = [event for event in events.Scalars(name) if 0 < event.value < np.inf]
+        if found and (name.endswith("loss") or name == "batch_psnr"):
             out[name] = [event.step for event in found], [event.value for event in found]
     return out
 
@@ -496,7 +512,7 @@ def _provenance(case: Case) -> str:
     if elapsed:
         facts["training"] = f"{elapsed:.1f} s"
     facts["versions"] = (
-        f"Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
+        f"MedGS {VERSION}, Python {platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}"
     )
     facts["machine"] = f"{platform.machine()}, {platform.system()} {platform.release()}"
     table = "".join(

@@ -28,7 +28,7 @@ async function mountParts(box, {labels, low, high}) {
     const dark = !document.documentElement.classList.contains("light");
     volume = await mountVolume(box.querySelector("canvas"), {image, mask, meshes, labels, moved, dark});
     volume.setWindow(low, high);
-    volume.setSliceAt(volume.place());
+    moved(volume.place());
     trouble.hidden = true;
     for (const button of box.querySelectorAll("[data-layout]")) {
       button.addEventListener("click", () => {
