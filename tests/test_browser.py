@@ -307,12 +307,14 @@ def test_keys_and_the_link_restore_the_view(page, browser, server):
     page.keyboard.press("ArrowUp")
     until(page, "medgs.view.data.header.t === 4")
     page.keyboard.press("d")
+    page.evaluate("() => { medgs.view.cross = [12.5, 7]; medgs.moveTo(4) }")
     page.wait_for_timeout(400)  # the address follows the state
     other = browser.new_page()
     other.set_default_timeout(SOON)
     other.goto(page.url)
     until(other, "window.medgs?.view.data?.header.t === 4")
     assert other.evaluate("document.documentElement.classList.contains('light')")
+    assert other.evaluate("medgs.view.cross") == [12.5, 7]
     other.close()
     page.keyboard.press("d")
     with page.expect_download() as saved:

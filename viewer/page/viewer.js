@@ -16,7 +16,7 @@ const span = windowHigh - windowLow;
 const marks = [...Array(about.frames).keys(), ...about.heldout].sort((a, b) => a - b);
 const state = {t: Math.floor(last / 2), level: (windowLow + windowHigh) / 2, width: span, mask: "outline", opacity: 0.9,
   against: "", how: "wipe", wipe: 0.5, ellipses: false, colour: "opacity", zoom: 1, panX: 0, panY: 0,
-  theme: "dark", layout: "planes", hidden: ""}; // hidden: ids of labels, between dots
+  theme: "dark", layout: "planes", u: (about.width - 1) / 2, v: (about.height - 1) / 2, hidden: ""}; // hidden: ids of labels, between dots
 for (const [name, text] of new URLSearchParams(location.hash.slice(1))) {
   if (!(name in state)) continue;
   const value = {number: Number(text), boolean: text === "true", string: text}[typeof state[name]];
@@ -31,7 +31,7 @@ const isHidden = (id) => state.hidden.split(".").includes(String(id));
 const showLabels = () => (view.labels = about.labels.filter(({id}) => !isHidden(id)));
 view.soft = about.soft;
 showLabels();
-Object.assign(view, {zoom: state.zoom, pan: [state.panX, state.panY], wipe: state.wipe});
+Object.assign(view, {zoom: state.zoom, pan: [state.panX, state.panY], wipe: state.wipe, cross: [state.u, state.v]});
 let current = about, volume = null, asked = 0, shown = 0, running = null, cursor = null;
 
 // ---- places: pixels of the frame at t and patient millimetres --------------------------------------------------------
@@ -190,7 +190,6 @@ async function loadVolume() {
     for (const {id} of about.labels) if (isHidden(id)) volume.setLabel(id, false);
     $("cloud").hidden = !meshes.length;
     $("cloud").setAttribute("aria-pressed", volume.isCloud());
-    if (!view.cross) view.cross = [(about.width - 1) / 2, (about.height - 1) / 2];
     sync();
     paint();
   } catch (error) {
@@ -215,7 +214,7 @@ function sync() {
   if (!volume) return;
   cancelAnimationFrame(synced);
   synced = requestAnimationFrame(() => {
-    const mm = toPatient(...(view.cross ?? [0, 0]), state.t);
+    const mm = toPatient(...view.cross, state.t);
     volume.goTo(mm);
     tellPlace(mm);
   });
@@ -253,7 +252,7 @@ let remembered = 0;
 function remember() {
   clearTimeout(remembered);
   remembered = setTimeout(() => {
-    Object.assign(state, {zoom: view.zoom, panX: view.pan[0], panY: view.pan[1], wipe: view.wipe});
+    Object.assign(state, {zoom: view.zoom, panX: view.pan[0], panY: view.pan[1], wipe: view.wipe, u: view.cross[0], v: view.cross[1]});
     const short = Object.entries(state).map(([name, value]) => [name, typeof value === "number" ? +value.toFixed(4) : value]);
     history.replaceState(null, "", `#${new URLSearchParams(short)}`);
   }, 200);
