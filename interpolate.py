@@ -42,6 +42,7 @@ from in_between.masks import dense_distances, dense_labels
 from in_between.prediction import InBetween, pixel_gap
 from in_between.progress import Report, shown
 from in_between.rows import matching_gap
+from in_between.uncertainty import FEWEST, expected_error
 from patient.geometry import FILE_NAME, HELDOUT, Geometry, relative_thickness
 from patient.label_channels import colours_of_index, ids_of, index_of_ids
 from patient.labels import LabelTable
@@ -55,6 +56,7 @@ from utils.metrics import LabelScores, Scores
 METHODS = ("motion", "linear", "cubic", "sdf")
 NIFTI = (".nii.gz", ".nii")
 RENDERS = {"img": "render_img", "seg": "render_mask"}
+ERRORS = {"img": "uncertainty_img", "seg": "uncertainty_mask"}
 AT_ONCE = 8_000_000  # pixels looked up together
 CONTRAST = (0.005, 0.995)
 """Quantiles of a volume that are 0 and 1 to the prediction, as in prepare.py: its networks expect images whose tissue
@@ -113,12 +115,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         grid = grid_of(sequences, options)
         with shown(f"interpolating ({options.method})", options.quiet) as report:
             thickness = relative_thickness(options.slice_thickness, sequences.geometry)
-            predictions = predict(sequences, options.method, device, report, thickness)
+            predictions, errors = predict(
+                sequences, options.method, device, report, thickness, options.uncertainty
+            )
             names = {} if is_volume(Path(options.output)) else image_names(len(sequences), options.interp)
             slices = len(names) + (len(grid.positions) if grid else 0)
             predictions = counted(predictions, sequences, slices, report)
             scores = score(sequences, predictions)
             written = write(sequences, predictions, grid, names, Path(options.output))
+            written += write_errors(sequences, errors, grid, names, Path(options.output))
     for line in written + scores:
         say(line)
     return 0
@@ -158,6 +163,13 @@ def parser() -> ArgumentParser:
         "for what the DICOM files say: what is made is then thin, at the slices' own places too (method motion)",
     )
     out.add_argument("--method", choices=METHODS, default="motion", help="(default: %(default)s)")
+    out.add_argument(
+        "--uncertainty",
+        action="store_true",
+        help="also write the expected absolute error of every pixel, calibrated on the slices themselves: beside "
+        "NAME.nii.gz as NAME_uncertainty.nii.gz (of masks, the probability to be wrong: NAME_mask_uncertainty.nii.gz), "
+        "in a folder as uncertainty_img and uncertainty_mask (method motion; takes twice as long)",
+    )
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     out.add_argument("--force", action="store_true", help="replace what an earlier run wrote to -o")
     out.add_shared(MAX_PIXELS)
@@ -169,6 +181,11 @@ def check(options: argparse.Namespace, others: Sequence[str]) -> None:
     roots = options.source_path or options.seg_source_path
     if options.slice_thickness and options.method != "motion":
         raise UserError(f"--slice_thickness is not for --method {options.method}: leave one of them out")
+    if options.uncertainty and (options.method != "motion" or options.slice_thickness):
+        with_ = "--slice_thickness" if options.slice_thickness else f"--method {options.method}"
+        raise UserError(
+            f"--uncertainty is calibrated for thin slices and --method motion: leave it or {with_} out"
+        )
     if bool(options.input) == bool(roots):
         raise UserError("give -i VOLUME, or -s ROOT (a folder of prepare.py), and not both")
     if options.label and not options.input:
@@ -188,7 +205,8 @@ def check(options: argparse.Namespace, others: Sequence[str]) -> None:
     if out.is_file():
         raise UserError(f"{out} is a file: give -o a folder or NAME.nii.gz")
     if out.exists() and any(out.iterdir()):
-        ours = {FILE_NAME, *RENDERS.values(), *(f"{name}.nii.gz" for name in RENDERS.values())}
+        folders = [*RENDERS.values(), *ERRORS.values()]
+        ours = {FILE_NAME, *folders, *(f"{name}.nii.gz" for name in folders)}
         foreign = sorted(entry.name for entry in out.iterdir() if entry.name not in ours)
         if foreign:
             raise UserError(
@@ -202,10 +220,10 @@ def is_volume(out: Path) -> bool:
     return out.name.lower().endswith(NIFTI)
 
 
-def volume_paths(out: Path) -> dict[str, Path]:
-    """Paths of images and masks."""
+def volume_paths(out: Path, second: str = "_mask") -> dict[str, Path]:
+    """Paths of images and masks, and what is added to the name of the second."""
     suffix = next(suffix for suffix in NIFTI if out.name.lower().endswith(suffix))
-    return {"img": out, "seg": out.with_name(f"{out.name[: -len(suffix)]}_mask{out.name[-len(suffix) :]}")}
+    return {"img": out, "seg": out.with_name(f"{out.name[: -len(suffix)]}{second}{out.name[-len(suffix) :]}")}
 
 
 # ---- what to fill in -------------------------------------------------------------------------------------------------
@@ -275,12 +293,21 @@ def from_frames(
 
 
 def predict(
-    sequences: Sequences, method: str, device: torch.device, report: Report, thickness: float = 0.0
-) -> dict[str, Predict]:
-    """By kind, a function that gives images at any position. thickness: of a slice, in distances between frames."""
+    sequences: Sequences,
+    method: str,
+    device: torch.device,
+    report: Report,
+    thickness: float = 0.0,
+    with_errors: bool = False,
+) -> tuple[dict[str, Predict], dict[str, Predict]]:
+    """By kind, a function that gives images at any position, and if asked for one that gives their expected absolute
+    error. thickness: of a slice, in distances between frames."""
     if method == "motion":
-        return by_motion(sequences, device, lambda part, share: report(part, MOTION * share), thickness)
-    return {kind: classically(sequences, kind, method) for kind in sequences.frames}
+        part_of_all = MOTION / 2 if with_errors else MOTION
+        return by_motion(
+            sequences, device, lambda part, share: report(part, part_of_all * share), thickness, with_errors
+        )
+    return {kind: classically(sequences, kind, method) for kind in sequences.frames}, {}
 
 
 def counted(
@@ -305,8 +332,12 @@ def counted(
 
 
 def by_motion(
-    sequences: Sequences, device: torch.device, report: Report, thickness: float = 0.0
-) -> dict[str, Predict]:
+    sequences: Sequences,
+    device: torch.device,
+    report: Report,
+    thickness: float = 0.0,
+    with_errors: bool = False,
+) -> tuple[dict[str, Predict], dict[str, Predict]]:
     """The in-between prediction of images, and of masks along their motion (or their own, where there are no
     images). Thick slices are predicted thin, at their own places too."""
     values = {
@@ -357,7 +388,24 @@ def by_motion(
             found = ids_of(found, labels)[:, None]
         return _with_frames(found, masks, positions)
 
-    return {kind: {"img": images, "seg": inside}[kind] for kind in sequences.frames}
+    functions: dict[str, Predict] = {"img": images, "seg": inside}
+    predictions = {kind: functions[kind] for kind in sequences.frames}
+    if not with_errors:
+        return predictions, {}
+    if len(seen) < FEWEST:
+        raise UserError(f"--uncertainty: {len(seen)} slices; at least {FEWEST} are needed to calibrate it")
+    single = masks if labels is None else None  # not of a label map
+    expected = expected_error(between, seen, single, report=lambda part, share: report(part, 1 + share))
+    errors: dict[str, Predict] = {}
+    if "img" in values:
+        errors["img"] = lambda positions: (high - low) * expected.images(*where(positions))
+    if single is not None:
+        errors["seg"] = lambda positions: expected.masks(*where(positions))
+    if not errors:
+        raise UserError(
+            "--uncertainty: label maps have no expected error yet: give images too, or leave it out"
+        )
+    return predictions, errors
 
 
 def _ids(index: Tensor, labels: LabelTable) -> Tensor:
@@ -532,6 +580,37 @@ def write(
     if grid is None:
         lines.append("  no NIfTI volume: the frames have no place in a patient, or are in colour")
     return [*lines, f"next: python slices_to_ply.py -i {shlex.quote(str(out))} -o meshes"]
+
+
+def write_errors(
+    sequences: Sequences,
+    errors: dict[str, Predict],
+    grid: Grid | None,
+    names: dict[float, str],
+    out: Path,
+) -> list[str]:
+    """Write the expected absolute errors as volumes, in the source's intensities, or as 16-bit images whose full scale
+    is that of the frames; of masks, probabilities. Returns the lines to print."""
+    lines = []
+    for kind, predict in errors.items():
+        frames, name = sequences.frames[kind], ERRORS[kind]
+        if grid is not None:
+            low, high = grid.geometry.window if kind == "img" else (0.0, 1.0)
+            volume = RenderedVolume(grid, False, span=high - low)
+            fill(volume, predict, frames)
+            path = out / f"{name}.nii.gz"
+            if is_volume(out):
+                own = volume_paths(out)["seg" if kind == "seg" and len(sequences.frames) > 1 else "img"]
+                path = volume_paths(own, "_uncertainty")["seg"]
+            volume.write(path)
+            lines.append(f"expected absolute error in {path}")
+        if names:
+            with atomic_folder(out / name) as folder:
+                for some in batches(list(names), frames):
+                    for position, image in zip(some, predict(some).cpu(), strict=True):
+                        write_image(folder / names[position], image.movedim(0, -1).numpy(), 16)
+            lines.append(f"expected absolute error as {len(names)} images in {out / name}")
+    return lines
 
 
 def _in_range(images: Tensor) -> Tensor:

@@ -48,6 +48,10 @@ class Problem:
     def truth(self) -> dict[str, np.ndarray]:
         return {kind: frames[self.at] for kind, frames in self.case.frames.items()}
 
+    def between(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each frame asked for, the given one before it and the fraction of the way to the next."""
+        return neighbours(self.places, self.at)
+
     @property
     def step(self) -> float | None:
         """Source frames from one given frame to the next; None where that differs."""
@@ -149,7 +153,7 @@ def _flow(problem: Problem, *_: object) -> Found:
 
 
 def _rife(problem: Problem, device: torch.device, _: int) -> Found:
-    return {"img": rife(problem.given["img"], *neighbours(problem.places, problem.at), device)}
+    return {"img": rife(problem.given["img"], *problem.between(), device)}
 
 
 def _itk(problem: Problem, *_: object) -> Found:
@@ -187,7 +191,7 @@ def _prediction(thin: bool) -> Callable[[Problem, torch.device, int], Found]:
 def looked_up(between: InBetween, problem: Problem) -> Found:
     """The prediction at the frames asked for, a few at a time."""
     device = between.flow.device
-    k, alpha = neighbours(problem.places, problem.at)
+    k, alpha = problem.between()
     parts = list(
         zip(
             torch.from_numpy(k).to(device).split(16),
@@ -226,7 +230,7 @@ def _trained(preset: str, thin: bool = False) -> Callable[[Problem, torch.device
             run_program("train.py", *sources, *shared, *options)
             drawn = "both" if case.pipeline == "joint" else case.pipeline
             run_program("render.py", *shared, "--pipeline", drawn, "--interp", str(parts))
-            k, alpha = neighbours(problem.places, problem.at)
+            k, alpha = problem.between()
             names = [f"{a:05d}_{round(b * parts)}.png" for a, b in zip(k, alpha, strict=True)]
             return {
                 kind: read([folder / "model" / RENDERS[kind] / name for name in names])

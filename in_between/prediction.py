@@ -343,9 +343,13 @@ class InBetween:
             index, seen, late = self._around(k, alpha)
             before, after = (self._ranked[at].channels(self.count) for at in (index, index + 1))
             return blend_along(before, after, seen, late, "bilinear")
+        return (self.distances(k, alpha) + 0.5).clamp(0, 1)
+
+    def distances(self, k: Tensor, alpha: Tensor) -> Tensor:
+        """Signed distances from the masks' contours in pixels, inside above 0, (B, 1, H, W). As `images`."""
         if self._distances is None:
             raise ValueError("masks in between: none were given")
-        return (self._look_up(self._distances, k, alpha) + 0.5).clamp(0, 1)
+        return self._look_up(self._distances, k, alpha)
 
     def _look_up(self, levels: Tensor, k: Tensor, alpha: Tensor) -> Tensor:
         index, seen, late = self._around(k, alpha)

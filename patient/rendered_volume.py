@@ -89,12 +89,13 @@ class RenderedVolume:
     """Collects slices, two bytes per voxel (one for a mask and for ids below 256), and writes them.
 
     mask: hold 1 where a value is 0.5 or more, else 0. labels: hold the ids of a label map. Otherwise values in [0, 1]
-    become intensities of the geometry's window, in steps of 1/65535 of it.
+    become intensities of the geometry's window, in steps of 1/65535 of it; with a ``span``, differences from 0 to that.
     """
 
     grid: Grid
     mask: bool
     labels: LabelTable | None = None
+    span: float | None = None
     values: np.ndarray = field(init=False)
     """In the source's axes and directions."""
 
@@ -136,7 +137,7 @@ class RenderedVolume:
         if not np.allclose(image.get_qform(), self.grid.affine, atol=1e-3):  # a gantry tilt is not a rotation
             image.set_qform(None, "unknown")
         if not self.holds_masks:  # stored levels, with their scale in the header: half the size of floats
-            low, high = self.grid.geometry.window
+            low, high = self.grid.geometry.window if self.span is None else (0.0, self.span)
             image.header.set_slope_inter((high - low) / 65535, low)
         return image
 

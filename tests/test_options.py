@@ -123,6 +123,7 @@ SHOWN_BY = {
         "seg_source_path": "test_interpolate.py::test_frames_of_prepare_and_their_held_out_slices",
         "device": "test_arguments.py::test_resolve_device",
         "slice_thickness": "test_interpolate.py::test_thick_slices_are_made_thin",
+        "uncertainty": "test_uncertainty.py::test_interpolate_writes_it_beside_the_volume",
         "force": "test_interpolate.py::test_nothing_is_replaced_unasked",
         "max_pixels": "test_fuzz.py::test_the_limit_of_pixels_is_stated_and_can_be_raised",
         "debug": "test_fuzz.py::test_a_mistake_has_a_traceback_with_debug_alone",
