@@ -172,6 +172,79 @@ def footprints(seed, views=2, n=20, heads=2, channels=3, size=24):
     ]
 
 
+@pytest.mark.parametrize("channels", [1, 7, 10, 17, 20])
+@pytest.mark.parametrize("device", DEVICES)
+def test_large_splats_as_the_reference_draws_them(device, channels):
+    """On a CPU their tiles grow: 60 splats as large as the image would be in 60 x 450 tiles of 4 px."""
+    size, generator = 95, torch.Generator().manual_seed(4)
+    means2d, _, _, opacities, colours = footprints(2, n=60, heads=1, size=size, channels=channels)
+    conics = torch.tensor([2e-4, 5e-5, 3e-4], dtype=torch.float64).expand(2, 60, 3).contiguous()
+    active = torch.ones(2, 60, dtype=torch.uint8)
+    weights = torch.randn(2, channels, size, size, dtype=torch.float64, generator=generator)
+    renders, backgrounds = ([0, 1], [0, 0], [1, 1]), torch.rand(2, channels, dtype=torch.float64)
+
+    def gradients_of(draw, device):
+        leaves = [
+            t.to(device).requires_grad_() for t in (means2d.clone(), conics.clone(), opacities * 0.2, colours)
+        ]
+        given = (*leaves[:2], active.to(device), *leaves[2:], backgrounds.to(device))
+        images, transmittance = draw(*given, *renders, size, size)
+        loss = (images * weights.to(device)).sum() + (transmittance**2).sum()
+        return [images, transmittance, *torch.autograd.grad(loss, leaves)]
+
+    for ours, theirs in zip(gradients_of(blend, device), gradients_of(oracle.blend, "cpu"), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-10, atol=1e-10)
+    if device == "cpu":
+        drawn = OPS.blend(
+            means2d, conics, active, opacities, colours, backgrounds, None, *renders, size, size, False
+        )
+        tiles = drawn[3].shape[1] - 1
+        assert tiles <= 36 and drawn[4].numel() <= 2 * 60 * tiles
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_the_backward_pass_needs_is_kept_for_one_alone(device):
+    means2d, *given = (t.to(device) for t in footprints(5, n=400))
+    backgrounds, renders = torch.zeros(2, 3, dtype=torch.float64, device=device), ([0, 1], [0, 1], [255, 255])
+    arguments = (means2d, *given, backgrounds, None, *renders, 24, 24, False, 0)
+    kept, dropped = OPS.blend(*arguments, True), OPS.blend(*arguments, False)
+    assert dropped[7].numel() == 0
+    for ours, theirs in zip(dropped[:7], kept[:7], strict=True):
+        assert ours.equal(theirs)
+
+
+@pytest.mark.cuda
+def test_memory_of_a_large_image_is_that_of_its_pixels():
+    """What is kept in front of segments grows with the pairs, not with the tiles."""
+    side, n = 8192, 100
+    means2d, conics = side * torch.rand(1, n, 2), torch.tensor([0.01, 0, 0.01]).expand(1, n, 3)
+    given = means2d, conics, torch.ones(1, n, dtype=torch.uint8), torch.rand(1, n), torch.rand(1, n, 1)
+    for gradient in (False, True):
+        leaves = [t.cuda() for t in given]
+        leaves[4].requires_grad_(gradient)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        out = blend(*leaves, torch.zeros(1, 1).cuda(), [0], [0], [1], side, side)
+        pixels = 3 * 4 * side**2  # image, transmittance, stop
+        assert out[0].isfinite().all() and torch.cuda.max_memory_allocated() - before < 1.3 * pixels
+
+
+@pytest.mark.cuda
+def test_lists_that_disagree_stay_within_bounds_on_a_gpu():
+    """There they are not looked at beforehand, which would wait for the device: gradients are meaningless, nothing else
+    happens. On a CPU they are refused."""
+    means2d, *given = (t.cuda() for t in footprints(5, n=400))
+    renders = ([0, 1], [0, 1], [255, 255], 24, 24)
+    drawn = OPS.blend(means2d, *given, torch.zeros(2, 3).double().cuda(), None, *renders, False)
+    incoming = torch.ones_like(drawn[0]), torch.ones_like(drawn[1])
+    for wrong in (3, 4, 5, 6):
+        for number in (-(2**31), -1, 10**6, 2**31 - 1):
+            lists = [t.clone() for t in drawn]
+            lists[wrong].fill_(number)
+            OPS.blend_backward(*incoming, *lists, means2d, *given, *renders, False)
+            torch.cuda.synchronize()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_any_bit_of_a_mask_selects(device):
     renders = [0, 1, 1, 0], [0, 0, 1, 1], [4, 128, 3, 255]
