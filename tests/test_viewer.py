@@ -16,6 +16,7 @@ from oblique_case import FRAMES, HEIGHT, LABELS, WIDTH, make_case, oblique, save
 
 from arguments import model_options
 from gaussian_renderer.editing import subset
+from utils.errors import UserError
 from viewer.case import Case, meshes_of
 from viewer.server import Latest, describe, packed, picture, slice_nifti
 
@@ -156,6 +157,23 @@ def test_a_label_map_is_drawn_by_its_ids(organs):
         tuple(p) for p in meshes[300].vertices.round(4)
     }
     assert len(shared) > 20
+
+
+def test_the_reference_of_a_4d_source_is_the_volume_that_was_trained_on(tmp_path):
+    folder = make_case(tmp_path)
+    dataclasses.replace(oblique(), volume=1).save(folder / "frames.json")
+    values = np.stack([np.full((WIDTH, HEIGHT, 15), level, np.int16) for level in (100, 200)], -1)
+    nibabel.save(nibabel.Nifti1Image(values, oblique().matrix), tmp_path / "two.nii.gz")
+    options = model_options({"model_path": str(folder), "device": "cpu"})
+    case = Case.open(options, reference=str(tmp_path / "two.nii.gz"), say=lambda _: None)
+    assert (case.reference.values == 200).all() and case.against("reference", 1.0)[0].shape == (
+        1,
+        HEIGHT,
+        WIDTH,
+    )
+    oblique().save(folder / "frames.json")
+    with pytest.raises(UserError, match="holds 2 volumes"):
+        Case.open(options, reference=str(tmp_path / "two.nii.gz"), say=lambda _: None)
 
 
 def test_masks_of_some_frames_are_compared_where_they_are(tmp_path, monkeypatch):

@@ -455,7 +455,12 @@ def _reference(path: str, geometry: Geometry | None) -> Reference:
         raise UserError(
             f"--reference {path}: the position of the model's frames is unknown, so it cannot be laid over"
         )
-    volume = read_volume(path)
+    try:
+        volume = read_volume(path)
+    except UserError as error:  # it may hold several, of which the model's frames are one
+        if geometry.volume is None:
+            raise UserError(f"--reference: {error}") from error
+        volume = read_volume(path, geometry.volume)
     if volume.affine is None or volume.values.ndim != 3:
         raise UserError(
             f"--reference {path} is not a volume with a position in the patient: give a NIfTI file"
