@@ -209,7 +209,9 @@ class OptimisationOptions:
         0.5, "img: weight of in-between frame regularisation (IBFR)", source=_RELEASE, low=0
     )
     lambda_sigma: float = _option(0.25, "img: weight of the regularisation of sigma", source=_RELEASE, low=0)
-    lambda_l1_seg: float = _option(2.0, "seg: weight of L1", source=_RELEASE, low=0)
+    lambda_l1_seg: float = _option(
+        2.0, "seg: weight of L1; a label map's cross-entropy gets a quarter of it", source=_RELEASE, low=0
+    )
     lambda_sigma_seg: float = _option(
         0.5, "seg: weight of the regularisation of sigma", source=_RELEASE, low=0
     )

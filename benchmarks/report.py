@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from benchmarks import label_cost, organs
 from benchmarks.against_gsplat import scenes_table
 from benchmarks.common import RESULTS, ROOT, surface_table, table
 from benchmarks.floors import floors_note, floors_table
@@ -156,11 +157,22 @@ def recorded() -> str:
     parts = [part for part in speed(results) if part]
     for path in sorted((RESULTS / "presets").glob("*.json")):
         parts += presets(path)
+    for path in sorted((RESULTS / "organs").glob("*.json")):
+        parts += several_organs(path)
     meshed = [line for line in lines if "surfaces" in line]
     if meshed:
         parts.append(surface_table(meshed))
     parts += [refusals(result) for result in found if "refused" in result.get("cpu", {})]
     return "\n\n".join(parts or ["Nothing is recorded yet."])
+
+
+def several_organs(path: Path) -> Iterator[str]:
+    """Paragraphs: where a file of organs.py or label_cost.py was measured, then its tables."""
+    told = json.loads(path.read_text(encoding="utf-8"))
+    about, rows = told["about"], told["rows"]
+    on = about["device"] if about["device"] != "cpu" else f"{about['machine']}, {about['cores']} cores"
+    yield f"**organs/{path.name}**, on {on}; torch {about['torch']}, {about['date']}: `{told['command']}`"
+    yield from organs.tables(rows) if "dice" in rows[0] else [label_cost.cost_table(rows)]
 
 
 # ---- the two tables of README.md -------------------------------------------------------------------------------------

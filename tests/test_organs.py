@@ -34,7 +34,7 @@ from scene.point_cloud import labels_of_point_cloud, read_point_cloud
 from scene.trained import Trained
 from training.data import fill
 from utils.errors import run
-from utils.losses import l1, label_l1
+from utils.losses import LABEL_FLOOR, label_cross_entropy
 from utils.metrics import LabelScores
 
 IDS = (2, 7, 300)
@@ -133,12 +133,21 @@ def test_the_largest_share_wins_and_the_rest_is_background():
     assert torch.allclose(picture[:, 0, 3], torch.tensor([0.4, 0.35, 0.0]), atol=1e-6)
 
 
-def test_the_loss_of_one_label_is_that_of_a_mask():
-    drawn, truth = torch.rand(2, 1, 5, 6), (torch.rand(2, 1, 5, 6) > 0.5).float()
-    assert torch.allclose(label_l1(drawn, truth), l1(drawn, truth))
-    exclusive = one_hot(torch.randint(0, 4, (2, 1, 5, 6)), 3)
-    assert label_l1(exclusive, exclusive) == 0
-    assert torch.allclose(label_l1(exclusive, 0 * exclusive), (exclusive.sum(1) > 0).float().mean())
+def test_the_loss_is_the_cross_entropy_of_the_shares():
+    targets = one_hot(torch.randint(0, 4, (2, 1, 5, 6)), 3)
+    drawn = (0.9 * targets + 0.02).requires_grad_()  # sums to 0.96 where there is a label, else to 0.06
+    shares = with_background(drawn) + LABEL_FLOOR
+    index = with_background(targets).argmax(1)
+    expected = torch.nn.functional.nll_loss((shares / shares.sum(1, keepdim=True)).log(), index)
+    loss = label_cross_entropy(drawn, targets)
+    assert torch.allclose(loss, expected)
+    loss.backward()
+    assert (drawn.grad[targets > 0] < 0).all()  # more of the right label is better
+    behind = (targets.sum(1, keepdim=True) == 0).expand_as(targets)
+    assert (drawn.grad[behind] > 0).all()  # and less of any where there should be none
+    nowhere = torch.zeros(1, 3, 1, 1, requires_grad=True)
+    label_cross_entropy(nowhere, one_hot(torch.tensor([[[[2]]]]), 3)).backward()
+    assert nowhere.grad[0, 1] < 0  # a label that is nowhere yet can grow
 
 
 # ---- training and its files ------------------------------------------------------------------------------------------

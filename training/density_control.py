@@ -144,9 +144,10 @@ def bytes_per_gaussian(options: TrainOptions, channels: int, of_masks: int | Non
     raw = numbers_per_gaussian(sizes, heads)
     # The raw values, their gradients, two moments and a copy in a density step; the statistics; and for each image of
     # an iteration what the rasteriser keeps, most of it records of the tiles that a Gaussian reaches (some 100 numbers
-    # where Gaussians are as small as after training).
+    # where Gaussians are as small as after training; more for many labels).
     images = len(heads) * (2 * options.batch_size - 1)
-    return 4 * (5 * raw + 5 + 100 * images)
+    records = 100 if of_masks is None else 100 * (6 + min(of_masks, 18)) // 8
+    return 4 * (5 * raw + 5 + records * images)
 
 
 def reset_opacity(model: GaussianModel, optimizer: torch.optim.Adam, value: float) -> None:

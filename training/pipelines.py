@@ -17,6 +17,9 @@ from scene.frames import Frames
 from scene.parameters import IMAGE, SEGMENTATION
 from utils import losses
 
+CROSS_ENTROPY = 0.25
+"""Weight of a label map's cross-entropy where a mask's L1 has the weight 1 (benchmarks/NOTES.md)."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -99,18 +102,25 @@ def tasks(
         "ibfr_ssim": options.lambda_ibfr_dssim,
         "sigma": options.lambda_sigma,
     }
-    mask_terms = {
+    mask_terms: dict[str, float] = {
         "l1": options.lambda_l1_seg,
         "ibfr": options.lambda_ibfr_seg,
         "sigma": options.lambda_sigma_seg,
     }
+    if (frames if masks is None else masks).labels is not None:
+        mask_terms = {
+            "cross_entropy": CROSS_ENTROPY * options.lambda_l1_seg,
+            "ibfr": CROSS_ENTROPY * options.lambda_ibfr_seg,
+            "sigma": options.lambda_sigma_seg,
+        }
     if options.pipeline == "img":
         return [Task("img", IMAGE, frames, ACTIVE, 1.0, image_terms, images_between)]
     if options.pipeline == "seg":
         if options.seg_head_only:  # the geometry is frozen, sigma with it
-            return [
-                Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, {"l1": options.lambda_l1_seg})
-            ]
+            frozen_terms = {
+                name: value for name, value in mask_terms.items() if name not in ("ibfr", "sigma")
+            }
+            return [Task("seg", SEGMENTATION, frames, ACTIVE_SEGMENTATION, 1.0, frozen_terms)]
         return [Task("seg", IMAGE, frames, ACTIVE_SEGMENTATION, 1.0, mask_terms, masks_between)]
     assert masks is not None
     return [
@@ -143,12 +153,14 @@ def loss_terms(
     """Each term of the task that applies at ``iteration``, unweighted."""
     ops = rasterizer(backend)
     at_frames, between = split(images, [len(targets), len(blends)])
-    difference = losses.l1 if task.labels is None else losses.label_l1
+    name, difference = ("l1", losses.l1)
+    if task.labels is not None:
+        name, difference = ("cross_entropy", losses.label_cross_entropy)  # type: ignore[assignment]
     if task.terms.get("ssim"):
         l1, ssim = ops.similarity(at_frames, targets)
         terms = {"l1": l1, "ssim": 1 - ssim}
     else:
-        terms = {"l1": difference(at_frames, targets)}
+        terms = {name: difference(at_frames, targets)}
     if len(blends) and task.terms.get("ibfr_ssim"):
         terms["ibfr"], ssim = ops.similarity(between, blends)
         terms["ibfr_ssim"] = 1 - ssim

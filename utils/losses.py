@@ -18,13 +18,19 @@ def l1(images: Tensor, targets: Tensor) -> Tensor:
     return (images - targets).abs().mean()
 
 
-def label_l1(channels: Tensor, targets: Tensor) -> Tensor:
-    """Half the sum over the labels and the background of the absolute differences, mean over pixels: how much of a
-    pixel is labelled wrongly. (B, K, H, W) each, K labels; the background is what they leave of 1. For one label, the
-    same as `l1`."""
-    differences = channels - targets
-    wrong = differences.abs().sum(1) + differences.sum(1).abs()
-    return wrong.mean() / 2
+LABEL_FLOOR = 1e-2
+"""Added to each share before its logarithm is taken, so that a label that is nowhere yet can grow."""
+
+
+def label_cross_entropy(channels: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of the labels' shares and the background's, what they leave of 1, with what they should be; mean
+    over pixels. (B, K, H, W) each, K labels."""
+    background = (1 - channels.sum(1, keepdim=True)).clamp_min(0) + LABEL_FLOOR
+    labels = channels + LABEL_FLOOR
+    total = background + labels.sum(1, keepdim=True)
+    expected = 1 - targets.sum(1, keepdim=True)
+    each = total.log() - expected * background.log() - (targets * labels.log()).sum(1, keepdim=True)
+    return each.mean()
 
 
 @functools.lru_cache
