@@ -12,7 +12,7 @@ ARG TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 RUN apt-get update && apt-get install -y --no-install-recommends ca-certificates g++ python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/* && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MPLCONFIGDIR=/tmp/matplotlib
-RUN pip install $TORCH && pip install setuptools wheel ninja
+RUN pip install $TORCH && pip install setuptools wheel
 WORKDIR /opt/medgs
 COPY . .
 RUN pip install --no-build-isolation submodules/diff-gaussian-rasterization submodules/simple-knn \
@@ -26,7 +26,7 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ python3 pyt
  && rm -rf /var/lib/apt/lists/* && python3 -m venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 MPLCONFIGDIR=/tmp/matplotlib \
     TORCH_CUDA_ARCH_LIST="7.5;8.0;8.6;8.9;9.0+PTX" FORCE_CUDA=1
-RUN pip install $TORCH && pip install setuptools wheel ninja
+RUN pip install $TORCH && pip install setuptools wheel
 WORKDIR /opt/medgs
 COPY . .
 RUN pip install --no-build-isolation submodules/diff-gaussian-rasterization submodules/simple-knn \

@@ -57,7 +57,7 @@ $(STAMPS)/torch:
 	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
 	fi
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { echo "installing $(TORCH)"; $(PIP) $(TORCH); }
-	@$(PIP) setuptools wheel ninja
+	@$(PIP) setuptools wheel
 	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/requirements: requirements.txt $(STAMPS)/torch

@@ -121,11 +121,16 @@ def _first_line(*command: str) -> str:
 
 def _operators(package: str) -> str:
     """The version of a package and which library it would load."""
+    folder = Path(__file__).resolve().parents[1] / "submodules" / package.replace("_", "-")
+    try:
+        library = importlib.import_module(f"{package}._library")
+    except ImportError:
+        how = f"make setup, or pip3 install {folder}" if folder.exists() else "pip3 install --force-reinstall medgs"
+        return f"{MISSING}: {how}"
     try:
         version = importlib.metadata.version(package)
-        library = importlib.import_module(f"{package}._library")
-    except (importlib.metadata.PackageNotFoundError, ImportError):
-        return f"{MISSING}: make setup, or pip3 install ./submodules/{package.replace('_', '-')}"
+    except importlib.metadata.PackageNotFoundError:  # the sources within medgs, or on the path
+        version = "not installed by itself"
     target = library.build_target()
     installed, wheel = library.installed_library(target), library.wheel_library(target)
     cached = sorted((library.extension_cache() / package).glob(f"{library.library_name(target)}*.so"))
