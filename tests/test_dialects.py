@@ -354,7 +354,9 @@ def test_sparse_adam_moves_the_visible():
     parameter.grad = torch.ones(6, 2)
     optimizer.step(visible, 6)
     # Without bias correction: lr (1 - beta1) / sqrt(1 - beta2), 3.16 times the first step of torch.optim.Adam.
-    assert parameter[visible].allclose(torch.tensor(-0.1 * 0.1 / 0.001**0.5)) and not parameter[~visible].any()
+    assert (
+        parameter[visible].allclose(torch.tensor(-0.1 * 0.1 / 0.001**0.5)) and not parameter[~visible].any()
+    )
     state = optimizer.state[parameter]
     assert state["exp_avg"][visible].allclose(torch.tensor(0.1)) and not state["exp_avg"][~visible].any()
     with pytest.raises(ValueError, match="visibility must have shape"):

@@ -125,7 +125,11 @@ def _operators(package: str) -> str:
     try:
         library = importlib.import_module(f"{package}._library")
     except ImportError:
-        how = f"make setup, or pip3 install {folder}" if folder.exists() else "pip3 install --force-reinstall medgs"
+        how = (
+            f"make setup, or pip3 install {folder}"
+            if folder.exists()
+            else "pip3 install --force-reinstall medgs"
+        )
         return f"{MISSING}: {how}"
     try:
         version = importlib.metadata.version(package)
