@@ -36,6 +36,7 @@ from scene.gaussian_model import GaussianModel
 from scene.parameters import IMAGE, SEGMENTATION
 from scene.trained import Trained
 from utils.errors import UserError, run
+from utils.files import atomic_folder
 from utils.images import WRITABLE, limit_pixels, write_image, write_levels
 from utils.spherical_harmonics import to_colour
 from utils.threads import processors
@@ -198,6 +199,8 @@ def main() -> None:
     write_planes(streams, trained.bits, say)
     if kind is not None:
         write_sequence(renderer, names, kind, options, say)
+    if options.uncertainty:
+        write_uncertainty(renderer, options, say)
     if options.html:
         write_page(options, say)
     if options.generate_points_path:
@@ -217,6 +220,10 @@ def check(options: RenderOptions) -> None:
         for option in ("dicom_source", "anonymous"):
             if getattr(options, option):
                 raise UserError(f"--{option} is about --dicom and --dicom-seg: give one of them too")
+    if options.uncertainty and (options.modify or options.mask_path):
+        raise UserError(
+            "--uncertainty is of the model as it was trained: leave out --modify and --mask_path, or it"
+        )
     if options.html and (options.modify or options.mask_path):
         raise UserError("--html shows the model as it was trained: leave out --modify and --mask_path, or it")
 
@@ -463,6 +470,51 @@ def write_sequence(
     say(f"{len(shots)} images, {len(shots) / options.video:.1f} s, in {path}")
     if kind == "gif" and options.video_format == "auto":
         say("  (pip install imageio-ffmpeg for MP4)")
+
+
+def write_uncertainty(renderer: Renderer, options: RenderOptions, say: Say) -> None:
+    """The expected absolute error of the images up to the last frame, as 16-bit images of the frames' full scale and,
+    with --nifti, in the source's intensities; of masks, probabilities."""
+    from viewer.case import Case
+    from viewer.uncertainty import model_error
+
+    error = model_error(Case.open(options, say=lambda _: None), say, options.quiet)
+    last = renderer.model.num_frames - 1
+    names = {
+        k + i / options.interp: f"{k:05d}_{i}.png"
+        for k in range(last + 1)
+        for i in range(options.interp if k < last else 1)
+    }
+    grid = None
+    if options.nifti:
+        geometry = geometry_of(renderer, options, "--nifti")
+        grid = Grid(geometry, (renderer.camera.width, renderer.camera.height), options.interp)
+    positions = sorted({*names, *(grid.positions if grid else ())})
+    step = views_at_once(renderer, len(positions), options.chunks)
+    for number, out in enumerate(renderer.outputs):
+        of_images = out.folder.name == "render_img"
+        if not of_images and (out.labels is not None or not error.has_masks):
+            say("masks have no expected error here: only one mask per frame has")
+            continue
+        folder = out.folder.with_name("uncertainty_img" if of_images else "uncertainty_mask")
+        volume = None
+        if grid is not None:
+            low, high = grid.geometry.window if of_images else (0.0, 1.0)
+            volume = RenderedVolume(grid, False, span=high - low)
+        with atomic_folder(folder) as unfinished:
+            for first in range(0, len(positions), step):
+                some = positions[first : first + step]
+                drawn = renderer(some)[number].clamp(0, 1)
+                found = error.images(drawn, some) if of_images else error.masks(drawn, some)
+                for position, image in zip(some, found.cpu().numpy(), strict=True):
+                    if position in names:
+                        write_image(unfinished / names[position], image.transpose(1, 2, 0), 16)
+                    if volume is not None and position in volume.positions:
+                        volume.put(volume.positions.index(position), image[0])
+        say(f"expected absolute error as {len(names)} images in {folder}")
+        if volume is not None:
+            volume.write(folder.with_name(f"{folder.name}.nii.gz"))
+            say(f"  and in {folder.name}.nii.gz")
 
 
 def write_page(options: RenderOptions, say: Say) -> None:

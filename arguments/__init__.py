@@ -514,6 +514,12 @@ class RenderOptions(MachineOptions, DataOptions):
         kind=float,
         above=0,
     )
+    uncertainty: bool = _option(
+        False,
+        "also write the expected absolute error of every pixel, calibrated on the frames that the model was trained "
+        "on: uncertainty_img/ and, of a mask, its probability to be wrong, uncertainty_mask/; with --nifti as volumes "
+        "too",
+    )
     html: bool = _option(
         False,
         "also write the sequence as render.html: three planes and 3-D with mask and mesh, in one file that opens in a "

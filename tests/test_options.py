@@ -83,6 +83,7 @@ SHOWN_BY = {
         "quiet": "test_train.py::test_quiet_prints_nothing",
     },
     "render.py": {
+        "uncertainty": "test_uncertainty.py::test_render_writes_it_of_a_model",
         "source_path": "test_render.py::test_published_checkpoints_take_sizes_from_the_source_frames",
         "images": "test_arguments.py::test_frames_folder",
         "resolution": "test_arguments.py::test_command_line_wins_over_cfg_args_and_defaults_do_not",

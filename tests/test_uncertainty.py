@@ -1,16 +1,21 @@
 """in_between/uncertainty.py and --uncertainty: expected errors, against true ones."""
 
+import sys
+
 import nibabel
 import numpy as np
 import pytest
 import torch
 from scipy.ndimage import gaussian_filter
-from sequences import BriefInBetween
+from sequences import BriefInBetween, train_at
 
 import interpolate
+import render
 from in_between import uncertainty
 from in_between.uncertainty import expected_error
 from utils.errors import UserError
+from utils.images import read_image, to_grey, write_image
+from viewer import uncertainty as of_models
 
 K = 13
 
@@ -18,7 +23,7 @@ K = 13
 @pytest.fixture(scope="module", autouse=True)
 def brief():
     with pytest.MonkeyPatch.context() as patch:
-        for module in (interpolate, uncertainty):
+        for module in (interpolate, uncertainty, of_models):
             patch.setattr(module, "InBetween", BriefInBetween)
         patch.setattr(uncertainty, "DEFAULT", BriefInBetween.settings_of_tests)
         patch.setattr(BriefInBetween, "__init__", brief_init)
@@ -107,3 +112,26 @@ def test_interpolate_writes_it_beside_the_volume(tmp_path):
     assert (tmp_path / "d" / "uncertainty_mask.nii.gz").exists()
     with pytest.raises(UserError, match="leave it or --method linear out"):
         interpolate.main([*words, "-o", str(tmp_path / "no.nii.gz"), "--uncertainty", "--method", "linear"])
+
+
+def test_render_writes_it_of_a_model(tmp_path, monkeypatch):
+    """The error of a model that has hardly learned is large at the frames too, where it is known exactly."""
+    images, inside = moving(7)
+    for kind, frames in (("img", images), ("seg", inside.astype(np.float32))):
+        for k, frame in enumerate(frames):
+            write_image(tmp_path / kind / "original" / f"{k:04d}.png", frame, 8)
+    out = tmp_path / "model"
+    masks = ("--pipeline", "joint", "--seg_source_path", tmp_path / "seg", "--iterations", 30)
+    train_at(tmp_path / "img", out, *masks)
+    words = ["render.py", "-m", str(out), "--interp", "2", "--pipeline", "both", "--uncertainty", "--quiet"]
+    monkeypatch.setattr(sys, "argv", words)
+    render.main()
+    for name in ("img", "mask"):
+        assert len(list((out / f"uncertainty_{name}").glob("*.png"))) == 13
+    drawn, doubt = (
+        to_grey(read_image(out / f"{name}_img" / "00003_0.png")) for name in ("render", "uncertainty")
+    )
+    assert np.abs(np.abs(drawn - images[3]) - doubt).max() < 0.01  # 8 bits of the frame and of the render
+    monkeypatch.setattr(sys, "argv", [*words, "--mask_path", "somewhere"])
+    with pytest.raises(UserError, match="leave out --modify and --mask_path"):
+        render.main()
