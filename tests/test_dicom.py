@@ -3,6 +3,9 @@
 import importlib.util
 import itertools
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel
@@ -504,3 +507,11 @@ def test_video_inside_dicom(tmp_path):
     volume = read_volume(tmp_path / "a.dcm")
     assert volume.lossy and volume.values.shape == (64, 48, 8)
     assert np.abs(volume.values.mean(axis=(0, 1)) - levels).max() < 5  # a lossy codec's few levels of 255
+
+
+@pytest.mark.parametrize(
+    "body, status", [("while True: pass", -signal.SIGPROF), ("bytearray(8 << 30)", 1)], ids=["time", "memory"]
+)
+def test_decoders_that_never_end_are_ended(body, status):
+    program = f"from patient.readers.dicom import codec\ncodec._SECONDS = 0.2\ncodec._limit(1000)\n{body}"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == status

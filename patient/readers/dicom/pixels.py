@@ -50,7 +50,7 @@ def decode(header: Header) -> np.ndarray:
         if native or _syntax(header) == pydicom.uid.RLELossless:
             array = dataset.pixel_array if bits == 1 else pydicom.pixels.pixel_array(dataset)
         else:
-            array = _decompress(header, pydicom.uid.UID(_syntax(header)).name)
+            array = _decompress(header, claimed, pydicom.uid.UID(_syntax(header)).name)
         if dataset.get("PhotometricInterpretation") == "PALETTE COLOR":
             colours = pydicom.pixels.apply_color_lut(array, dataset)
             array = (colours >> 8).astype(np.uint8) if colours.dtype == np.uint16 else colours
@@ -71,10 +71,10 @@ def _samples_stored(header: Header, samples: int) -> float:
     return 2 if header.text("PhotometricInterpretation").endswith("422") else samples
 
 
-def _decompress(header: Header, syntax: str) -> np.ndarray:
+def _decompress(header: Header, claimed: int, syntax: str) -> np.ndarray:
     """Compressed pixels by pydicom's decoders, some of which must be installed."""
     try:
-        return decoder.decode(str(header.path.resolve()))
+        return decoder.decode(str(header.path.resolve()), claimed)
     except RuntimeError as error:
         if "12-bit" in str(error) and importlib.util.find_spec("libjpeg") is None:
             raise UserError(
