@@ -185,13 +185,21 @@ export class SliceView {
     const {pixels, data: {mask}, width, height} = this;
     if (!mask || this.state.mask === "none") return pixels;
     const out = new ImageData(new Uint8ClampedArray(pixels.data), width, height);
-    for (const label of this.labels) {
+    for (const label of this.present()) {
       const inside = this.insideOf(label), rgb = bytesOf(label.colour);
       for (let at = width; at < width * (height - 1); at++) {
         if (inside(at) && !(inside(at - 1) && inside(at + 1) && inside(at - width) && inside(at + width))) out.data.set(rgb, 4 * at);
       }
     }
     return out;
+  }
+
+  /* The labels that this slice has, of those that are switched on. */
+  present() {
+    if (this.soft) return this.labels;
+    const {data} = this;
+    data.ids ??= new Set(data.mask.data);
+    return this.labels.filter(({id}) => data.ids.has(id));
   }
 
   /* Whether the pixel at an index is inside a label. The mask is soft, or holds the labels' ids. */
@@ -203,7 +211,7 @@ export class SliceView {
   overlays(state, scale) {
     const {context: paint, data} = this;
     if (data.mask && state.mask !== "none") {
-      for (const label of this.labels) {
+      for (const label of this.present()) {
         const values = Float32Array.from(data.mask.data, (v) => (this.soft ? v / 255 : v === label.id ? 1 : 0));
         paint.strokeStyle = label.colour;
         paint.globalAlpha = state.opacity;
