@@ -30,8 +30,9 @@ from scipy.ndimage import zoom
 from scipy.spatial import cKDTree
 
 from arguments import PRESETS, TrainOptions, resolve_device
-from benchmarks.common import describe, table, write_json
+from benchmarks.common import describe, synchronise, table, write_json
 from training.batches import Views
+from training.recording import side_stream
 from training.run import Training
 from utils.errors import ArgumentParser, positive, run
 from utils.images import write_levels
@@ -144,30 +145,34 @@ def measure(root: Path, count: int, given: argparse.Namespace) -> dict[str, Any]
             **changes,
         )
         training = Training.start(options, lambda _: None)
-        step = training.stepper()
-        spent = []
-        start = time.perf_counter()
-        for iteration in range(1, given.repeats + 6):
-            training.iteration = iteration
-            training.set_rates()
-            # Always the same views: the middle frame, its neighbours, and what lies between.
-            batch = replace(
-                training.sampler.draw(in_between=True),
-                frames=[SHAPE[0] // 2 + k for k in (-1, 0, 1)],
-                between=[(SHAPE[0] // 2 + k, 0.5) for k in (-1, 0)],
-                mirrored=False,
-            )
-            step(Views.of(batch, training.model.device), iteration, False)
-            training.update()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            spent.append(time.process_time() if device.type == "cpu" else time.perf_counter() - start)
+        with side_stream(device):
+            spent = _iterations(training, given.repeats)
         seconds = statistics.median(np.diff(spent[5:]).tolist())
     if device.type == "cuda":
         memory = torch.cuda.max_memory_allocated(device) / 1e6
     else:
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
     return {"labels": count, "gaussians": len(training.model), "seconds": seconds, "memory_MB": memory}
+
+
+def _iterations(training: Training, repeats: int) -> list[float]:
+    """Processor seconds, on a GPU seconds, after each of some iterations with always the same views: the middle frame,
+    its neighbours, and what lies between. The first five warm up."""
+    step, spent = training.stepper(), []
+    for iteration in range(1, repeats + 6):
+        training.iteration = iteration
+        training.set_rates()
+        batch = replace(
+            training.sampler.draw(in_between=True),
+            frames=[SHAPE[0] // 2 + k for k in (-1, 0, 1)],
+            between=[(SHAPE[0] // 2 + k, 0.5) for k in (-1, 0)],
+            mirrored=False,
+        )
+        step(Views.of(batch, training.model.device), iteration, False)
+        training.update()
+        synchronise(training.model.device)
+        spent.append(time.perf_counter() if training.model.device.type == "cuda" else time.process_time())
+    return spent
 
 
 if __name__ == "__main__":
