@@ -49,6 +49,10 @@ SIZES: dict[str, dict[str, Size]] = {
 """What presets size by the data, beside the numbers in `arguments.PRESETS`."""
 
 
+MASKS_ALONE = 2.0
+"""Times the iterations of fast where masks are trained alone, without images that help (benchmarks/NOTES.md)."""
+
+
 def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
     """``options`` sized for ``pixels`` in all frames, with the schedule for their iterations."""
     sizes = SIZES.get(options.preset, {})
@@ -59,6 +63,8 @@ def fitted(options: TrainOptions, pixels: int) -> TrainOptions:
     if most and "num_pts" in grown:
         grown["num_pts"] = min(grown["num_pts"], most)
     iterations = grown.pop("iterations", options.iterations)
+    if options.preset == "fast" and options.pipeline == "seg" and "iterations" not in options.given:
+        iterations = round(MASKS_ALONE * iterations)
     return with_iterations(replace(options, **grown), iterations)
 
 
