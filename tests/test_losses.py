@@ -10,6 +10,7 @@ from skimage.metrics import structural_similarity
 
 from arguments import OptimisationOptions, TrainOptions
 from gaussian_renderer import RASTERIZERS, rasterizer
+from scene.frames import Frames
 from training.pipelines import loss_terms, tasks, total_loss
 from utils.losses import l1, sigma_outside, ssim, ssim_map
 
@@ -167,7 +168,8 @@ def test_each_term_its_gradient_and_the_whole_in_plain_pytorch(pipeline, backend
     options = TrainOptions(
         source_path="x", pipeline=pipeline, seg_source_path="y", lambda_img=0.5, lambda_seg=3.0
     )
-    todo = tasks(options, (), ())
+    blank = Frames(torch.zeros(2, 1, 4, 4, dtype=torch.uint8), ["0.png", "1.png"], [0, 1])
+    todo = tasks(options, blank, blank)
     assert [task.name for task in todo] == [name for name, _ in PIPELINES[pipeline]]
     plain_total, leaves, ours = 0.0, [raw_sigma], []
     for seed, (task, (name, weight)) in enumerate(zip(todo, PIPELINES[pipeline], strict=True)):
