@@ -237,6 +237,7 @@ def test_the_slice_goes_through_the_mesh_in_3d(page):
         assert np.array_equal(levels.reshape(HEIGHT, WIDTH, 4)[:, :, 0], drawn(page))
     flat, solid = page.evaluate(
         """() => { const nv = medgs.volume().nv, seen = [];
+          nv.setMeshThicknessOn2D(1); // as where a mesh was given
           for (const layout of ['axial', 'solid']) {
             document.querySelector(`[data-layout=${layout}]`).click(); nv.drawScene(); seen.push(nv.meshes[0].visible) }
           document.querySelector('[data-layout=planes]').click(); return seen }"""
@@ -402,6 +403,10 @@ def test_labels_are_named_coloured_and_switched_off(browser, tmp_path):
         assert orange == 0 and blue == pytest.approx(shares[0], rel=0.1)
         meshes = "medgs.volume().nv.meshes.filter(m => m.name.endsWith('ply')).map(m => [m.name, m.visible])"
         assert page.evaluate(meshes) == [["2.ply", True], ["300.ply", False]]
+        assert page.evaluate("[...new Set(medgs.volume().nv.volumes[1].img)].sort()") == [0, 2]
+        page.check("#labels li:nth-child(2) input")
+        assert page.evaluate("[...new Set(medgs.volume().nv.volumes[1].img)].sort()") == [0, 2, 300]
+        page.uncheck("#labels li:nth-child(2) input")
         page.wait_for_timeout(300)
         assert "hidden=300" in page.url
         page.close()

@@ -72,7 +72,8 @@ def solid(case: Case, sub_frames: int | None = None) -> tuple[str, dict[str, byt
         f'<div class="tools">{buttons}{sliders}<span class="faint number"><span class="place"></span> {unit}</span>'
         f"</div>{_legend(case)}</div>"
     )
-    about = {"labels": case.labels, "low": shown_low, "high": shown_high}
+    given = case.mesh is not None
+    about = {"labels": case.labels, "low": shown_low, "high": shown_high, "given": given}
     return markup, parts, f"mountParts(document.getElementById('solid'), {json.dumps(about)});"
 
 

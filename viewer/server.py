@@ -251,6 +251,7 @@ def describe(case: Case) -> dict[str, Any]:
         "masks": case.has_masks,
         "labels": case.labels,
         "soft": case.table is None,
+        "given": case.mesh is not None,
         "gaussians": len(model),
         "heads": list(model.heads),
     }

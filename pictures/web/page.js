@@ -10,7 +10,7 @@ async function part(name) {
 
 /* The canvas, buttons and sliders about it become three planes and 3-D of the parts image.nii, mask.nii and the meshes:
    mesh.ply, or mesh_<id>.ply of each label. */
-async function mountParts(box, {labels, low, high}) {
+async function mountParts(box, {labels, low, high, given}) {
   const trouble = box.querySelector(".waiting");
   try {
     const code = document.createElement("script");
@@ -18,7 +18,8 @@ async function mountParts(box, {labels, low, high}) {
     document.head.append(code);
     const [image, mask] = await Promise.all(["image.nii", "mask.nii"].map(part));
     const found = [...document.querySelectorAll('[id^="part-mesh"]')].map(({id}) => id.slice("part-".length));
-    const meshes = await Promise.all(found.map(async (name) => ({id: Number(/_(\d+)/.exec(name)?.[1] ?? 1), buffer: await part(name)})));
+    const idOf = (name) => Number(/_(\d+)/.exec(name)?.[1] ?? (given ? 0 : 1));
+    const meshes = await Promise.all(found.map(async (name) => ({id: idOf(name), buffer: await part(name)})));
     const place = box.querySelector(".place");
     let volume = null;
     const moved = (mm) => {
@@ -26,7 +27,7 @@ async function mountParts(box, {labels, low, high}) {
       volume?.setSliceAt(mm);
     };
     const dark = !document.documentElement.classList.contains("light");
-    volume = await mountVolume(box.querySelector("canvas"), {image, mask, meshes, labels, moved, dark});
+    volume = await mountVolume(box.querySelector("canvas"), {image, mask, meshes, cuts: given, labels, moved, dark});
     volume.setWindow(low, high);
     moved(volume.place());
     trouble.hidden = true;

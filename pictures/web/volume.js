@@ -6,9 +6,10 @@ const MOST_VERTICES = 192; // of the slice in 3-D, along a side
 const SEE_THROUGH = 0.5; // opacity of meshes about it
 
 /* canvas: to draw on. parts: image and mask (NIfTI), an ArrayBuffer each, and meshes [{id, buffer}] (PLY, RAS), id
-   that of the label they enclose; mask may be missing. labels: [{id, name, colour}] of the mask. moved(mm): called
+   that of the label they enclose; mask may be missing. cuts: whether meshes show on the planes too, as those
+   do that were not made from the mask. labels: [{id, name, colour}] of the mask. moved(mm): called
    where the crosshair was put. Resolves to what the page may do with it. */
-async function mountVolume(canvas, {image, mask, meshes = [], labels = [], moved = () => {}, dark = true}) {
+async function mountVolume(canvas, {image, mask, meshes = [], cuts = false, labels = [], moved = () => {}, dark = true}) {
   const backgrounds = {true: [0.06, 0.075, 0.09, 1], false: [1, 1, 1, 1]};
   const nv = new niivue.Niivue({
     backColor: backgrounds[dark],
@@ -40,7 +41,7 @@ async function mountVolume(canvas, {image, mask, meshes = [], labels = [], moved
     nv.setMeshShader(mesh.id, "Matte");
   }
   const solids = nv.meshes.slice(1);
-  if (solids.length) nv.setMeshThicknessOn2D(0.5 * Math.min(...nv.volumes[0].pixDimsRAS.slice(1, 4)));
+  nv.setMeshThicknessOn2D(cuts ? 0.5 * Math.min(...nv.volumes[0].pixDimsRAS.slice(1, 4)) : 0);
   // In 3-D: the meshes with the slice through them, or the volume; the slice is not drawn on the planes.
   let cloudy = !solids.length;
   const [drawMeshes, drawCloud] = [nv.drawMesh3D.bind(nv), nv.drawImage3D.bind(nv)];
@@ -56,10 +57,16 @@ async function mountVolume(canvas, {image, mask, meshes = [], labels = [], moved
     const table = {R: [0], G: [0], B: [0], A: [0], I: [0], labels: ["outside"]};
     for (const {id, name, colour} of labels) {
       const [r, g, b] = bytesOf(colour);
-      table.R.push(r), table.G.push(g), table.B.push(b), table.A.push(hidden.has(id) ? 0 : 255), table.I.push(id), table.labels.push(name);
+      table.R.push(r), table.G.push(g), table.B.push(b), table.A.push(255), table.I.push(id), table.labels.push(name);
     }
     nv.volumes[1].setColormapLabel(table);
     nv.volumes[1].hdr.intent_code = 1002; // labels, which NiiVue outlines
+    nv.updateGLVolume();
+  };
+  const ids = mask ? nv.volumes[1].img : null;
+  const hideLabels = () => {
+    if (!mask) return;
+    nv.volumes[1].img = hidden.size ? ids.map((id) => (hidden.has(id) ? 0 : id)) : ids;
     nv.updateGLVolume();
   };
   colourLabels();
@@ -104,7 +111,7 @@ async function mountVolume(canvas, {image, mask, meshes = [], labels = [], moved
     setLabel(id, on) {
       on ? hidden.delete(id) : hidden.add(id);
       solids.forEach((solid, k) => meshes[k].id === id && (solid.visible = on));
-      colourLabels();
+      hideLabels();
     },
     setCloud(on) {
       cloudy = on;

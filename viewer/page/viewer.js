@@ -179,10 +179,12 @@ async function loadVolume() {
     const image = await get("image.nii");
     const mask = about.masks ? await get("mask.nii") : null;
     const found = await (await fetch("/api/volume/meshes")).json(); // mesh.ply, or mesh_<id>.ply of each label
-    const meshes = await Promise.all(found.map(async (name) => ({id: Number(/_(\d+)/.exec(name)?.[1] ?? 1), buffer: await get(name)})));
+    const idOf = (name) => Number(/_(\d+)/.exec(name)?.[1] ?? (about.given ? 0 : 1));
+    const meshes = await Promise.all(found.map(async (name) => ({id: idOf(name), buffer: await get(name)})));
     const canvas = $("volume").cloneNode(); // each checkpoint is a new scene
     $("volume").replaceWith(canvas);
-    volume = await mountVolume(canvas, {image, mask, meshes, labels: about.labels, dark: state.theme === "dark", moved: fromVolume});
+    const {labels, given: cuts} = about;
+    volume = await mountVolume(canvas, {image, mask, meshes, cuts, labels, dark: state.theme === "dark", moved: fromVolume});
     $("waiting").hidden = true;
     volume.setLayout(state.layout);
     volume.setWindow(state.level - state.width / 2, state.level + state.width / 2);
