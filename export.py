@@ -19,6 +19,7 @@ import torch
 from arguments import RenderOptions, model_options
 from gaussian_renderer import ACTIVE, ACTIVE_SEGMENTATION, editing
 from patient.geometry import FILE_NAME
+from patient.label_channels import colours_of
 from scene.checkpoint import find, load_checkpoint, save_compact
 from scene.gaussian_model import IMAGE
 from scene.splats import write_splats
@@ -98,8 +99,8 @@ def _splats(options: argparse.Namespace, given: RenderOptions, say: Callable[[st
     cut = editing.cut(model, options.at)
     active = cut.active(ACTIVE if options.head == "img" else ACTIVE_SEGMENTATION)
     colours = to_colour(model.raw_colours([head], camera)[0])[active]
-    if colours.shape[1] not in (1, 3):
-        raise UserError(f"--head seg: {colours.shape[1]} labels are no colours; splats are of grey or RGB")
+    if model.labels is not None and head == model.label_head:  # shares of labels, in the labels' colours
+        colours = colours_of(colours.T[:, :, None], model.labels)[:, :, 0].T
 
     count = int(active.sum())
     depths = torch.linspace(0, _DEPTH * camera.distance, max(count, 1), dtype=torch.float64)[:count, None]

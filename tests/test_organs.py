@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from plyfile import PlyData
 from sequences import (
     BriefInBetween,
     assert_same_state,
@@ -20,6 +21,7 @@ from sequences import (
     write,
 )
 
+import export
 import render
 import slices_to_ply
 from arguments import render_options
@@ -36,6 +38,7 @@ from training.data import fill
 from utils.errors import run
 from utils.losses import LABEL_FLOOR, label_cross_entropy
 from utils.metrics import LabelScores
+from utils.spherical_harmonics import C0
 
 IDS = (2, 7, 300)
 TABLE = LabelTable(
@@ -319,6 +322,29 @@ def test_label_maps_are_coloured_in_videos(placed):
     right = picture[:, picture.shape[1] // 2 :].reshape(-1, 3).astype(int)
     for label in TABLE:
         assert (right == label.colour).all(1).any(), label
+
+
+def test_splats_are_in_the_labels_colours(placed, tmp_path):
+    words = [
+        "-m",
+        str(placed),
+        "--at",
+        "2",
+        "--head",
+        "seg",
+        "-o",
+        str(tmp_path / "splats.ply"),
+        "--device",
+        "cpu",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["export.py", *words])
+        export.main()
+    splats = PlyData.read(tmp_path / "splats.ply")["vertex"]
+    colours = 255 * (C0 * np.stack([splats[f"f_dc_{i}"] for i in range(3)], 1) + 0.5)
+    top = splats["opacity"] > 0
+    for label in TABLE:
+        assert np.abs(colours[top] - label.colour).max(1).min() < 40
 
 
 def test_exact_numbers_are_asked_for(placed, roots, capsys):
