@@ -116,6 +116,32 @@ def test_library_made_at_install_is_preferred(toy: Path, tmp_path: Path) -> None
     assert not (tmp_path / "cache").exists()
 
 
+@needs_compiler
+def test_library_of_a_wheel_serves_any_torch(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    loader_of(toy).load()
+    (library,) = (tmp_path / "cache").rglob("*.so")
+    loader = loader_of(toy)
+    shutil.copy(library, loader.wheel_library("cpu"))
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setattr(torch, "__version__", "2.10.0")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert loader.load() == "cpu"
+    # For a torch with CUDA it is the last resort.
+    monkeypatch.delenv("MEDGS_FORCE_CPU")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    (tmp_path / "cuda/bin").mkdir(parents=True)
+    (tmp_path / "cuda/bin/nvcc").touch()
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "cuda"))
+    capfd.readouterr()
+    assert loader_of(toy).load() == "cpu"
+    assert "toy: on the CPU alone, as toy has to be compiled" in capfd.readouterr().err
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(ImportError, match=r"needs torch 2\.10 or newer, and this is 2\.9\.1"):
+        loader_of(toy).load()
+
+
 def test_missing_compiler_is_named_with_a_way_out(toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(ImportError, match=r"no C\+\+ compiler \(no-such-compiler\).*--rasterizer oracle"):
