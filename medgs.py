@@ -136,9 +136,8 @@ def parser() -> argparse.ArgumentParser:
     many.add_argument(
         "--jobs",
         type=positive,
-        default=1,
         metavar="N",
-        help="cases side by side, by Snakemake (default: 1, without it)",
+        help="cases side by side, by Snakemake (default: 1, without it; with --profile, as that says)",
     )
     many.add_argument(
         "--per_gpu",
@@ -387,7 +386,7 @@ def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
         if unknown := [name for name in options.case if name not in known]:
             raise UserError(f"{source} has no case {unknown[0]}: there are {', '.join(list(known)[:8])}")
         rows = [known[name] for name in options.case]
-    if options.only != list(STEPS) and (options.jobs > 1 or options.profile):
+    if options.only != list(STEPS) and ((options.jobs or 1) > 1 or options.profile):
         raise UserError("--only goes without --jobs and --profile, which do whole cases")
     rows = part(rows, options.num_parts, options.part_id)
     for row in rows:  # before anything starts
@@ -395,7 +394,7 @@ def many_cases(options: argparse.Namespace, steps: dict[str, list[str]]) -> int:
     alone = options.case is not None and len(rows) == 1
     if options.summary:
         status = 0
-    elif options.dry_run or (options.jobs == 1 and not options.profile):
+    elif options.dry_run or ((options.jobs or 1) == 1 and not options.profile):
         status = 0
         for row in rows:
             own, own_steps = _options_of(row, options, steps)
@@ -460,6 +459,7 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
     ]
     for name, given in steps.items():
         passed += [token if not token.startswith("--") else f"--{name}.{token[2:]}" for token in given]
+    threads = max(processors() // (options.jobs or 1), 1)
     config = out / "workflow.json"
     with atomic_write(config) as temporary:
         values = {
@@ -468,6 +468,7 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
             "names": [row.name for row in rows],
             "python": sys.executable,
             "gpu": options.device != "cpu",  # what a login node has says nothing of where jobs run
+            **({} if options.profile else dict.fromkeys(("train_threads", "finish_threads"), threads)),
             "options": shlex.join(map(str, passed)),
         }
         temporary.write_text(json.dumps(values, indent=1))
@@ -475,10 +476,11 @@ def _snakemake(rows: Sequence[Row], options: argparse.Namespace, steps: dict[str
     command = [*engine, "--snakefile", str(SNAKEFILE), "--configfile", str(config)]
     command += ["--directory", str(out), "--keep-going", "--rerun-incomplete", "cases"]
     if options.profile:
-        command += ["--profile", str(Path(options.profile).resolve()), "--jobs", str(options.jobs)]
+        command += ["--profile", str(Path(options.profile).resolve())]
+        command += ["--jobs", str(options.jobs)] if options.jobs else []
     else:
-        command += ["--cores", str(processors()), "--jobs", str(options.jobs)]
-        command += ["--resources", f"gpu={gpus or options.jobs}"]
+        command += ["--cores", str(processors())]
+        command += ["--resources", f"cases={options.jobs}", f"gpu={gpus or options.jobs}"]
     if options.quiet:
         command += ["--quiet", "all"]
     with PassedOn(group=True) as asked:  # it lets its jobs save, and its folder is not left locked

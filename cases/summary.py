@@ -137,9 +137,10 @@ td.number{{font-variant-numeric:tabular-nums}} img{{display:block;border-radius:
 
 
 def _html_row(out: Path, row: SummaryRow, shown: Sequence[str]) -> str:
-    name = html.escape(row.name)
+    name, picture = html.escape(row.name), _thumbnail(out / row.name)
     if (out / row.name / REPORT).exists():
-        name = f'<a href="{html.escape(row.name)}/{REPORT}">{name}</a>'
+        link = f'<a href="{html.escape(row.name)}/{REPORT}">'
+        name, picture = f"{link}{name}</a>", f"{link}{picture}</a>"
     scores = "".join(
         f"<td class=number>{row.scores[place]:.{_SCORES[place][1]}f}</td>"
         if place in row.scores
@@ -148,7 +149,7 @@ def _html_row(out: Path, row: SummaryRow, shown: Sequence[str]) -> str:
     )
     notes = "<br>".join(html.escape(note) for note in ([row.reason] if row.reason else []) + row.warnings)
     return (
-        f"<tr><td>{_thumbnail(out / row.name)}</td><td>{name}</td><td class={row.state}>{row.state}</td>{scores}"
+        f"<tr><td>{picture}</td><td>{name}</td><td class={row.state}>{row.state}</td>{scores}"
         f"<td class=number>{row.seconds / 60:.1f}</td><td>{notes}</td></tr>"
     )
 
