@@ -66,6 +66,21 @@ def operators(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]
     }  # fmt: skip
     names = ["v_means2d", "v_conics", "v_colours", "v_depths", "v_compensations", "radii"]
     projected = dict(zip(names, ops.project(**project), strict=True))
+    splat = {name.removeprefix("v_"): value for name, value in projected.items()}
+    splat |= {"opacities": some(N, 1), "background": some(3), "screen": some(N, 4), **size, "inverse": True}
+    names = [
+        "colour", "depth", "transmittance", "touched", "stops", "tile_offsets", "pair_gaussians", "pair_slots",
+        "gaussian_offsets", "starts", "order",
+    ]  # fmt: skip
+    shown = dict(zip(names, ops.splat(**splat, count=True), strict=True))
+    del shown["touched"]
+    gone = {"background", "screen"}
+    shown |= {name: value for name, value in splat.items() if name not in gone} | {"columns": 4}
+    shown |= {
+        "v_colour": some(3, SIDE, SIDE),
+        "v_depth": some(1, SIDE, SIDE),
+        "v_transmittance": some(1, SIDE, SIDE),
+    }
     adam = {name: [some(N, 2)] for name in ("parameters", "gradients", "first_moments", "second_moments")}
     statistics = {n: some(N, 1) for n in ("xyz_gradient_accum", "m_gradient_accum", "denom", "m_denom")}
     return {
@@ -82,6 +97,8 @@ def operators(device: str) -> dict[str, tuple[Callable[..., Any], dict[str, Any]
         ),
         "project": (ops.project, project),
         "project_backward": (ops.project_backward, projected | project),
+        "splat": (ops.splat, splat | {"count": True}),
+        "splat_backward": (ops.splat_backward, shown),
         "similarity": (
             ops.similarity,
             {"images": some(1, 1, 9, 9), "targets": some(1, 1, 9, 9), "with_gradient": True},
@@ -148,7 +165,11 @@ def changes(name: str, arguments: dict[str, Any], device: str) -> list[tuple[str
         out += [("scales without quaternions", {"quaternions": None}), ("no covariance", {"scales": None})]
     if name == "fold":
         out.append(("a degree of 33", {"w1": torch.zeros(N, 66, device=device)}))
-    if name == "blend_backward" and device == "cpu":  # on CUDA, reading the lists would wait for the device
+    if name == "splat_backward":
+        out += [("columns = 1", {"columns": 1}), ("columns = 5", {"columns": 5})]
+    if (
+        name in ("blend_backward", "splat_backward") and device == "cpu"
+    ):  # on CUDA, reading the lists would wait for the device
         for key in ("pair_gaussians", "pair_slots", "tile_offsets", "gaussian_offsets"):
             out.append((f"{key} out of range", {key: arguments[key] + 1000}))
     if name == "adam_step":
@@ -161,7 +182,12 @@ def changes(name: str, arguments: dict[str, Any], device: str) -> list[tuple[str
 
 # Arguments whose size is free: it determines that of the others, or is taken as it is.
 FREE = {("adam_step", "parameters"), ("similarity", "images"), ("sigma_outside", "raw")}
-FREE |= {("project", "shs"), ("project_backward", "shs")}
+FREE |= {
+    ("project", "shs"),
+    ("project_backward", "shs"),
+    ("splat", "opacities"),
+    ("splat_backward", "opacities"),
+}
 
 
 def refuse(device: str) -> None:
