@@ -79,7 +79,8 @@ class RowsBetween(nn.Module):
             self.load_state_dict(weights)
 
     def forward(self, rows: Tensor) -> Tensor:
-        steps = torch.tensor(levels_of(self.thick), device=rows.device).view(1, -1, 1, 1) / STEPS
+        levels = levels_of(self.thick)
+        steps = torch.arange(levels.start, levels.stop, device=rows.device).view(1, -1, 1, 1) / STEPS
         linear = (1 - steps) * rows[:, :, :-1] + steps * rows[:, :, 1:]
         return linear + self.layers(self.gain * (rows - 0.3)) / self.gain
 
