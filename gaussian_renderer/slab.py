@@ -61,7 +61,8 @@ def fold_slab(
         centre = centre + path[:, j] * (-late)[..., None] ** (j + 1)
         velocity = velocity - (j + 1) * path[:, j] * (-late)[..., None] ** j
     flip = torch.stack([signs, -torch.ones_like(signs)], -1)[:, None]  # (V, 1, 2), to pixels right and down
-    middle = torch.tensor([(camera.width - 1) / 2, (camera.height - 1) / 2]).to(xyz)
+    # Filled on the device: a copy from the CPU could not be recorded in a CUDA graph.
+    middle = torch.cat([xyz.new_full((1,), (side - 1) / 2) for side in (camera.width, camera.height)])  # (2,)
     means2d = flip * scale * centre + middle
     velocity = (flip * scale * velocity).expand_as(means2d)  # (V, N, 2) px per unit of time
 
