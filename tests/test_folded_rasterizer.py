@@ -230,6 +230,16 @@ def test_memory_of_a_large_image_is_that_of_its_pixels():
 
 
 @pytest.mark.cuda
+def test_refused_call_leaves_no_error_behind():
+    (cut, size), _ = arguments(smooth_scene(), torch.float32, "cuda")
+    for k in range(len(cut)):
+        mixed = [t.cpu() if i == k else t for i, t in enumerate(cut)]
+        with pytest.raises(ValueError, match="must be on"):
+            OPS.fold(*mixed, *size)
+        assert OPS.fold(*cut, *size)[0].isfinite().all()
+
+
+@pytest.mark.cuda
 def test_lists_that_disagree_stay_within_bounds_on_a_gpu():
     """There they are not looked at beforehand, which would wait for the device: gradients are meaningless, nothing else
     happens. On a CPU they are refused."""

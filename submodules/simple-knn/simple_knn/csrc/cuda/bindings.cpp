@@ -35,7 +35,9 @@ cudaStream_t current_stream() {
 }
 
 void check(cudaError_t error) {
-  if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  (void)cudaGetLastError();  // else the next launch would report it once more
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error));
 }
 
 template <size_t N>
