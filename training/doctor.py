@@ -121,16 +121,14 @@ def _first_line(*command: str) -> str:
 
 def _operators(package: str) -> str:
     """The version of a package and which library it would load."""
-    folder = Path(__file__).resolve().parents[1] / "submodules" / package.replace("_", "-")
     try:
         library = importlib.import_module(f"{package}._library")
     except ImportError:
-        how = (
-            f"make setup, or pip3 install {folder}"
-            if folder.exists()
-            else "pip3 install --force-reinstall medgs"
+        folder = f"submodules/{package.replace('_', '-')}"
+        return (
+            f"{MISSING}: make setup, or pip3 install ./{folder}; where medgs came as a wheel, "
+            "pip3 install --force-reinstall medgs"
         )
-        return f"{MISSING}: {how}"
     try:
         version = importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:  # the sources within medgs, or on the path
