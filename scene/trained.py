@@ -82,7 +82,10 @@ def _background(saved: Checkpoint, options: RenderOptions) -> Tensor:
     if "background" in saved.extras and "white_background" not in options.given:
         background: Tensor = saved.extras["background"]
         return background
-    return torch.full((saved.channels,), 1.0 if options.white_background else 0.0)
+    white = options.white_background and (
+        saved.labels is None or saved.has_seg_head
+    )  # not behind a label map
+    return torch.full((saved.channels,), 1.0 if white else 0.0)
 
 
 def _antialiasing(saved: Checkpoint, options: RenderOptions) -> bool:

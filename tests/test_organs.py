@@ -185,6 +185,9 @@ def test_label_maps_alone(roots, start):
     assert saved.labels.ids == IDS and saved.channels == 3 and not saved.has_seg_head
     cloud = next(out.glob("point_cloud/*/point_cloud.ply"))
     assert torch.equal(read_point_cloud(cloud)[0]["f_dc"], saved.params["f_dc"])
+    words = ["-m", str(out), "--device", "cpu", "--white_background"]
+    trained = Trained.load(render_options(words), lambda _: None)
+    assert trained.background.tolist() == [0, 0, 0]  # nothing is labelled behind a label map
 
 
 def test_a_label_head_is_added_to_a_model_of_images(roots):
