@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Frames between others, by every method: classical ones, learned rivals, the in-between prediction and trained models.
 
-    python -m benchmarks.interpolators CASE [CASE ...] --out benchmarks/results/between.json
+    python -m benchmarks.interpolators CASE [CASE ...] --out benchmarks/results/between/rivals.json
 
 CASE/img/original and CASE/seg/original (either may be missing) hold the frames and masks 0000.png, ... Problems are
 made of them: every N-th frame is given ("every 2"), a run of frames is missing ("gap of 8"), or slices are thick, the
@@ -38,7 +38,7 @@ from utils.errors import ArgumentParser, UserError, positive, run
 from utils.files import atomic_write
 
 Row = dict[str, Any]
-OUT = Path("output/benchmark/between.json")
+OUT = Path("output/benchmark/between/rivals.json")
 PROBLEMS = ("every 2", "every 4", "mean of 2", "mean of 4", "gap of 8")
 SLOW = ("TV-L1", "ECLARE", *PRESETS, *(f"{preset}, thin" for preset in PRESETS))
 MODULES = {

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks import label_cost, organs
+from benchmarks import interpolators, label_cost, organs, uncertainty
 from benchmarks.against_gsplat import scenes_table
 from benchmarks.common import RESULTS, ROOT, surface_table, table
 from benchmarks.floors import floors_note, floors_table
@@ -159,11 +159,26 @@ def recorded() -> str:
         parts += presets(path)
     for path in sorted((RESULTS / "organs").glob("*.json")):
         parts += several_organs(path)
+    for path in sorted((RESULTS / "between").glob("*.json")):
+        parts += between(path)
     meshed = [line for line in lines if "surfaces" in line]
     if meshed:
         parts.append(surface_table(meshed))
     parts += [refusals(result) for result in found if "refused" in result.get("cpu", {})]
     return "\n\n".join(parts or ["Nothing is recorded yet."])
+
+
+def between(path: Path) -> Iterator[str]:
+    """Paragraphs: where a file of interpolators.py or uncertainty.py was measured, then its tables."""
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    places = {}
+    for row in rows:
+        about = row["about"]
+        on = about["device"] if about["device"] != "cpu" else f"{about['machine']}, {about['cores']} cores"
+        places[f"{on}, commit {about['commit']}, {about['date']}"] = None
+    program = "interpolators" if "method" in rows[0] else "uncertainty"
+    yield f"**between/{path.name}**, by `python -m benchmarks.{program}`, on {'; '.join(places)}"
+    yield from interpolators.tables(rows) if program == "interpolators" else [uncertainty.tables(rows)]
 
 
 def several_organs(path: Path) -> Iterator[str]:

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Expected against true errors of frames held out, of `interpolate.py --uncertainty` (in_between/uncertainty.py).
 
-    python -m benchmarks.uncertainty CASE [CASE ...] --out benchmarks/results/uncertainty.json --plot PNG
+    python -m benchmarks.uncertainty CASE [CASE ...] --out benchmarks/results/between/uncertainty.json --plot PNG
 
 Every N-th frame is given; the expected error of those in between is calibrated on the given ones alone. Reported, over
 all their pixels: the correlation with the true absolute error, of pixels and of means over 8 x 8 pixels; the mean
