@@ -219,12 +219,17 @@ def test_library_that_ends_its_process_is_refused(toy: Path, tmp_path: Path) -> 
 
 
 REFUSING = """
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
+#include <sstream>
+#include <stdexcept>
 static int64_t self_test(int64_t number) {
-  TORCH_CHECK_VALUE(number >= 0, "must not be negative, got ", number);
+  std::ostringstream message;
+  message << "must not be negative, got " << number;
+  if (number < 0) throw std::invalid_argument(message.str());
   return number;
 }
-TORCH_LIBRARY(toy, m) { m.def("self_test(int number) -> int", &self_test); }
+STABLE_TORCH_LIBRARY(toy, m) { m.def("self_test(int number) -> int"); }
+STABLE_TORCH_LIBRARY_IMPL(toy, CompositeImplicitAutograd, m) { m.impl("self_test", TORCH_BOX(&self_test)); }
 """
 
 
