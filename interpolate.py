@@ -168,7 +168,7 @@ def parser() -> ArgumentParser:
         action="store_true",
         help="also write the expected absolute error of every pixel, calibrated on the slices themselves: beside "
         "NAME.nii.gz as NAME_uncertainty.nii.gz (of masks, the probability to be wrong: NAME_mask_uncertainty.nii.gz), "
-        "in a folder as uncertainty_img and uncertainty_mask (method motion; takes twice as long)",
+        "in a folder as uncertainty_img and uncertainty_mask (method motion; takes up to three times as long)",
     )
     out.add_argument("--device", default="auto", help="auto, cuda, cuda:N or cpu (default: auto)")
     out.add_argument("--force", action="store_true", help="replace what an earlier run wrote to -o")

@@ -80,7 +80,7 @@ def expected_error(
     report: Report = silent,
 ) -> ExpectedError:
     """Calibrates the expected error of ``between``, which was made from the same frames (K, C, H, W) and masks
-    (K, 1, H, W). Takes about as long as that did. Raises ValueError with fewer than `FEWEST` frames."""
+    (K, 1, H, W). Takes up to twice as long as that did. Raises ValueError with fewer than `FEWEST` frames."""
     if len(frames) < FEWEST:
         raise ValueError(f"{len(frames)} frames: {FEWEST} are needed")
     frames = frames.float()
