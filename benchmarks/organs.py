@@ -185,7 +185,13 @@ def without_a_model(
             (
                 n,
                 torch.from_numpy(
-                    carried(signed_distances(mask, test.spacing, keep * step), flows, kept, wanted, 1)
+                    carried(
+                        signed_distances(mask, test.spacing, keep * step, background=n == 0),
+                        flows,
+                        kept,
+                        wanted,
+                        1,
+                    )
                 ),
             )
             for n, mask in masks_of(index, count)

@@ -52,14 +52,22 @@ def interpolate_masks(
 
 
 def signed_distances(
-    masks: np.ndarray, spacing: tuple[float, float] = (1.0, 1.0), gap: float = 1.0
+    masks: np.ndarray,
+    spacing: tuple[float, float] = (1.0, 1.0),
+    gap: float = 1.0,
+    background: bool = False,
 ) -> np.ndarray:
     """How far each pixel's centre lies inside (above 0) or outside the outline of its mask: (K, H, W) bool -> float32.
 
     The outline runs half a pixel from the centres. A frame without a mask gets the distances of the nearest frame
     with one, all of them outside, and ``gap`` farther: shapes end between the two.
+
+    background: the masks are of what no label holds. Where they fill a frame, labels end there as shapes do.
     """
     from scipy.ndimage import distance_transform_edt
+
+    if background:
+        return -signed_distances(~masks, spacing, gap)
 
     half = min(spacing) / 2
     out = np.empty(masks.shape, np.float32)

@@ -12,10 +12,12 @@ from in_between.progress import Done, unheard
 from in_between.settings import ContourSettings
 
 
-def distances_of(masks: Tensor, gap: float = 1.0) -> Tensor:
+def distances_of(masks: Tensor, gap: float = 1.0, background: bool = False) -> Tensor:
     """Signed distances in pixels (`classical.signed_distances`) of masks (K, 1, H, W), inside where >= 0.5."""
     inside = (masks[:, 0] >= 0.5).cpu().numpy()
-    return torch.from_numpy(signed_distances(inside, gap=gap))[:, None].to(masks.device)
+    return torch.from_numpy(signed_distances(inside, gap=gap, background=background))[:, None].to(
+        masks.device
+    )
 
 
 def with_areas(distances: Tensor, areas: Tensor, most: float) -> Tensor:

@@ -91,7 +91,9 @@ def interpolate_labels(
     def fields() -> Iterator[tuple[int, Tensor]]:
         for number, mask in masks_of(index, count):
             values = (
-                signed_distances(mask, spacing, gap) if method.endswith("sdf") else mask.astype(np.float32)
+                signed_distances(mask, spacing, gap, background=number == 0)
+                if method.endswith("sdf")
+                else mask.astype(np.float32)
             )
             yield number, torch.from_numpy(interpolate(values, positions, at, how))
 

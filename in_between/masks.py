@@ -53,7 +53,7 @@ def dense_labels(
     _check(frames, index, painted)
     steps = _Steps.of(frames, settings, done)
     numbers = (*range(1, count + 1), 0)  # where distances are equal, labels lead
-    fields = ((n, _distances((index == n).float(), painted, steps, gap)) for n in numbers)
+    fields = ((n, _distances((index == n).float(), painted, steps, gap, n == 0)) for n in numbers)
     return ranked(fields, count).first
 
 
@@ -66,8 +66,10 @@ def _check(frames: Tensor, masks: Tensor, painted: Sequence[int]) -> None:
         raise ValueError(f"frames {painted[0]} to {painted[-1]} are painted, of {len(frames)}")
 
 
-def _distances(masks: Tensor, painted: Sequence[int], steps: _Steps, gap: float) -> Tensor:
-    distances = distances_of(masks, gap * (painted[-1] - painted[0]) / max(len(painted) - 1, 1))
+def _distances(
+    masks: Tensor, painted: Sequence[int], steps: _Steps, gap: float, background: bool = False
+) -> Tensor:
+    distances = distances_of(masks, gap * (painted[-1] - painted[0]) / max(len(painted) - 1, 1), background)
     out = distances.new_zeros(steps.frames, *distances.shape[1:])
     for number, frame in enumerate(painted):
         out[frame] = distances[number]

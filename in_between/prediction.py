@@ -195,7 +195,10 @@ class InBetween:
         def fields() -> Iterator[tuple[int, Tensor]]:
             for place, number in enumerate(numbers):
                 part = part_of(done, place, len(numbers))
-                yield number, self._carry_label(frames, index == number, paths, wide, generator, part)
+                yield (
+                    number,
+                    self._carry_label(frames, index == number, paths, wide, generator, part, number == 0),
+                )
 
         return ranked(fields(), self.count)
 
@@ -207,9 +210,10 @@ class InBetween:
         wide: list[Paths],
         generator: torch.Generator,
         done: Done,
+        background: bool,
     ) -> Tensor:
-        """Signed distances of one label at all levels, as of a mask, computed where they are not far outside. Carrying
-        flattens the ridges of thin structures, which would then vanish: so areas are kept."""
+        """Signed distances of one label, or of the ``background``, at all levels, as of a mask, computed where they are
+        not far outside. Carrying flattens the ridges of thin structures, which would then vanish: so areas are kept."""
         settings = self.settings.contours
         levels = frames.new_full((len(self._images), 1, *frames.shape[2:]), -settings.farthest)
         window = _window(inside, math.ceil(settings.farthest) + self.settings.margin)
@@ -217,7 +221,7 @@ class InBetween:
             return levels
         (first, last), area = window
         masks = inside[first : last + 1][area].float()
-        distances = distances_of(masks, self.gap)
+        distances = distances_of(masks, self.gap, background)
         here = slice(first * STEPS, last * STEPS + 1)
         network = self._network(
             distances,

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 import in_between.classical
 from in_between.classical import interpolate, interpolate_masks, signed_distances
+from in_between.exclusive import interpolate_labels
 
 POSITIONS = np.array([0.0, 1.0, 3.0, 4.0, 7.5])
 AT = np.array([0.25, 2.0, 3.5, 7.0])
@@ -79,6 +80,17 @@ def test_shapes_end_between_a_mask_and_an_empty_frame():
     positions = np.array([0.0, 4.0, 8.0])
     found = interpolate_masks(masks, positions, np.array([0.5, 3.5, 6.0]))
     assert not found[0].any() and 0 < found[1].sum() < disc(10).sum() and np.array_equal(found[2], disc(10))
+
+
+@pytest.mark.parametrize("method", ["sdf", "cubic sdf"])
+def test_labels_that_end_are_filled_in_as_a_mask_is(method):
+    """A ball in a long stack, as a mask and as the only label of a map, where most frames are all background."""
+    z = np.arange(24.0)
+    ball = np.stack([disc(np.sqrt(max(0.0, 100 - (3 * (k - 11.5)) ** 2)) or -1) for k in z])
+    at = z[:-2:2] + 0.9  # not midway, where distances of 0 may be of either
+    mask = interpolate_masks(ball[::2], z[::2], at, method="cubic" if "cubic" in method else "linear")
+    labels = interpolate_labels(ball[::2].astype(np.uint8), z[::2], at, 1, method=method)
+    np.testing.assert_array_equal(labels > 0, mask)
 
 
 def test_nothing_and_everything():
