@@ -564,10 +564,8 @@ def write(
                 for position, image in zip(some, _in_range(predict(some)).cpu(), strict=True):
                     if frames.labels is not None:
                         ids = image.movedim(0, -1).numpy()
-                        small = max(frames.labels.ids) < 256
                         write_levels(
-                            folder / RENDERS[kind] / names[position],
-                            ids.astype(np.uint8 if small else np.uint16),
+                            folder / RENDERS[kind] / names[position], ids.astype(frames.labels.dtype)
                         )
                         continue
                     image = image if kind == "img" else (image >= 0.5).float()

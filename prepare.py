@@ -445,7 +445,7 @@ def _write_frames(
 def _write_masks(root: Path, masks: np.ndarray, label: LabelVolume, geometry: Geometry) -> None:
     """The painted frames of masks (frame, row, column): 0 and 255, or label numbers of 8 or 16 bits."""
     (left, top), (columns, rows) = geometry.offset, geometry.size
-    wide = label.table is not None and max(label.table.ids) > 255
+    dtype = np.uint8 if label.table is None else label.table.dtype
     for folder, field in KINDS.items():
         for number, index in enumerate(getattr(geometry, field)):
             if not label.painted[index]:
@@ -454,7 +454,7 @@ def _write_masks(root: Path, masks: np.ndarray, label: LabelVolume, geometry: Ge
             if label.table is None:
                 levels = (levels != 0) * np.uint8(255)
             name = number if folder == "original" else index
-            write_levels(root / folder / f"{name:04d}.png", levels.astype(np.uint16 if wide else np.uint8))
+            write_levels(root / folder / f"{name:04d}.png", levels.astype(dtype))
 
 
 def _describe(volume: Volume) -> str:

@@ -94,7 +94,7 @@ class Stream:
     @property
     def file_type(self) -> type:
         """Of ids, the smallest that holds them; of levels with more than 8 bits."""
-        return np.uint8 if self.labels is not None and max(self.labels.ids) < 256 else np.uint16
+        return np.uint16 if self.labels is None else self.labels.dtype
 
 
 @dataclass(frozen=True)

@@ -400,6 +400,11 @@ class LabelTable:
     def ids(self) -> tuple[int, ...]:
         return tuple(label.id for label in self.labels)
 
+    @property
+    def dtype(self) -> type[np.uint8] | type[np.uint16]:
+        """The smaller of the types of label maps in files that holds all ids."""
+        return np.uint8 if max(self.ids) < 256 else np.uint16
+
     def of(self, ids: Iterable[int]) -> LabelTable:
         """The table of these ids alone."""
         return LabelTable(tuple(self[number] for number in sorted(set(ids))))

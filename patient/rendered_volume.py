@@ -105,8 +105,8 @@ class RenderedVolume:
         extents = (*self.grid.size, len(self.grid.positions))
         for axis, extent in zip(geometry.axes, extents, strict=True):
             shape[axis] = extent
-        most = 1 if self.mask else 65535 if self.labels is None else max(self.labels.ids)
-        self.values = np.zeros(shape, np.uint8 if most < 256 else np.uint16, order="F")
+        dtype = np.uint8 if self.mask else np.uint16 if self.labels is None else self.labels.dtype
+        self.values = np.zeros(shape, dtype, order="F")
         flips = [slice(None, None, -1 if flip else 1) for flip in geometry.flips]
         self.slices = self.values.transpose(geometry.axes[::-1])[:, flips[1], flips[0]]
         """The same as renders show them: (slice, row, column), a view."""

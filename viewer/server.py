@@ -273,7 +273,7 @@ def picture(case: Case, position: float, against: str, most_ellipses: int) -> by
         if case.table is None:
             arrays["mask"] = (masks[0] * np.float32(255)).round().astype(np.uint8)
         else:
-            arrays["mask"] = masks[0].astype(np.uint8 if max(case.table.ids) < 256 else np.uint16)
+            arrays["mask"] = masks[0].astype(case.table.dtype)
     if against:
         other, place, words = case.against(against, position)
         arrays["other"] = np.ascontiguousarray(other, np.float32)
