@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -66,7 +67,10 @@ def ranked(fields: Iterable[tuple[int, Tensor]], count: int) -> Ranked:
     return Ranked(first, second, ((best - next_best) / 2).half())
 
 
-def masks_of(index: np.ndarray, count: int) -> Iterator[tuple[int, np.ndarray]]:
+Map = TypeVar("Map", np.ndarray, Tensor)
+
+
+def masks_of(index: Map, count: int) -> Iterator[tuple[int, Map]]:
     """Each label of a label map and its mask, bool, the background last: where fields are equal, labels lead."""
     for number in (*range(1, count + 1), 0):
         yield number, index == number

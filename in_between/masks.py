@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from in_between.contours import distances_of
-from in_between.exclusive import ranked
+from in_between.exclusive import masks_of, ranked
 from in_between.flow import carry, find_paths, flow_at
 from in_between.progress import Done, unheard
 from in_between.settings import DEFAULT, Settings
@@ -52,8 +52,10 @@ def dense_labels(
     count: of labels. Distances of each label and of the background are carried, and the largest decides."""
     _check(frames, index, painted)
     steps = _Steps.of(frames, settings, done)
-    numbers = (*range(1, count + 1), 0)  # where distances are equal, labels lead
-    fields = ((n, _distances((index == n).float(), painted, steps, gap, n == 0)) for n in numbers)
+    fields = (
+        (number, _distances(inside.float(), painted, steps, gap, background=number == 0))
+        for number, inside in masks_of(index, count)
+    )
     return ranked(fields, count).first
 
 

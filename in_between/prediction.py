@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from in_between.contours import Contours, distances_of, learn_contours, with_areas
-from in_between.exclusive import Ranked, ranked
+from in_between.exclusive import Ranked, masks_of, ranked
 from in_between.flow import Paths, blend_along, blend_paths, find_paths, flow_at
 from in_between.progress import Done, Progress, Report, part_of, silent
 from in_between.rows import fill_stack, joined, learn_rows, matching_gap
@@ -190,15 +190,11 @@ class InBetween:
         """Which labels lead at all levels, ((K - 1) STEPS + 1, 1, H, W). paths, wide: of the box; outside, nothing
         moves."""
         paths, wide = ([path.placed(box, frames.shape[2:]) for path in some] for some in (paths, wide))
-        numbers = (*range(1, self.count + 1), 0)  # where distances are equal, labels lead
 
         def fields() -> Iterator[tuple[int, Tensor]]:
-            for place, number in enumerate(numbers):
-                part = part_of(done, place, len(numbers))
-                yield (
-                    number,
-                    self._carry_label(frames, index == number, paths, wide, generator, part, number == 0),
-                )
+            for place, (number, inside) in enumerate(masks_of(index, self.count)):
+                part = part_of(done, place, self.count + 1)
+                yield number, self._carry_label(frames, inside, paths, wide, generator, part, number == 0)
 
         return ranked(fields(), self.count)
 
