@@ -1,6 +1,7 @@
 """Which tests run, and on how many threads."""
 
 import os
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -29,3 +30,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for marker, skip in skips.items():
             if marker in item.keywords:
                 item.add_marker(skip)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For modules that train on small frames: `sequences.threads` says why."""
+    from sequences import threads  # what it imports, other modules' tests may not need
+
+    with threads(1):
+        yield

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from scipy.interpolate import CubicSpline
-from sequences import arguments, blobs, checkpoint, colours, masks, refused, threads, train_at, write
+from sequences import arguments, blobs, checkpoint, colours, masks, refused, train_at, write
 from skimage.metrics import structural_similarity
 
 import train
@@ -24,10 +24,7 @@ from utils.images import read_image
 COUNT = 9  # frames of a source, of which every second is held out: 0 2 4 6 8 are kept
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prepared(folder, image=None, mask=None, kept=range(0, COUNT, 2), depths=None):

@@ -16,7 +16,6 @@ from sequences import (
     checkpoint,
     masks,
     refused,
-    threads,
     train_at,
     write,
 )
@@ -58,10 +57,7 @@ def label_maps() -> list[np.ndarray]:
     return out
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -49,10 +49,7 @@ def flat(*values: int) -> Frames:
     return frames_of(*[np.full((12, 16), value, np.uint8) for value in values])
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # ---- tasks ---------------------------------------------------------------------------------------------------------

@@ -21,7 +21,6 @@ from sequences import (
     checkpoint,
     masks,
     refused,
-    threads,
     train_at,
     write,
 )
@@ -42,10 +41,7 @@ CONTROL = (
 AUTO = ("--start_checkpoint", "auto")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

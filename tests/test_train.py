@@ -22,7 +22,6 @@ from sequences import (
     colours,
     masks,
     refused,
-    threads,
     train_at,
     write,
 )
@@ -60,10 +59,7 @@ GEOMETRY = Geometry(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    with threads(1):
-        yield
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def script(*flags: object) -> subprocess.CompletedProcess[str]:
