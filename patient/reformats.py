@@ -7,7 +7,6 @@ of half a pixel. Label maps are taken from the nearest of both.
 
 from __future__ import annotations
 
-import gzip
 import os
 import re
 from dataclasses import dataclass
@@ -19,8 +18,8 @@ from scipy.ndimage import map_coordinates
 
 from patient.geometry import Geometry, voxel_sizes
 from patient.labels import LabelTable
+from patient.rendered_volume import write_nifti
 from utils.errors import UserError
-from utils.files import atomic_write
 
 ISOTROPIC = "isotropic"
 _RIGHT = 1e-3  # cosine between the two directions, up to which they count as perpendicular
@@ -212,8 +211,4 @@ class Reformat:
         image = nibabel.Nifti1Image(values, self.plane.affine)
         image.header.set_xyzt_units("mm")
         image.set_sform(self.plane.affine, "scanner")
-        with (
-            atomic_write(path) as temporary,
-            gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,
-        ):
-            image.to_stream(file)
+        write_nifti(path, image)

@@ -143,9 +143,14 @@ class RenderedVolume:
 
     def write(self, path: str | os.PathLike[str]) -> None:
         """Write the NIfTI file, complete or not at all."""
-        # Compression levels above 1 gain little. Without a time stamp, the same volume gives the same file.
-        with (
-            atomic_write(path) as temporary,
-            gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,
-        ):
-            self.image.to_stream(file)
+        write_nifti(path, self.image)
+
+
+def write_nifti(path: str | os.PathLike[str], image: nibabel.Nifti1Image) -> None:
+    """Write a compressed NIfTI file, complete or not at all."""
+    # Compression levels above 1 gain little. Without a time stamp, the same volume gives the same file.
+    with (
+        atomic_write(path) as temporary,
+        gzip.GzipFile(temporary, "wb", compresslevel=1, mtime=0) as file,
+    ):
+        image.to_stream(file)
