@@ -45,12 +45,9 @@ class DicomCase:
         """An empty volume of masks on the series' own slices."""
         return SeriesVolume(self.placement)
 
+    @quiet_libraries()  # which warn of what the source has
     def write_masks(self, path: str | os.PathLike[str], volume: SeriesVolume) -> LabelTable:
         """Write the masks on the series' slices as a segmentation; returns the labels that have voxels."""
-        with quiet_libraries():  # which warn of what the source has
-            return self._write_masks(path, volume)
-
-    def _write_masks(self, path: str | os.PathLike[str], volume: SeriesVolume) -> LabelTable:
         frames, series = self.series.frames, self.series
         positions = [_known(frame.position) for frame in frames]
         slices = Slices(
@@ -73,6 +70,7 @@ class DicomCase:
             "MedGS: masks on the source's slices",
         )
 
+    @quiet_libraries()
     def write_dense(
         self, image: tuple[Path, RenderedVolume] | None, mask: tuple[Path, RenderedVolume] | None
     ) -> LabelTable | None:
@@ -80,12 +78,6 @@ class DicomCase:
 
         image, mask: where to, and the volume.
         """
-        with quiet_libraries():
-            return self._write_dense(image, mask)
-
-    def _write_dense(
-        self, image: tuple[Path, RenderedVolume] | None, mask: tuple[Path, RenderedVolume] | None
-    ) -> LabelTable | None:
         labels = None
         given = image or mask
         assert given is not None
